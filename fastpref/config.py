@@ -1,0 +1,379 @@
+"""The config of `fastpref train`: one YAML file, checked before anything is loaded.
+
+Every field is described where it is declared; `docs/config.md` and `fastpref train --help` are
+written from these declarations (`python -m fastpref.config_reference`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fastpref import losses
+from fastpref.errors import UserError
+from fastpref.losses import PairwiseLoss
+
+
+class ConfigError(UserError):
+    """A config that cannot be run, with the path of the field at fault."""
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    return value
+
+
+PositiveFloat = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+NonNegativeFloat = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    path: str | None = Field(
+        None, description="Local folder or Hub name of a Hugging Face causal language model."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="`random` builds the model from `config` with random weights (seeded by "
+        "`training.seed`).",
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="With `init: random`: a Hugging Face model config, e.g. "
+        "`{model_type: llama, hidden_size: 256, vocab_size: 16000, …}`.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or Hub name of the tokenizer; default: `path`. With `init: random` "
+        "and none named, a byte-level BPE of `config.vocab_size` tokens is trained on "
+        "`data.train`.",
+    )
+    dtype: Literal["bfloat16", "float32", "float64"] = Field(
+        "bfloat16",
+        description="What the forward pass computes in. Weights that are trained are kept in "
+        "fp32 at least.",
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="Attention code of transformers; `auto`: sdpa where the model supports it.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you ask."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if self.init == "random":
+            if self.config is None or "model_type" not in self.config:
+                raise ValueError("init: random needs config: {model_type: …, …}")
+            if self.path is not None:
+                raise ValueError("path and init: random exclude each other; remove one")
+        elif self.path is None:
+            raise ValueError("path is missing (or use init: random with config: {…})")
+        elif self.config is not None:
+            raise ValueError("config is only for init: random; a pretrained model brings its own")
+        return self
+
+
+class Adapter(Section):
+    name: Literal["lora"] = Field("lora", description="Low-rank adapters (peft).")
+    r: PositiveInt = Field(16, description="Rank.")
+    alpha: PositiveFloat = Field(32, description="Scale; the update is `alpha / r · B A`.")
+    dropout: Fraction = Field(
+        0.0,
+        description="Dropout on the adapters' input. Above 0, rewards of the first step are not "
+        "exactly 0.",
+    )
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="Module names, or `all-linear`: every linear layer except the head.",
+    )
+    merge: bool = Field(
+        True, description="Export the merged model; `false` exports the adapter alone."
+    )
+
+
+class Data(Section):
+    train: str = Field(description="JSON, JSONL, Parquet or Arrow file, or a Hub name.")
+    eval: str | None = Field(None, description="Held-out data in the same formats.")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        2048, description="Longest prompt + response, in tokens; longer ones are cut."
+    )
+    truncation: Literal["keep_start", "keep_end"] = Field(
+        "keep_start",
+        description="`keep_start` cuts the end of a response; `keep_end` first cuts the start of "
+        "the prompt, equally for both responses.",
+    )
+    add_eos: bool = Field(
+        True,
+        description="End plain-text responses with the EOS token (chat templates end their own).",
+    )
+    soft_labels: bool = Field(
+        True,
+        description="Use the column `p`, the probability that `chosen` is preferred, where the "
+        "data has it; `false` takes `chosen` as preferred for certain.",
+    )
+    cache: str = Field(
+        "~/.cache/fastpref",
+        description="Folder for tokenised data and reference log-probs; safe to delete.",
+    )
+
+
+class Optim(Section):
+    name: Literal["adamw", "rmsprop"] = Field("adamw", description="Optimizer.")
+    lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Weight decay on matrices (decoupled for adamw)."
+    )
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="adamw: decay of the two moments."
+    )
+    alpha: Fraction = Field(0.99, description="rmsprop: decay of the squared gradient.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the denominator.")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="Clip the gradient's norm; null: never."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After warm-up; linear and cosine end at 0."
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="Optimizer steps of linear warm-up.")
+
+    @model_validator(mode="after")
+    def _options_of_this_optimizer(self) -> Optim:
+        foreign = {"adamw": "alpha", "rmsprop": "betas"}[self.name]
+        if foreign in self.model_fields_set:
+            raise ValueError(f"{foreign} is not an option of {self.name}; remove it")
+        return self
+
+
+class Training(Section):
+    epochs: PositiveInt = Field(1, description="Passes over the data; ignored if `steps` is set.")
+    steps: PositiveInt | None = Field(
+        None, description="Optimizer steps; takes as many epochs as needed."
+    )
+    batch_size: PositiveInt = Field(
+        32, description="Pairs per optimizer step, over all micro-batches."
+    )
+    max_tokens: PositiveInt = Field(
+        16384,
+        description="Padded tokens of one micro-batch; the number of accumulation steps follows.",
+    )
+    activation_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, a third slower."
+    )
+    seed: NonNegativeInt = Field(0, description="Order of the data, random weights, dropout.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda if there.")
+    log_every: PositiveInt = Field(10, description="Steps averaged into one line of metrics.")
+    eval_every: PositiveInt | None = Field(
+        None, description="Steps between evaluations; null: at the start and the end only."
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        500, description="Steps between checkpoints; null: only when interrupted."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    output: str = Field("runs/my-run", description="Run directory.")
+    track: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="Also send metrics there (`pip install fastpref[track]`)."
+    )
+
+
+ReferenceMode = Literal["cached", "frozen", "none"]
+
+
+class Config(Section):
+    model: Model = Field(description="The policy, and before training the reference.")
+    adapter: Adapter | None = Field(None, description="Train adapters instead of all weights.")
+    data: Data = Field(description="Preference data.")
+    loss: dict[str, Any] = Field(
+        description="The objective: `{name: dpo, beta: 0.1}`, or the name alone. "
+        "`fastpref losses` lists names and options."
+    )
+    reference: ReferenceMode | None = Field(
+        None,
+        description="Reference log-probs: `cached` computes them once before training and keeps "
+        "them on disk; `frozen` keeps a second copy of the model; `none`. Default: `cached` where "
+        "the objective needs them, else `none`.",
+    )
+    optim: Optim = Field(Optim(), description="Optimizer and schedule.")
+    training: Training = Field(Training(), description="The loop.")
+    resume: str | None = Field(
+        None,
+        description="`auto` continues the newest complete checkpoint of the run directory (and "
+        "starts anew if there is none); or the folder of a checkpoint.",
+    )
+
+    @field_validator("loss", "adapter", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "name" not in value:
+            raise ValueError("name is missing, e.g. loss: {name: dpo, beta: 0.1}")
+        losses.build(**value)
+        return value
+
+    @model_validator(mode="after")
+    def _reference_where_needed(self) -> Config:
+        if self.reference == "none" and self.build_loss().needs_reference:
+            raise ValueError(
+                f"reference: none, but {self.loss['name']} needs reference log-probs; "
+                "use reference: cached or frozen"
+            )
+        return self
+
+    def build_loss(self) -> PairwiseLoss:
+        return losses.build(**self.loss)
+
+    @property
+    def reference_mode(self) -> ReferenceMode:
+        """`reference`, or what the objective needs where it was left open."""
+        if self.reference is not None:
+            return self.reference
+        return "cached" if self.build_loss().needs_reference else "none"
+
+    def to_yaml(self) -> str:
+        """Every field with its value, in a form that `load` reads."""
+        values = self.model_dump(mode="json", exclude_defaults=False)
+        foreign = {"adamw": "alpha", "rmsprop": "betas"}[self.optim.name]
+        del values["optim"][foreign]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply `section.key=value` overrides, and validate.
+
+    Raises ConfigError, one line, for a missing file, broken YAML, or the first invalid field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; a config is a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold sections such as model, data and loss")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse(values)
+
+
+def parse(values: dict[str, Any]) -> Config:
+    """Validate nested dictionaries; raises ConfigError naming the first field at fault."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    keys = path.split(".")
+    if not sign or not all(keys):
+        raise ConfigError(f"override {override!r}: must look like section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.get(key)
+        if isinstance(inner, str) and key in ("loss", "adapter") and depth == 0:
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value")
+        values[key] = inner
+        values = inner
+    values[keys[-1]] = value
+
+
+_COMPARISONS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping",
+    "model": "a mapping",
+    "list": "a list",
+    "tuple": "a list",
+}
+
+
+def _one_line(error: ValidationError) -> str:
+    """`optim.lr: must be > 0, got -1`."""
+    details = error.errors()
+    # Of a union's alternatives pydantic reports every failure: the deepest is the useful one.
+    first = max(details, key=lambda d: (d["type"] == "extra_forbidden", -details.index(d)))
+    location = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    path, kind, got = ".".join(location), first["type"], first["input"]
+    context = first.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key; {_nearest(location)}"
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind in _COMPARISONS:
+        sign, key = _COMPARISONS[kind]
+        return f"{path}: must be {sign} {context[key]:g}, got {got}"
+    if kind == "literal_error":
+        return f"{path}: must be {context['expected']}, got {got!r}"
+    if kind == "value_error":
+        message = str(context["error"])
+        option = message.split(":")[
+            0
+        ]  # "beta: must be …" about loss becomes "loss.beta: must be …"
+        joint = "." if isinstance(got, dict) and option in got else ": "
+        return f"{path}{joint}{message}" if path else message
+    family = kind.split("_")[0]
+    if family in _KINDS:
+        return f"{path}: must be {_KINDS[family]}, got {got!r}"
+    return f"{path}: {first['msg']}, got {got!r}"
+
+
+def section_of(path: list[str]) -> type[Section]:
+    """The section class that holds the last key of a path such as ["optim", "lr"]."""
+    section: type[Section] = Config
+    for key in path[:-1]:
+        annotation = section.model_fields[key].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return section
+
+
+def _nearest(location: list[str]) -> str:
+    known = list(section_of(location).model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}known: {', '.join(known)}"

@@ -1,0 +1,59 @@
+"""A byte-level BPE tokenizer trained on the spot, for models that start from random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fastpref.data.formats import Messages, TextPair
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+_TURN, _END_OF_TURN = "<|im_start|>", "<|im_end|>"
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SMALLEST_VOCABULARY = 256 + 5  # every byte and the special tokens
+
+
+def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocab_size` tokens, with BOS, EOS, padding and a ChatML template.
+
+    Raises ValueError if `vocab_size` cannot hold the bytes and the special tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size: must be >= {SMALLEST_VOCABULARY}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD, _TURN, _END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[_TURN, _END_OF_TURN],
+    )
+    fast.chat_template = _CHATML
+    return fast
+
+
+def texts_of(pairs: Iterable[tuple[int, TextPair]]) -> Iterator[str]:
+    """All text of the pairs, prompts and both responses, for training a tokenizer."""
+    for _, pair in pairs:
+        for part in (pair.prompt, pair.chosen, pair.rejected):
+            yield part if isinstance(part, str) else _contents(part)
+
+
+def _contents(messages: Messages) -> str:
+    return "\n".join(str(message.get("content") or "") for message in messages)

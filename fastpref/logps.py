@@ -1,0 +1,97 @@
+"""Sequence log-probabilities: what the model produces and every objective consumes.
+
+All values are natural logs in nats, summed over the tokens of the response unless a name ends in
+`_mean`. B is the number of preference pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+# eq=False: comparing tensors yields tensors, so a generated __eq__ could only raise.
+@dataclass(frozen=True, eq=False)
+class SequenceLogps:
+    """Summed response log-probs of B preference pairs under one model.
+
+    chosen, rejected: (B,) float32 or float64, nats.
+    chosen_lengths, rejected_lengths: (B,) number of response tokens behind each sum.
+    preference: (B,) in [0, 1], the probability that `chosen` is the better response (a soft
+        label), or None where the label is hard, which means 1.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    preference: Tensor | None = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        logps: Tensor,  # (2B,)
+        lengths: Tensor,  # (2B,)
+        preference: Tensor | None = None,  # (B,)
+    ) -> SequenceLogps:
+        """Split sequences ordered chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1} into pairs.
+
+        Raises ValueError when `logps` is not a float32 or float64 vector of even size, or when the
+        shape of `lengths` or `preference` does not match it.
+        """
+        if logps.dim() != 1 or logps.numel() % 2:
+            raise ValueError(
+                f"logps: expected shape (2B,), all chosen and then all rejected responses, "
+                f"got {tuple(logps.shape)}"
+            )
+        if logps.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"logps: expected float32 or float64, got {logps.dtype}; a sum over thousands of "
+                f"tokens does not fit half precision, so sum in float32"
+            )
+        if lengths.shape != logps.shape:
+            raise ValueError(
+                f"lengths: expected shape {tuple(logps.shape)}, one per sequence, "
+                f"got {tuple(lengths.shape)}"
+            )
+        pairs = logps.numel() // 2
+        if preference is not None and preference.shape != (pairs,):
+            raise ValueError(
+                f"preference: expected shape ({pairs},), one per pair, "
+                f"got {tuple(preference.shape)}"
+            )
+        return cls(logps[:pairs], logps[pairs:], lengths[:pairs], lengths[pairs:], preference)
+
+    @classmethod
+    def cat(cls, parts: Iterable[SequenceLogps]) -> SequenceLogps:
+        """The pairs of all parts in order; either every part has a preference or none."""
+        parts = list(parts)
+        soft = [part.preference for part in parts if part.preference is not None]
+        if soft and len(soft) != len(parts):
+            raise ValueError("preference: expected for every part or for none, got a mixture")
+        return cls(
+            torch.cat([part.chosen for part in parts]),
+            torch.cat([part.rejected for part in parts]),
+            torch.cat([part.chosen_lengths for part in parts]),
+            torch.cat([part.rejected_lengths for part in parts]),
+            torch.cat(soft) if soft else None,
+        )
+
+    def swapped(self) -> SequenceLogps:
+        """The same pairs with the roles of chosen and rejected exchanged; p becomes 1 - p."""
+        preference = None if self.preference is None else 1 - self.preference
+        return SequenceLogps(
+            self.rejected, self.chosen, self.rejected_lengths, self.chosen_lengths, preference
+        )
+
+    def detach(self) -> SequenceLogps:
+        """The same values, cut off from the autograd graph."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
+
+
+def mean_logps(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient for an empty response."""
+    return torch.where(lengths > 0, logps / lengths.clamp(min=1), 0.0)

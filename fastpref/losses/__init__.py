@@ -1,0 +1,95 @@
+"""Preference objectives: `build("dpo", beta=0.05)` makes one, `describe("dpo")` explains it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, incentives
+from fastpref.losses.pairwise import CDPO, CPO, DPO, IPO, PMO, SFT, SimPO, StaPO
+
+__all__ = [
+    "CDPO",
+    "CPO",
+    "DPO",
+    "IPO",
+    "PMO",
+    "SFT",
+    "Description",
+    "Loss",
+    "LossOutput",
+    "PairwiseLoss",
+    "SimPO",
+    "StaPO",
+    "build",
+    "describe",
+    "incentives",
+    "names",
+]
+
+_LOSSES: tuple[type[PairwiseLoss], ...] = (SFT, DPO, CDPO, IPO, SimPO, CPO, PMO, StaPO)
+_BY_NAME = {objective.name: objective for objective in _LOSSES}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What there is to know about an objective, as plain text and its default parameters."""
+
+    name: str
+    summary: str
+    formula: str
+    incentives: str
+    source: str
+    defaults: dict[str, Any]
+    needs_reference: bool
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build` and a config's `loss: {name: ...}` accept."""
+    return tuple(_BY_NAME)
+
+
+def build(name: str, **parameters: Any) -> PairwiseLoss:
+    """The objective called `name`; parameters that are left out keep their defaults.
+
+    Raises ValueError for an unknown name, an unknown parameter or a value out of range.
+    """
+    objective = _find(name)
+    accepted = [field.name for field in fields(objective)]
+    for parameter in parameters:
+        if parameter not in accepted:
+            raise ValueError(
+                f"{parameter}: not a parameter of {name}, which accepts {', '.join(accepted)}"
+            )
+    return objective(**parameters)
+
+
+def describe(name: str) -> Description:
+    """The documentation of the objective called `name`, with its default parameters.
+
+    Raises ValueError for an unknown name.
+    """
+    objective = _find(name)
+    doc = inspect.getdoc(objective) or ""
+    # A labelled line and the indented lines that continue it.
+    labelled = dict(re.findall(r"^(\w+): +(.+(?:\n +.+)*)", doc, flags=re.MULTILINE))
+    stated = {label: " ".join(text.split()) for label, text in labelled.items()}
+    return Description(
+        name=objective.name,
+        summary=doc.partition("\n")[0],
+        formula=stated.get("loss", ""),
+        incentives=stated.get("incentives", ""),
+        source=stated.get("source", ""),
+        defaults={field.name: field.default for field in fields(objective)},
+        needs_reference=objective().needs_reference,
+    )
+
+
+def _find(name: str) -> type[PairwiseLoss]:
+    if isinstance(name, str) and name in _BY_NAME:
+        return _BY_NAME[name]
+    nearest = difflib.get_close_matches(str(name).lower(), _BY_NAME) or list(_BY_NAME)
+    raise ValueError(f"name: no objective is called {name!r}; known: {', '.join(nearest)}")

@@ -1,0 +1,181 @@
+"""What all objectives share: soft labels, the reference policy, parameter checks, incentives.
+
+An objective is a frozen dataclass whose fields are its hyperparameters and whose docstring states,
+on labelled lines that `describe` reads, its loss, its incentives and its source. A subclass of
+`PairwiseLoss` writes two methods: `reward`, the implicit reward of one response, and
+`hard_loss`, the loss of a pair whose first response is certainly the better one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastpref.logps import SequenceLogps
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """Per-pair results, each (B,) and never reduced; the rewards carry no gradient."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A named objective: hyperparameters that are checked once, when it is made."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for parameter in fields(self):
+            check = parameter.metadata.get("check")
+            if check is not None:
+                check(parameter.name, getattr(self, parameter.name))
+
+    @property
+    @abstractmethod
+    def needs_reference(self) -> bool:
+        """Whether log-probs of a reference policy enter the loss."""
+
+
+@dataclass(frozen=True)
+class PairwiseLoss(Loss):
+    """An objective on preference pairs.
+
+    With a soft label p (`policy.preference`), and L(w, l) the hard-label loss,
+
+        L_p = p * L(chosen, rejected) + (1 - p) * L(rejected, chosen),
+
+    which for a loss l(u) of an antisymmetric margin u is p * l(u) + (1 - p) * l(-u).
+
+    An empty response adds nothing: its summed log-prob is 0, an empty sum, and its mean log-prob
+    is defined as 0 with zero gradient. The pair still trains its other response.
+    """
+
+    @abstractmethod
+    def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
+        """The implicit reward of each response: (B,) log-probs, lengths and reference -> (B,).
+
+        `reference` is all zeros for an objective that needs none.
+        """
+
+    @abstractmethod
+    def hard_loss(self, policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
+        """The loss (B,) of pairs whose chosen response is certainly the better one."""
+
+    def rewards(self, policy: SequenceLogps, reference: SequenceLogps) -> tuple[Tensor, Tensor]:
+        """Rewards of the chosen and of the rejected responses, each (B,)."""
+        return (
+            self.reward(policy.chosen, policy.chosen_lengths, reference.chosen),
+            self.reward(policy.rejected, policy.rejected_lengths, reference.rejected),
+        )
+
+    def margin(self, policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
+        """Reward of the chosen response minus reward of the rejected one, (B,)."""
+        chosen, rejected = self.rewards(policy, reference)
+        return chosen - rejected
+
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps | None = None) -> LossOutput:
+        """Loss and rewards of each pair.
+
+        The reference is a constant: no gradient reaches it. It is ignored by an objective that
+        does not need it. Raises ValueError when a needed reference is missing or has another
+        number of pairs than the policy.
+        """
+        reference = self._constant_reference(policy, reference)
+        loss = self.hard_loss(policy, reference)
+        if policy.preference is not None:
+            reversed_loss = self.hard_loss(policy.swapped(), reference.swapped())
+            loss = policy.preference * loss + (1 - policy.preference) * reversed_loss
+        chosen, rejected = self.rewards(policy.detach(), reference)
+        return LossOutput(loss, chosen, rejected)
+
+    def _constant_reference(
+        self, policy: SequenceLogps, reference: SequenceLogps | None
+    ) -> SequenceLogps:
+        if not self.needs_reference:
+            return replace(
+                policy,
+                chosen=torch.zeros_like(policy.chosen),
+                rejected=torch.zeros_like(policy.rejected),
+            )
+        if reference is None:
+            raise ValueError(
+                f"reference: {self.name} needs the log-probs of a reference policy, got None; "
+                f"set `reference: cached`"
+            )
+        if reference.chosen.shape != policy.chosen.shape:
+            raise ValueError(
+                f"reference: expected {policy.chosen.numel()} pairs as in the policy, got shape "
+                f"{tuple(reference.chosen.shape)}; pass the same batch to both models"
+            )
+        return reference.detach()
+
+
+def incentives(
+    objective: PairwiseLoss, policy: SequenceLogps, reference: SequenceLogps | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two scalars per pair by which an objective scales the scores, each (B,), by autograd.
+
+    d_w = -dL/dz_w and d_l = dL/dz_l, so that -grad L = d_w * s_w - d_l * s_l with s the gradient
+    of a response's log-prob (incentive-score decomposition, arXiv:2604.18239).
+    """
+    with torch.enable_grad():
+        chosen = policy.chosen.detach().requires_grad_()
+        rejected = policy.rejected.detach().requires_grad_()
+        loss = objective(replace(policy, chosen=chosen, rejected=rejected), reference).loss
+        # An objective that ignores one response has gradient zero there, not none.
+        d_chosen, d_rejected = torch.autograd.grad(
+            loss.sum(), (chosen, rejected), materialize_grads=True
+        )
+    return -d_chosen, d_rejected
+
+
+def number(
+    default: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A dataclass field that holds a finite number within bounds, checked when it is set."""
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">", above), (">=", at_least), ("<", below))
+        if math.isfinite(bound)
+    ]
+
+    def check(argument: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{argument}: must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{argument}: must be finite, got {value}")
+        if not (value > above and value >= at_least and value < below):
+            raise ValueError(f"{argument}: must be {' and '.join(bounds)}, got {value}")
+
+    return _checked_field(default, check)
+
+
+def choice(default: object, *others: object) -> Any:
+    """A dataclass field that holds one of the listed values, checked when it is set."""
+    accepted = (default, *others)
+
+    def check(argument: str, value: object) -> None:
+        if value not in accepted:
+            options = ", ".join(repr(option) for option in accepted)
+            raise ValueError(f"{argument}: must be one of {options}, got {value!r}")
+
+    return _checked_field(default, check)
+
+
+def _checked_field(default: object, check: Callable[[str, object], None]) -> Any:
+    return field(default=default, metadata={"check": check})

@@ -1,0 +1,199 @@
+"""What a run measures and where it goes: names, windows of steps, files and trackers.
+
+`logps/*` are summed log-probs in nats; rewards are beta·(log pi − log pi_ref), or beta·log pi for
+objectives without a reference. Metrics of pairs are means over pairs, whatever the micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastpref.errors import UserError
+from fastpref.files import replacing
+from fastpref.logps import SequenceLogps
+from fastpref.losses import LossOutput
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+PREFERENCE_METRICS = ("preference/accuracy", "preference/mean_kl", "preference/pci")
+
+Metrics = dict[str, float]
+
+
+def pair_sums(output: LossOutput, policy: SequenceLogps) -> Tensor:
+    """Sums over pairs of PAIR_METRICS, (7,) fp64, without gradient or host sync."""
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    columns = (
+        output.loss,
+        chosen,
+        rejected,
+        chosen > rejected,
+        chosen - rejected,
+        policy.chosen,
+        policy.rejected,
+    )
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def preference_sums(policy: SequenceLogps) -> Tensor:
+    """Sums over pairs of PREFERENCE_METRICS, (3,) fp64; needs `policy.preference`.
+
+    With ph = sigmoid(z_w − z_l), the policy's own probability of preferring `chosen`, and p the
+    target: accuracy is the share of pairs where both lie on the same side of 1/2, mean KL that of
+    Bernoulli(p) to Bernoulli(ph) in nats, and PCI (preference collapse index) the mean of
+    min(ph, 1 − ph): 0 when every pair is decided, 1/2 when none is.
+    """
+    assert policy.preference is not None
+    p = policy.preference.double()
+    margin = (policy.chosen - policy.rejected).detach().double()
+    predicted = margin.sigmoid()
+    cross_entropy = -p * torch.nn.functional.logsigmoid(margin) - (
+        1 - p
+    ) * torch.nn.functional.logsigmoid(-margin)
+    entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+    accurate = ((predicted > 0.5) == (p > 0.5)).double()
+    collapse = torch.minimum(predicted, 1 - predicted)
+    return torch.stack([accurate.sum(), (cross_entropy - entropy).sum(), collapse.sum()])
+
+
+class NonFinite(NamedTuple):
+    step: int
+    metric: str
+    value: float
+
+
+class Window:
+    """Sums of the optimizer steps since the last line of metrics, kept on the device.
+
+    Reading them is the only host sync of the training loop.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._rows: list[Tensor] = []  # each (2 + len(PAIR_METRICS),): pairs, gradient norm, sums
+
+    def add(self, step: int, pairs: int, grad_norm: Tensor, sums: Tensor) -> None:
+        head = torch.stack([torch.full_like(grad_norm, pairs), grad_norm]).to(sums)
+        self._steps.append(step)
+        self._rows.append(torch.cat([head, sums]))
+
+    def first_non_finite(self) -> NonFinite | None:
+        """The first step whose loss or gradient norm is NaN or infinite."""
+        if not self._rows:
+            return None
+        for step, row in zip(self._steps, self.state()[1].tolist(), strict=True):
+            for metric, value in (("loss", row[2]), ("grad_norm", row[1])):
+                if not math.isfinite(value):
+                    return NonFinite(step, metric, value)
+        return None
+
+    def flush(self) -> Metrics:
+        """Means over the pairs of the window and the mean gradient norm; empties the window."""
+        rows = self.state()[1]
+        totals = rows.sum(0)
+        means = (totals[2:] / totals[0]).tolist()
+        self._steps, self._rows = [], []
+        return {
+            **dict(zip(PAIR_METRICS, means, strict=True)),
+            "grad_norm": rows[:, 1].mean().item(),
+        }
+
+    def state(self) -> tuple[list[int], Tensor]:
+        """Steps and their rows on the host, for a checkpoint."""
+        empty = torch.zeros(0, 2 + len(PAIR_METRICS), dtype=torch.float64)
+        return self._steps, torch.stack(self._rows).cpu() if self._rows else empty
+
+    def restore(self, steps: list[int], rows: Tensor) -> None:
+        self._steps, self._rows = list(steps), list(rows)
+
+
+class Tracker(Protocol):
+    def log(self, metrics: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line, each with its `step`."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in read(path) if line["step"] <= resume_step] if resume_step else []
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _missing("tensorboard") from None
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("wandb") from None
+        self._run: Any = wandb.init(
+            project="fastpref", name=folder.name, dir=folder, config=config, resume="allow"
+        )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        self._run.log(metrics, step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def trackers(
+    folder: Path, names: Iterable[str], config: dict[str, Any], resume_step: int
+) -> list[Tracker]:
+    """The metrics file and whatever else was asked for; lines after `resume_step` are dropped."""
+    made: list[Tracker] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    for name in names:
+        made.append(
+            TensorBoard(folder, resume_step) if name == "tensorboard" else WandB(folder, config)
+        )
+    return made
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"training.track: {name} is not installed; pip install 'fastpref[track]'")

@@ -1,0 +1,36 @@
+"""The README of an exported model: what it is, how it was trained, what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from fastpref import metrics
+from fastpref.config import Config
+from fastpref.version import __version__
+
+
+def write(folder: Path, config: Config, metrics_file: Path) -> None:
+    """Write `folder/README.md` from the config and the last training and evaluation metrics."""
+    final: dict[str, float] = {}
+    for record in metrics.read(metrics_file):
+        final |= {k: v for k, v in record.items() if isinstance(v, int | float)}
+    header = {
+        "library_name": "transformers" if config.adapter is None else "peft",
+        "tags": ["fastpref", "preference-training", config.loss["name"]],
+    }
+    if config.adapter is not None and config.adapter.merge:
+        header["library_name"] = "transformers"
+    if config.model.path is not None:
+        header["base_model"] = config.model.path
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(final.items()))
+    settings = yaml.safe_dump(config.model_dump(exclude={"resume"}), sort_keys=False)
+    (folder / "README.md").write_text(
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
+        f"# {Path(config.training.output).name}\n\n"
+        f"Trained with `{config.loss['name']}` by fastpref {__version__} on `{config.data.train}`."
+        f"\n\n## Metrics of the last step\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+        f"## Config\n\n```yaml\n{settings}```\n",
+        encoding="utf-8",
+    )

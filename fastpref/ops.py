@@ -1,0 +1,312 @@
+"""The one seam between callers and implementations: validate, choose, call.
+
+Shapes: T tokens, S sequences, D hidden size, V vocabulary. `hidden` (T, D), `weight` (V, D) and
+`bias` (V,) are fp16, bf16, fp32 or fp64, all of one dtype on one device; `labels` (T,) and
+`cu_seqlens` (S + 1,) are int32 or int64. Labels are vocabulary indices or -100, which means
+"ignored": every statistic is 0 and no gradient flows. Results are fp32 (fp64 for fp64 inputs), in
+nats. What the logits are and how half precision and autocast are treated is written once, in
+`fastpref.reference`.
+
+`impl` is "auto" or the name of a row of `_IMPLEMENTATIONS`. "auto" takes the first row that has
+the operation on that device; a named implementation is used or refused, never replaced. Arguments
+are checked by shape, dtype and device only: reading a label's value would stall the device.
+"""
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.reference import IGNORE_INDEX, ScoreGeometry, TokenStats
+from fastpref.reference import segment_sum as _segment_sum
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ScoreGeometry",
+    "TokenStats",
+    "linear_kl",
+    "linear_logps",
+    "score_geometry",
+    "segment_sum",
+    "token_stats",
+]
+
+
+class _Implementation(NamedTuple):
+    name: str
+    module: str  # imported when first used
+    ops: frozenset[str]
+    devices: frozenset[str] | None  # device types; None means any
+
+
+# In the order in which "auto" tries them.
+_IMPLEMENTATIONS = (
+    _Implementation(
+        "chunked", "fastpref.chunked", frozenset({"linear_logps", "token_stats"}), None
+    ),
+    _Implementation(
+        "reference",
+        "fastpref.reference",
+        frozenset({"linear_logps", "token_stats", "linear_kl", "score_geometry"}),
+        None,
+    ),
+)
+
+
+def linear_logps(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """Log-prob of each label under the head, differentiable in hidden, weight and bias.
+
+        logps[t] = logits[t, labels[t]] - logsumexp(logits[t])
+        logits   = cap(logit_scale * (hidden @ weight.T + bias))
+        cap(x)   = softcap * tanh(x / softcap), or x without a softcap
+
+    The value does not depend, in any bit, on which of the arguments require a gradient. Gradients
+    can be taken once; taking a gradient of a gradient raises RuntimeError.
+
+    Raises ValueError, naming the argument, for a wrong shape, dtype, device, scale or `impl`.
+    """
+    _check_head(hidden, weight, bias, logit_scale, softcap)
+    _check_labels(labels, hidden)
+    run = _resolve("linear_logps", impl, hidden.device)
+    logps: Tensor = run(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    return logps
+
+
+def token_stats(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> TokenStats:
+    """Log-prob, log-sum-exp, entropy and top-1 of each token, without gradient.
+
+        lse[t]     = logsumexp(logits[t])
+        entropy[t] = -sum_v p[t, v] log p[t, v],  p = softmax(logits)
+        top1[t]    = logits[t, labels[t]] is the largest of its row (bool; a tie counts)
+
+    `logps` equals `linear_logps` of the same implementation bit for bit. Raises ValueError as
+    `linear_logps` does.
+    """
+    _check_head(hidden, weight, bias, logit_scale, softcap)
+    _check_labels(labels, hidden)
+    run = _resolve("token_stats", impl, hidden.device)
+    stats: TokenStats = run(
+        hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+    )
+    return stats
+
+
+def linear_kl(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (T, E)
+    ref_weight: Tensor,  # (V, E)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """KL(reference || policy) of each token's distribution, differentiable in the policy.
+
+        kl[t] = sum_v q[t, v] (log q[t, v] - log p[t, v]),  q the reference, p the policy
+
+    Only the plain implementation exists: it holds full (T, V) logits of both models. Raises
+    ValueError, naming the argument, for a wrong shape, dtype, device, scale or `impl`.
+    """
+    _check_head(hidden, weight, None, logit_scale, softcap)
+    _check_head(ref_hidden, ref_weight, None, logit_scale, softcap, prefix="ref_")
+    _check_device("ref_hidden", ref_hidden, hidden)
+    if len(ref_hidden) != len(hidden):
+        raise ValueError(
+            f"ref_hidden: expected {len(hidden)} rows, one per token of hidden, "
+            f"got {len(ref_hidden)}"
+        )
+    if len(ref_weight) != len(weight):
+        raise ValueError(
+            f"ref_weight: expected the policy's vocabulary of {len(weight)} rows, "
+            f"got {len(ref_weight)}; KL needs one vocabulary"
+        )
+    run = _resolve("linear_kl", impl, hidden.device)
+    kl: Tensor = run(
+        hidden, weight, ref_hidden, ref_weight, logit_scale=logit_scale, softcap=softcap
+    )
+    return kl
+
+
+def score_geometry(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S + 1,)
+    *,
+    per_pair: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> ScoreGeometry:
+    """Norms and cosine of the chosen and rejected scores with respect to the head's weight.
+
+        s = sum over a sequence of d logps[t] / d weight     (V, D)
+
+    Sequences are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}. The results are
+    () for the batch-mean scores, (B,) with `per_pair`; the cosine is 0 where a norm is 0.
+
+    Only the plain implementation exists: it holds full (T, V) logits and one (V, D) matrix per
+    sequence. Raises ValueError, naming the argument, for a wrong shape, dtype, device, scale or
+    `impl`.
+    """
+    _check_head(hidden, weight, None, logit_scale, softcap)
+    _check_labels(labels, hidden)
+    _check_offsets(cu_seqlens, hidden)
+    if len(cu_seqlens) < 3 or len(cu_seqlens) % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
+            f"got {len(cu_seqlens)}"
+        )
+    run = _resolve("score_geometry", impl, hidden.device)
+    geometry: ScoreGeometry = run(
+        hidden,
+        weight,
+        labels,
+        cu_seqlens,
+        per_pair=per_pair,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    return geometry
+
+
+def segment_sum(
+    values: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,)
+    """Sum of `values` over each segment, differentiable; an empty segment gives 0.
+
+        sums[s] = sum of values[cu_seqlens[s] : cu_seqlens[s + 1]]
+
+    Deterministic, accumulated in fp64, returned in the dtype of `values`. Raises ValueError,
+    naming the argument, for a wrong shape, dtype or device.
+    """
+    if values.dim() != 1 or not values.is_floating_point():
+        raise ValueError(f"values: expected a floating-point vector (T,), got {_describe(values)}")
+    _check_offsets(cu_seqlens, values)
+    return _segment_sum(values, cu_seqlens)
+
+
+def _resolve(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
+    """The function that computes `op` on `device`."""
+    rows = [row for row in _IMPLEMENTATIONS if op in row.ops]
+    fitting = [row for row in rows if row.devices is None or device.type in row.devices]
+    for row in fitting:
+        if impl in ("auto", row.name):
+            function: Callable[..., Any] = getattr(import_module(row.module), op)
+            return function
+    if impl in (row.name for row in rows):
+        raise ValueError(
+            f"impl: {impl!r} cannot run on {device.type}; move the inputs or use impl='auto'"
+        )
+    names = ", ".join(repr(row.name) for row in rows)
+    raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    prefix: str = "",
+) -> None:
+    name, other = f"{prefix}hidden", f"{prefix}weight"
+    if hidden.dim() != 2 or hidden.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name}: expected a (T, D) tensor of fp16, bf16, fp32 or fp64, "
+            f"got {_describe(hidden)}; flatten batch and time into T"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
+        raise ValueError(
+            f"{other}: expected shape (V, {hidden.shape[1]}) with V >= 1 to match {name}, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check_dtype(other, weight, hidden, name)
+    _check_device(other, weight, hidden, name)
+    if bias is not None:
+        if bias.shape != (len(weight),):
+            raise ValueError(
+                f"bias: expected shape ({len(weight)},), one per row of weight, "
+                f"got {tuple(bias.shape)}"
+            )
+        _check_dtype("bias", bias, hidden)
+        _check_device("bias", bias, hidden)
+    if not _is_real(logit_scale) or logit_scale == 0:
+        raise ValueError(
+            f"logit_scale: expected a finite number other than 0, got {logit_scale!r}; "
+            f"1.0 leaves the logits as they are"
+        )
+    if softcap is not None and not (_is_real(softcap) and softcap > 0):
+        raise ValueError(
+            f"softcap: expected a finite number above 0, got {softcap!r}; None means no cap"
+        )
+
+
+def _check_labels(labels: Tensor, hidden: Tensor) -> None:
+    if labels.dtype not in _INTEGERS:
+        raise ValueError(f"labels: expected int64 or int32, got {labels.dtype}")
+    if labels.shape != (len(hidden),):
+        raise ValueError(
+            f"labels: expected shape ({len(hidden)},), one per row of hidden, "
+            f"got {tuple(labels.shape)}"
+        )
+    _check_device("labels", labels, hidden)
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in _INTEGERS:
+        raise ValueError(
+            f"cu_seqlens: expected an int32 or int64 vector of S + 1 offsets starting at 0, "
+            f"got {_describe(cu_seqlens)}"
+        )
+    _check_device("cu_seqlens", cu_seqlens, tokens, "the tokens")
+
+
+def _check_dtype(name: str, tensor: Tensor, like: Tensor, like_name: str = "hidden") -> None:
+    if tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{name}: expected {like.dtype} like {like_name}, got {tensor.dtype}; cast one of them"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str = "hidden") -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected to be on {like.device} like {like_name}, got {tensor.device}; "
+            f"move one of them"
+        )
+
+
+def _is_real(number: object) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)} of {tensor.dtype}"

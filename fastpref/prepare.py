@@ -1,0 +1,119 @@
+"""Everything that is ready before the first step: folder, tokens, plan, policy, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastpref import checkpoint
+from fastpref.config import Config, ConfigError
+from fastpref.data import bpe
+from fastpref.data.batches import Plan
+from fastpref.data.formats import read_pairs
+from fastpref.data.tokens import PairDataset, load_pairs
+from fastpref.model import ModelError, Policy, load_policy, load_tokenizer
+from fastpref.progress import Display
+from fastpref.reference_logps import Reference, reference_for
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A data set, the order in which it is visited, and its reference log-probs."""
+
+    dataset: PairDataset
+    plan: Plan
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Prepared:
+    folder: Path
+    checkpoint: Path | None  # to continue from
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy  # as loaded; not yet restored from the checkpoint
+    train: Pairs
+    eval: Pairs | None
+
+
+def prepare(config: Config, display: Display) -> Prepared:
+    """Load, tokenise and plan; the reference is taken from the policy as it was loaded.
+
+    Raises UserError in one line for anything a user can mend.
+    """
+    folder = Path(config.training.output)
+    found = _claim(folder, config)
+    tokenizer = _tokenizer(config)
+    train = load_pairs(config.data.train, tokenizer, config.data)
+    display.note(f"train: {train.summary()}")
+    held_out = None
+    if config.data.eval is not None:
+        held_out = load_pairs(config.data.eval, tokenizer, config.data, "test")
+        display.note(f"eval: {held_out.summary()}")
+    policy = load_policy(config, tokenizer, device_of(config.training.device))
+    t, cache = config.training, Path(config.data.cache).expanduser()
+
+    def with_reference(dataset: PairDataset, seed: int | None) -> Pairs:
+        plan = Plan(dataset.padded_lengths, t.batch_size, t.max_tokens, seed)
+        if config.reference_mode == "cached":
+            display.phase("reference", len(dataset))
+        progress: Callable[[int], None] = display.advance
+        return Pairs(
+            dataset,
+            plan,
+            reference_for(config.reference_mode, policy, dataset, plan, cache, progress),
+        )
+
+    return Prepared(
+        folder,
+        found,
+        tokenizer,
+        policy,
+        with_reference(train, t.seed),
+        None if held_out is None else with_reference(held_out, None),
+    )
+
+
+def _claim(folder: Path, config: Config) -> Path | None:
+    """Make the run directory and find the checkpoint to continue from, if that is asked for."""
+    if config.resume is None and (folder / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"training.output: {folder} already holds a run; continue it with resume=auto or "
+            "choose another folder"
+        )
+    found = checkpoint.find(folder / "checkpoints", config.resume) if config.resume else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"training.output: {error.filename}: {error.strerror}") from None
+    return found
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, or one trained on the data."""
+    named = load_tokenizer(config.model)
+    if named is not None:
+        return named
+    size = (config.model.config or {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise ModelError(
+            "model.config.vocab_size: is needed to train a tokenizer on the data (or name one "
+            "in model.tokenizer)"
+        )
+    try:
+        return bpe.train(bpe.texts_of(read_pairs(config.data.train)), size)
+    except ValueError as error:
+        raise ModelError(f"model.config.{error}") from None
+
+
+def device_of(name: str) -> torch.device:
+    """The device of `training.device`; raises ConfigError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device: cuda is asked for, but torch finds no GPU")
+    return torch.device(name)

@@ -1,0 +1,135 @@
+"""Log-probs of the reference policy: the model as it was loaded, before the first update.
+
+`cached` computes them once, in the order and the forward passes of the first epoch, and keeps them
+on disk under a hash of what decides them: the weights, the arithmetic and the token ids. Learning
+rate, objective, batch size and seed are not among those, so runs share them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastpref import files
+from fastpref.config import ReferenceMode
+from fastpref.data.batches import Batch, Plan, micro_batch
+from fastpref.data.tokens import PairDataset
+from fastpref.logps import SequenceLogps
+from fastpref.model import Policy
+
+_VERSION = "1"  # raise it when the same weights and tokens give other log-probs
+Progress = Callable[[int], None]  # pairs done
+
+
+class Reference(Protocol):
+    """Gives the reference log-probs of a batch; None for objectives without a reference."""
+
+    def __call__(self, batch: Batch) -> SequenceLogps | None: ...
+
+
+def no_reference(batch: Batch) -> None:
+    return None
+
+
+class FrozenReference:
+    """A second copy of the model beside the policy."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._copy = copy.deepcopy(policy).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> SequenceLogps:
+        return SequenceLogps.from_sequences(self._copy(batch).logps, batch.lengths)
+
+
+class CachedReference:
+    """Log-probs computed before training, looked up by the pairs' position in the data."""
+
+    def __init__(self, logps: Tensor) -> None:
+        self.logps = logps  # (N, 2): chosen, rejected
+
+    def __call__(self, batch: Batch) -> SequenceLogps:
+        values = self.logps[batch.index]
+        return SequenceLogps.from_sequences(torch.cat([values[:, 0], values[:, 1]]), batch.lengths)
+
+
+def reference_for(
+    mode: ReferenceMode,
+    policy: Policy,
+    dataset: PairDataset,
+    plan: Plan,
+    cache: Path,
+    progress: Progress,
+) -> Reference:
+    """The reference for one data set; call it before the policy's first update."""
+    if mode == "none":
+        return no_reference
+    if mode == "frozen":
+        return FrozenReference(policy)
+    given = dataset.given_reference_logps()
+    if given is not None:
+        dtype = torch.promote_types(policy.compute_dtype, torch.float32)
+        return CachedReference(torch.from_numpy(given).to(policy.device, dtype))
+    path = cache / "reference" / f"{_key(policy, dataset)}.safetensors"
+    if not path.exists():
+        logps = _compute(policy, dataset, plan, progress)
+        with files.replacing(path) as temporary:
+            save_file({"logps": logps.cpu().contiguous()}, temporary)
+    return CachedReference(load_file(path)["logps"].to(policy.device))
+
+
+@torch.no_grad()
+def _compute(policy: Policy, dataset: PairDataset, plan: Plan, progress: Progress) -> Tensor:
+    """(N, 2) summed log-probs of all pairs under the policy as it is now."""
+    dtype = torch.promote_types(policy.compute_dtype, torch.float32)
+    logps = torch.empty(len(dataset), 2, dtype=dtype, device=policy.device)
+    was_training, done = policy.training, 0
+    policy.eval()
+    for indices in _micro_batches(plan):
+        for batch in micro_batch(dataset, indices, policy.device):
+            logps[batch.index] = policy(batch).logps.view(2, -1).T
+        done += len(indices)
+        progress(done)
+    policy.train(was_training)
+    return logps
+
+
+def _micro_batches(plan: Plan) -> Iterator[list[int]]:
+    for step in plan.epoch(0):
+        yield from step
+
+
+def _key(policy: Policy, dataset: PairDataset) -> str:
+    arithmetic = {
+        "version": _VERSION,
+        "compute": str(policy.compute_dtype),
+        "device": policy.device.type,
+        "attention": policy.base.config._attn_implementation,
+        "config": _architecture(policy),
+    }
+    return files.sha256(weights_sha256(policy), json.dumps(arithmetic), dataset.fingerprint)
+
+
+def _architecture(policy: Policy) -> dict[str, object]:
+    """The model's config without what does not change its numbers."""
+    values = json.loads(policy.base.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "use_cache", "dtype"):
+        values.pop(name, None)
+    return values
+
+
+def weights_sha256(policy: Policy) -> str:
+    """Hash of all weights by name, shape, dtype and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in policy.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""The training loop: plan → forward → objective → backward → clip → step → metrics.
+
+    loss of a step = sum over its pairs of the per-pair losses / number of its pairs
+
+is the only normalisation, so micro-batches and accumulation do not change the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref import checkpoint, interrupts, metrics, model_card, progress
+from fastpref.config import Config, ConfigError
+from fastpref.data.batches import Batch, micro_batch
+from fastpref.errors import UserError
+from fastpref.files import replacing
+from fastpref.logps import SequenceLogps
+from fastpref.losses import LossOutput
+from fastpref.model import export
+from fastpref.optim import learning_rate, make_optimizer
+from fastpref.prepare import Pairs, prepare
+
+
+class Diverged(UserError):
+    """The loss or the gradient is no longer finite."""
+
+
+def train(config: Config, display: progress.Display) -> Path:
+    """Run a config to its end and return the folder of the exported model.
+
+    Raises UserError for what a user can mend, and Interrupted after SIGTERM or Ctrl-C.
+    """
+    trainer = Trainer(config, display)
+    with interrupts.collecting() as signals:
+        trainer.loop(signals)
+    return trainer.export()
+
+
+class Trainer:
+    """One run: the policy, its data and reference, the optimizer, and the position in the plan."""
+
+    def __init__(self, config: Config, display: progress.Display) -> None:
+        self.config, self.display = config, display
+        self.run = prepare(config, display)
+        self.policy, self.plan = self.run.policy, self.run.train.plan
+        self.loss = config.build_loss()
+        self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
+        self.optimizer = make_optimizer(config.optim, self._trained)
+        self.window = metrics.Window()
+        self.step = self.tokens = 0
+        if self.run.checkpoint is not None:
+            self._resume(self.run.checkpoint)
+        self.trackers = metrics.trackers(
+            self.run.folder, config.training.track, config.model_dump(), self.step
+        )
+
+    def loop(self, signals: list[int]) -> None:
+        """Train from the current step to the last; a signal ends it after the step at hand."""
+        t = self.config.training
+        self.display.phase("train", self.steps, self.step)
+        if self.run.eval and self.step == 0:
+            self._evaluate(self.run.eval)
+        first, self._started, self._logged_at = self.step, time.monotonic(), (self.tokens, 0.0)
+        while self.step < self.steps:
+            last = self.step + 1 == self.steps
+            logs = last or self.step == 0 or _due(self.step + 1, t.log_every)
+            entropy = self._train_step(with_entropy=logs)
+            self.display.advance(self.step)
+            saves = bool(signals) or _due(self.step, t.checkpoint_every)
+            saves |= last and t.checkpoint_every is not None
+            evaluates = self.run.eval and (last or _due(self.step, t.eval_every))
+            if logs or saves or evaluates:
+                self._stop_unless_finite()
+            if logs:
+                self._log(entropy, done=(self.step - first) / (self.steps - first))
+            if self.run.eval and evaluates:
+                self._evaluate(self.run.eval)
+            if saves:
+                self._save()
+            if signals and not last:
+                raise interrupts.Interrupted(
+                    signals[0],
+                    f"stopped by {signal.Signals(signals[0]).name} after step {self.step}; "
+                    "continue with resume=auto",
+                )
+
+    def _train_step(self, with_entropy: bool) -> Tensor | None:
+        """One optimizer step; returns (sum of token entropies, tokens) where it is asked for."""
+        micro_batches = self.plan.step(self.step)
+        pairs = sum(map(len, micro_batches))
+        rate = learning_rate(self.config.optim, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, entropies = [], []
+        for indices in micro_batches:
+            batches = micro_batch(self.run.train.dataset, indices, self.policy.device)
+            policy, output, entropy = self._forward(batches, self.run.train, with_entropy)
+            (output.loss.sum() / pairs).backward()
+            sums.append(metrics.pair_sums(output, policy))
+            entropies.append(entropy)
+            self.tokens += sum(batch.tokens for batch in batches)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.optim.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.step += 1
+        self.window.add(self.step, pairs, norm, torch.stack(sums).sum(0))
+        return torch.stack(entropies).sum(0) if with_entropy else None  # type: ignore[arg-type]
+
+    def _forward(
+        self, batches: list[Batch], pairs: Pairs, with_entropy: bool
+    ) -> tuple[SequenceLogps, LossOutput, Tensor | None]:
+        """Log-probs, losses and entropy of one micro-batch, in one or more forward passes."""
+        results = [self.policy(batch, with_entropy) for batch in batches]
+        policy = SequenceLogps.cat(
+            SequenceLogps.from_sequences(result.logps, batch.lengths, batch.preference)
+            for result, batch in zip(results, batches, strict=True)
+        )
+        known = [pairs.reference(batch) for batch in batches]
+        reference = SequenceLogps.cat(k for k in known if k is not None) if known[0] else None
+        entropy = torch.stack([r.entropy for r in results]).sum(0) if with_entropy else None
+        return policy, self.loss(policy, reference), entropy
+
+    @torch.no_grad()
+    def _evaluate(self, pairs: Pairs) -> None:
+        """Metrics over the held-out pairs, under names that begin with `eval_`."""
+        self.policy.eval()
+        soft = pairs.dataset.has_preferences
+        sums, entropies = [], []
+        for step in pairs.plan.epoch():
+            for indices in step:
+                batches = micro_batch(pairs.dataset, indices, self.policy.device)
+                policy, output, entropy = self._forward(batches, pairs, with_entropy=True)
+                parts = [metrics.pair_sums(output, policy)]
+                parts += [metrics.preference_sums(policy)] if soft else []
+                sums.append(torch.cat(parts))
+                entropies.append(entropy)
+        self.policy.train()
+        names = metrics.PAIR_METRICS + (metrics.PREFERENCE_METRICS if soft else ())
+        means = (torch.stack(sums).sum(0) / len(pairs.dataset)).tolist()
+        record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
+        record |= {f"eval_{name}": value for name, value in zip(names, means, strict=True)}
+        record["eval_entropy"] = _mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
+        self._track(record)
+        self.display.note(progress.evaluation(record))
+
+    def _log(self, entropy: Tensor | None, done: float) -> None:
+        seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
+        self._logged_at = (self.tokens, seconds)
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self._epoch,
+            **self.window.flush(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "entropy": _mean(entropy),  # of this step alone: it costs one more pass over the head
+            "num_tokens": self.tokens,
+            "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
+            "peak_memory_gib": _peak_memory(self.policy.device),
+        }
+        self._track(record)
+        self.display.metrics(record, seconds_left=seconds * (1 - done) / done)
+
+    def _track(self, record: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def _stop_unless_finite(self) -> None:
+        """Raise Diverged, and save the row numbers, for a step with a loss or gradient gone."""
+        found = self.window.first_non_finite()
+        if found is None:
+            return
+        indices = [index for part in self.plan.step(found.step - 1) for index in part]
+        rows = sorted(self.run.train.dataset[index].row for index in indices)
+        report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
+        path = self.run.folder / "nonfinite.json"
+        path.write_text(json.dumps({**report, "rows": rows}, indent=1))
+        raise Diverged(
+            f"training stopped: {found.metric} is {found.value} at step {found.step}; "
+            f"the rows of that step are in {path}; lower optim.lr or look at them"
+        )
+
+    def _save(self) -> None:
+        steps, rows = self.window.state()
+        position = {"tokens": self.tokens, "window": steps, "plan": self._plan_key}
+        root, keep = self.run.folder / "checkpoints", self.config.training.keep_checkpoints
+        checkpoint.save(root, self.step, self.policy, self.optimizer, position, rows, keep)
+
+    def _resume(self, folder: Path) -> None:
+        position = checkpoint.position(folder)
+        if position["plan"] != self._plan_key:
+            raise ConfigError(
+                "resume: the data, training.batch_size or training.seed are not those of "
+                f"{folder}; restore them or choose another training.output"
+            )
+        rows = checkpoint.restore(folder, self.policy, self.optimizer)
+        self.window.restore(position["window"], rows)
+        self.step, self.tokens = position["step"], position["tokens"]
+        self.display.note(f"resumed from {folder}")
+
+    def export(self) -> Path:
+        """Close the trackers and write the model in Hugging Face format; returns its folder."""
+        for tracker in self.trackers:
+            tracker.close()
+        adapter, folder = self.config.adapter, self.run.folder / "model"
+        with replacing(folder) as temporary:
+            export(self.policy, self.run.tokenizer, temporary, adapter is None or adapter.merge)
+            model_card.write(temporary, self.config, self.run.folder / "metrics.jsonl")
+        self.display.note(f"model: {folder}")
+        return folder
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    @property
+    def _plan_key(self) -> list[Any]:
+        return [self.run.train.dataset.fingerprint, self.plan.batch_size, self.plan.seed]
+
+    @property
+    def _epoch(self) -> float:
+        return round(self.step / self.plan.steps_per_epoch, 4)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _mean(sum_and_count: Tensor | None) -> float | None:
+    if sum_and_count is None:
+        return None
+    total, count = sum_and_count.tolist()
+    return total / count
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB at most so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,121 @@
+"""Tiny models, tokenizers and data, made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fastpref import config as configs
+from fastpref.data import bpe
+from fastpref.progress import Display
+
+WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def rows(count: int, soft: bool = False) -> list[dict[str, Any]]:
+    """Pairs of different lengths, some of one word; no two alike."""
+    made = []
+    for i in range(count):
+        first, second = WORDS[i % 10], WORDS[(i * 3 + 1) % 10]
+        row = {
+            "prompt": f"User: {i}. {first} or {second}?\nAssistant:",
+            "chosen": f" {first}" + f" and {second}" * (i % 4),
+            "rejected": f" {second} of course" + " really" * (i % 3),
+        }
+        if soft:
+            row["p"] = round(0.55 + 0.4 * (i % 7) / 7, 4)
+        made.append(row)
+    return made
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    texts = [row[name] for row in rows(40) for name in ("prompt", "chosen", "rejected")]
+    return bpe.train(texts, 384)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Folder of a Llama of 30k fp32 weights, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    torch.manual_seed(0)
+    options = {**LLAMA, "initializer_range": 0.2}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(options.pop("model_type"), **options)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def display() -> Display:
+    return Display(Console(quiet=True))
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_llama: str) -> Callable[..., configs.Config]:
+    """A config for the tiny Llama on generated pairs; overrides are `section__key=value`."""
+
+    def make(**overrides: Any) -> configs.Config:
+        path = tmp_path / "pairs.jsonl"
+        if not path.exists():
+            write_jsonl(path, rows(24))
+        values: dict[str, Any] = {
+            "model": {"path": tiny_llama, "dtype": "float32"},
+            "data": {"train": str(path), "max_length": 64, "cache": str(tmp_path / "cache")},
+            "loss": {"name": "dpo"},
+            "optim": {"lr": 1e-3},
+            "training": {
+                "batch_size": 8,
+                "max_tokens": 4096,
+                "log_every": 1,
+                "device": "cpu",
+                "checkpoint_every": None,
+                "output": str(tmp_path / "run"),
+            },
+        }
+        for name, value in overrides.items():
+            section, _, key = name.partition("__")
+            if key:
+                values.setdefault(section, {})[key] = value
+            else:
+                values[section] = value
+        return configs.parse(values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real preference data, where the environment names one."""
+    folder = os.environ.get("FASTPREF_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("FASTPREF_DATA names no folder of real preference data")
+    return Path(folder)

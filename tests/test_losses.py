@@ -1,0 +1,208 @@
+"""What all objectives share: soft labels, the reference, incentives, names and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastpref import losses
+from fastpref.logps import SequenceLogps
+from fastpref.losses import CDPO, CPO, DPO, IPO, PMO, SFT, SimPO, StaPO, pairwise
+
+OBJECTIVES = [losses.build(name) for name in losses.names()]
+NEEDS_REFERENCE = [DPO(), CDPO(), IPO(), PMO()]
+REFERENCE_FREE = [SFT(), SimPO(), CPO(), PMO(alpha=0.5, beta=0), StaPO()]
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+
+
+def batch(pairs=16, p=None):
+    """Random policy and reference in fp64; `p`, a number, is the soft label of every pair."""
+    g = torch.Generator().manual_seed(0)
+    z, r = -50 + 20 * torch.randn(2, 2 * pairs, generator=g, dtype=torch.float64)
+    n = torch.randint(1, 40, (2 * pairs,), generator=g)
+    label = None if p is None else torch.full((pairs,), p, dtype=torch.float64)
+    return SequenceLogps.from_sequences(z, n, label), SequenceLogps.from_sequences(r, n)
+
+
+@every_objective
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 1.0])
+def test_a_soft_label_weighs_both_orders_of_the_pair(objective, p):
+    policy, reference = batch()
+    forward = objective(policy, reference).loss
+    backward = objective(policy.swapped(), reference.swapped()).loss
+    soft = objective(batch(p=p)[0], reference).loss
+    torch.testing.assert_close(soft, p * forward + (1 - p) * backward, rtol=1e-14, atol=1e-14)
+
+
+@every_objective
+def test_swapping_the_pair_and_the_label_changes_nothing(objective):
+    policy, reference = batch(p=0.3)
+    out = objective(policy, reference)
+    swapped = objective(policy.swapped(), reference.swapped())
+    torch.testing.assert_close(swapped.loss, out.loss, rtol=1e-14, atol=1e-14)
+    assert torch.equal(swapped.chosen_rewards, out.rejected_rewards)
+    assert torch.equal(swapped.rejected_rewards, out.chosen_rewards)
+
+
+@pytest.mark.parametrize("objective", NEEDS_REFERENCE, ids=repr)
+def test_a_missing_reference_says_what_to_do(objective):
+    policy, _ = batch(pairs=3)
+    assert objective.needs_reference
+    with pytest.raises(ValueError, match=rf"{objective.name} needs.*`reference: cached`"):
+        objective(policy, None)
+    one, _ = batch(pairs=1)
+    with pytest.raises(ValueError, match=r"reference: expected 3 pairs.*\(1,\)"):
+        objective(policy, one)
+
+
+@pytest.mark.parametrize("objective", REFERENCE_FREE, ids=repr)
+def test_a_reference_that_is_not_needed_is_not_read(objective):
+    policy, _ = batch(p=0.3)
+    nan = dataclasses.replace(
+        policy, chosen=policy.chosen * math.nan, rejected=policy.rejected * math.nan
+    )
+    assert not objective.needs_reference
+    assert torch.equal(objective(policy, nan).loss, objective(policy).loss)
+
+
+def test_no_gradient_reaches_the_reference():
+    policy, reference = batch()
+    for side in (policy.chosen, policy.rejected, reference.chosen, reference.rejected):
+        side.requires_grad_()
+    DPO()(policy, reference).loss.sum().backward()
+    assert policy.chosen.grad is not None and policy.rejected.grad is not None
+    assert reference.chosen.grad is None and reference.rejected.grad is None
+
+
+@every_objective
+def test_nothing_waits_for_the_device(objective):
+    """Meta tensors hold no values, so reading one back, as a host sync would, raises."""
+    policy, reference = (
+        SequenceLogps.from_sequences(
+            torch.empty(8, device="meta"),
+            torch.empty(8, dtype=torch.int64, device="meta"),
+            torch.empty(4, device="meta"),
+        )
+        for _ in range(2)
+    )
+    assert objective(policy, reference).loss.shape == (4,)
+    assert losses.incentives(objective, policy, reference)[0].shape == (4,)
+
+
+def test_incentives_work_under_no_grad_and_leave_the_batch_alone():
+    policy, reference = batch()
+    with torch.no_grad():
+        d_w, d_l = losses.incentives(DPO(), policy, reference)
+    assert (d_w > 0).all() and torch.equal(d_w, d_l)
+    assert not d_w.requires_grad and not policy.chosen.requires_grad
+
+
+def test_every_objective_of_the_module_is_listed_once():
+    defined = {
+        value
+        for value in vars(pairwise).values()
+        if isinstance(value, type) and value.__module__ == pairwise.__name__
+    }
+    assert {type(losses.build(name)) for name in losses.names()} == defined
+    assert losses.names() == ("sft", "dpo", "cdpo", "ipo", "simpo", "cpo", "pmo", "stapo")
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_describe_states_everything(name):
+    description = losses.describe(name)
+    assert description.name == name
+    assert description.summary.endswith(".") and ":" in description.summary
+    assert description.formula and "d_w" in description.incentives and description.source
+    assert "\n" not in description.formula + description.incentives + description.source
+    assert losses.build(name, **description.defaults) == losses.build(name)
+    assert description.needs_reference == losses.build(name).needs_reference
+
+
+def test_describe_joins_continued_lines():
+    assert losses.describe("pmo").source.endswith("Eq. 5 (anonymous submission, no arXiv id)")
+    assert losses.describe("dpo") == losses.Description(
+        name="dpo",
+        summary="Direct preference optimization: logistic loss on the margin of the implicit "
+        "rewards.",
+        formula="-LS(u), u = beta * (tw - tl)",
+        incentives="d_w = d_l = beta * S(-u)",
+        source="Rafailov et al. 2023, Eq. 7, arXiv:2305.18290",
+        defaults={"beta": 0.1},
+        needs_reference=True,
+    )
+
+
+def test_defaults():
+    assert {name: losses.describe(name).defaults for name in losses.names()} == {
+        "sft": {"responses": "chosen", "average": True},
+        "dpo": {"beta": 0.1},
+        "cdpo": {"beta": 0.1, "label_smoothing": 0.2},
+        "ipo": {"tau": 0.1},
+        "simpo": {"beta": 2.0, "gamma": 1.0},
+        "cpo": {"beta": 0.1, "lam": 1.0},
+        "pmo": {"alpha": 0.9, "beta": 0.1},
+        "stapo": {"beta": 2.0, "left_margin": 0.6, "right_margin": 0.8},
+    }
+
+
+def test_build_sets_parameters():
+    assert losses.build("dpo", beta=0.05) == DPO(beta=0.05) != DPO()
+    assert losses.build("simpo", beta=2) == SimPO(beta=2.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        losses.build("dpo").beta = 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("simp", {}, "name: no objective is called 'simp'; known: simpo"),
+        ("DPO", {}, "name: no objective is called 'DPO'; known: dpo, cdpo"),
+        ("zzz", {}, "name: .* known: sft, dpo, cdpo, ipo, simpo, cpo, pmo, stapo"),
+        (None, {}, "name: no objective is called None"),
+        ("cdpo", {"gamma": 1.0}, "gamma: not a parameter of cdpo, .* beta, label_smoothing"),
+        ("dpo", {"beta": -1.0}, r"beta: must be > 0, got -1\.0"),
+        ("dpo", {"beta": 0}, "beta: must be > 0, got 0"),
+        ("dpo", {"beta": math.nan}, "beta: must be finite, got nan"),
+        ("dpo", {"beta": "1e-1"}, "beta: must be a number, got '1e-1'"),
+        ("dpo", {"beta": True}, "beta: must be a number, got True"),
+        ("cdpo", {"label_smoothing": 0.5}, r"label_smoothing: must be >= 0 and < 0\.5, got 0\.5"),
+        ("cdpo", {"label_smoothing": -0.1}, "label_smoothing: must be >= 0"),
+        ("ipo", {"tau": 0.0}, "tau: must be > 0"),
+        ("simpo", {"beta": 0.0}, "beta: must be > 0"),
+        ("simpo", {"gamma": math.inf}, "gamma: must be finite, got inf"),
+        ("cpo", {"lam": -1}, "lam: must be >= 0, got -1"),
+        ("pmo", {"alpha": -0.1}, "alpha: must be >= 0"),
+        ("pmo", {"beta": -0.1}, "beta: must be >= 0"),
+        ("pmo", {"alpha": 0, "beta": 0}, r"alpha: alpha \+ beta must be > 0"),
+        ("stapo", {"left_margin": 1.0}, r"left_margin: must be <= right_margin \(0\.8\), got 1\.0"),
+        ("stapo", {"right_margin": math.inf}, "right_margin: must be finite"),
+        ("sft", {"responses": "all"}, "responses: must be one of 'chosen', 'both', got 'all'"),
+        ("sft", {"average": "no"}, "average: must be one of True, False, got 'no'"),
+    ],
+)
+def test_bad_names_and_parameters_are_refused_by_name(name, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        losses.build(name, **parameters)
+
+
+def test_importing_the_losses_loads_nothing_else():
+    code = (
+        "import sys, fastpref.losses; "
+        "print(*sorted(m for m in sys.modules if m.startswith(('fastpref.', 'transformers', "
+        "'pydantic', 'triton'))))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert loaded == [
+        "fastpref.logps",
+        "fastpref.losses",
+        "fastpref.losses.base",
+        "fastpref.losses.pairwise",
+        "fastpref.version",
+    ]
