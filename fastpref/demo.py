@@ -54,7 +54,9 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
         "checkpoint_every": None,
     }
 
-    def stage(name: str, model: dict[str, Any], loss: dict[str, Any], lr: float, **extra: Any):
+    def stage(
+        name: str, model: dict[str, Any], loss: dict[str, Any], lr: float, **extra: Any
+    ) -> dict[str, Any]:
         return {
             "model": {"dtype": "float32", **model},
             "data": data,
@@ -70,17 +72,17 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
             {"init": "random", "config": _LLAMA},
             {"name": "sft", "responses": "both"},
             3e-3,
-            epochs=2,
-            eval_every=15,
+            steps=60,
+            eval_every=12,
         ),
-        "dpo": stage("dpo", speaks, {"name": "dpo", "beta": 0.1}, 5e-4, epochs=2, eval_every=15),
+        "dpo": stage("dpo", speaks, {"name": "dpo", "beta": 0.1}, 5e-4, steps=60, eval_every=12),
         "pmo": stage(
             "pmo",
             speaks,
             {"name": "pmo", "alpha": 0.9, "beta": 0.1},
             5e-4,
-            epochs=2,
-            eval_every=15,
+            steps=60,
+            eval_every=12,
         ),
     }
 
@@ -92,7 +94,7 @@ def run(out: Path, seed: int, display: Display) -> None:
     display.note(
         f"1. data: pairs that differ in one word, with a target probability, in {out}/data"
     )
-    pure_semantic.write(out / "data", seed)
+    _, held_out = pure_semantic.write(out / "data", seed)
     titles = {
         "sft": "2. SFT: a Llama with random weights learns both responses",
         "dpo": "3. DPO (beta 0.1) from that checkpoint",
@@ -108,7 +110,9 @@ def run(out: Path, seed: int, display: Display) -> None:
     results = {name: result(curve) for name, curve in curves.items()}
     seconds = time.monotonic() - started
     (out / "results.json").write_text(json.dumps({"seconds": seconds, **results}, indent=1))
-    picture = draw(curves, out / "demo.png")
+    targets = [json.loads(line)["p"] for line in held_out.read_text().splitlines()]
+    target_pci = sum(min(p, 1 - p) for p in targets) / len(targets)
+    picture = draw(curves, target_pci, out / "demo.png")
     display.note("")
     display.console.print(table(results))
     display.note(f"\npicture: {picture}\nmodels:  {', '.join(str(m) for m in models.values())}")
@@ -151,8 +155,8 @@ def table(results: dict[str, dict[str, float]]) -> Table:
     return made
 
 
-def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> Path:
-    """Four panels over the preference steps: accuracy, KL, PCI and log-probs."""
+def draw(curves: dict[str, list[dict[str, Any]]], target_pci: float, path: Path) -> Path:
+    """Four panels over the steps of each stage: accuracy, KL, PCI and log-probs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,6 +174,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> Path:
             steps = [record["step"] for record in curve]
             axis.plot(steps, [record[key] for record in curve], color=colours[name], label=name)
         axis.set_title(title, fontsize=11)
+    axes.flat[2].axhline(target_pci, color="black", lw=1, ls=":", label="target p")
     axis = axes.flat[3]
     for name, curve in curves.items():
         steps = [record["step"] for record in curve]

@@ -20,7 +20,7 @@ from fastpref import config as configs
 from fastpref.data import bpe
 from fastpref.progress import Display
 
-WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()
+WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 384,

@@ -25,7 +25,7 @@ from fastpref.data.tokens import load_pairs
 from fastpref.interrupts import Interrupted
 from fastpref.model import load_policy
 from fastpref.progress import Display
-from fastpref.train import Diverged, Trainer, train
+from fastpref.train import Diverged, Trainer
 
 MakeConfig = Callable[..., Config]
 TIMING = ("tokens_per_second", "peak_memory_gib")

@@ -1,0 +1,109 @@
+"""Metric definitions at points where the answer is known, windows, and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref import losses, metrics
+from fastpref.logps import SequenceLogps
+
+
+def logps(margins: list[float], p: list[float]) -> SequenceLogps:
+    margin = torch.tensor(margins, dtype=torch.float64)
+    ones = torch.ones_like(margin)
+    return SequenceLogps(margin - 1, -ones, ones, ones, torch.tensor(p, dtype=torch.float64))
+
+
+def preference(margins: list[float], p: list[float]) -> dict[str, float]:
+    means = metrics.preference_sums(logps(margins, p)) / len(p)
+    return dict(zip(metrics.PREFERENCE_METRICS, means.tolist(), strict=True))
+
+
+def test_a_policy_that_matches_the_target() -> None:
+    p = [0.9, 0.6, 0.25]
+    found = preference([math.log(x / (1 - x)) for x in p], p)
+    assert found["preference/mean_kl"] == pytest.approx(0, abs=1e-12)
+    assert found["preference/accuracy"] == 1
+    assert found["preference/pci"] == pytest.approx((0.1 + 0.4 + 0.25) / 3)
+
+
+def test_an_undecided_and_a_collapsed_policy() -> None:
+    undecided = preference([0.0, 0.0], [0.9, 0.2])
+    assert undecided["preference/pci"] == 0.5
+    assert undecided["preference/accuracy"] == 0.5  # 1/2 is on the side of the smaller p
+    collapsed = preference([50.0], [0.9])
+    assert collapsed["preference/pci"] == pytest.approx(0, abs=1e-20)
+    # KL(B(p) || B(1)) grows with the margin: p log p + (1 - p) (log(1 - p) + 50)
+    expected = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) + 50)
+    assert collapsed["preference/mean_kl"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_certain_targets_have_finite_kl() -> None:
+    found = preference([2.0, 2.0], [1.0, 0.0])
+    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    assert found["preference/mean_kl"] == pytest.approx(expected)
+
+
+def test_pair_sums_are_sums_over_pairs() -> None:
+    policy = logps([1.0, -2.0], [0.9, 0.9])
+    output = losses.build("simpo")(policy)
+    values = dict(
+        zip(metrics.PAIR_METRICS, metrics.pair_sums(output, policy).tolist(), strict=True)
+    )
+    assert values["loss"] == pytest.approx(output.loss.sum().item())
+    assert values["rewards/accuracies"] == 1
+    assert values["rewards/margins"] == pytest.approx(2.0 * (1.0 - 2.0))  # beta 2, one token each
+    assert values["logps/rejected"] == -2
+
+
+def test_a_window_weighs_steps_by_their_pairs() -> None:
+    window = metrics.Window()
+    sums = torch.arange(7, dtype=torch.float64)
+    window.add(1, 2, torch.tensor(3.0), sums)
+    window.add(2, 6, torch.tensor(5.0), sums)
+    found = window.flush()
+    assert found["logps/rejected"] == pytest.approx(12 / 8)
+    assert found["grad_norm"] == 4
+    assert window.state()[0] == [] and window.first_non_finite() is None
+
+
+@pytest.mark.parametrize(("column", "metric"), [(0, "grad_norm"), (1, "loss")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_window_finds_the_first_step_that_is_not_finite(
+    column: int, metric: str, value: float
+) -> None:
+    window = metrics.Window()
+    for step in range(1, 5):
+        bad = step >= 3
+        norm = torch.tensor(value if bad and column == 0 else 1.0)
+        sums = torch.ones(7, dtype=torch.float64)
+        if bad and column == 1:
+            sums[0] = value
+        window.add(step, 2, norm, sums)
+    found = window.first_non_finite()
+    assert found is not None and (found.step, found.metric) == (3, metric)
+
+
+def test_a_resumed_file_forgets_later_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [line["step"] for line in metrics.read(path)] == [1, 2, 3]
+    lines = metrics.JsonLines(path, resume_step=2)
+    lines.log({"step": 3, "loss": 0.1})
+    lines.close()
+    assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.1}]
+
+
+def test_trackers_that_are_not_installed_say_how_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"training.track: wandb is not installed; pip install"):
+        metrics.trackers(tmp_path, ["wandb"], {}, 0)
