@@ -111,6 +111,7 @@ def losses() -> None:
     from fastpref import losses as family
 
     table = Table("name", "loss of a pair", "defaults", "reference", show_lines=True)
+    table.caption = family.NOTATION
     for name in family.names():
         about = family.describe(name)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())

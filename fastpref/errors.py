@@ -1,4 +1,4 @@
-"""The one exception type for everything a user can cause."""
+"""The one exception type for everything a user can cause, and its words."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     Anything else that escapes to the command line is a bug of fastpref and shows a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The message of somebody else's exception, short enough for one line of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -23,7 +23,7 @@ from transformers import (
 from fastpref import config as configs
 from fastpref import ops
 from fastpref.data.batches import Batch
-from fastpref.errors import UserError
+from fastpref.errors import UserError, first_line
 
 
 class ModelError(UserError):
@@ -251,8 +251,7 @@ def _add_adapter(causal_lm: PreTrainedModel, adapter: configs.Adapter) -> nn.Mod
 
 
 def _failed(field: str, source: str, error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{field}: cannot load {source}: {lines[0][:300]}"
+    return f"{field}: cannot load {source}: {first_line(error)}"
 
 
 def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool) -> None:
@@ -266,7 +265,6 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
     state = {name: value.to(policy.compute_dtype) for name, value in model.state_dict().items()}
     base = policy.base
     base.config.dtype = policy.compute_dtype
-    base.config.use_cache = True
     if model is base:
         model.save_pretrained(folder, state_dict=state)
     else:

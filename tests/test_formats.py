@@ -97,6 +97,7 @@ def test_tools_are_passed_on() -> None:
         ({"chosen": [USER], "rejected": [NO]}, "chosen must go on from the prompt with an assist"),
         ({"chosen": [], "rejected": [NO]}, "chosen must go on from the prompt"),
         ({"ref_chosen_logps": -1.0}, "must both be numbers"),
+        ({"chosen": "a \ud800 b"}, "chosen is not valid Unicode at character 2"),
         ({"tools": "{"}, "tools must be a list or its JSON text"),
         ({"tools": 3}, "tools must be a list, got int"),
     ],

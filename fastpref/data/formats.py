@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpref.errors import UserError
+from fastpref import files
+from fastpref.errors import UserError, first_line
 
 FORMATS = (
     "prompt, chosen, rejected | chosen, rejected (prompt implicit); "
@@ -102,7 +103,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def _arrow_rows(path: Path) -> Iterator[Row]:
@@ -114,7 +115,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
         except pa.ArrowException as error:
-            raise DataError(f"{path}: not a readable Arrow file: {_first_line(error)}") from None
+            raise DataError(f"{path}: not a readable Arrow file: {first_line(error)}") from None
         for batch in table.to_batches(max_chunksize=1024):
             yield from batch.to_pylist()
 
@@ -127,7 +128,7 @@ _READERS = {
 }
 
 
-def _hub_rows(source: str, default_split: str) -> Iterable[Row]:
+def _hub_rows(source: str, default_split: str) -> Any:
     name, _, split = source.partition(":")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in _READERS:
         raise DataError(f"{source}: no such file")
@@ -139,8 +140,16 @@ def _hub_rows(source: str, default_split: str) -> Iterable[Row]:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise DataError(
             f"{source}: no such file, and loading it from the Hub failed{offline}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
+
+
+def content_hash(source: str, default_split: str = "train") -> str:
+    """Hash of a file's bytes, or the fingerprint of a Hub data set's rows."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return files.file_sha256(path)
+    return str(_hub_rows(source, default_split)._fingerprint)
 
 
 def read_pairs(source: str, default_split: str = "train") -> Iterator[tuple[int, TextPair]]:
@@ -162,6 +171,8 @@ def to_pair(row: Row) -> TextPair:
         )
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
+        for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            _check_text(name, text)
         if prompt is None:
             prompt, chosen, rejected = _split_text(chosen, rejected)
         elif not isinstance(prompt, str):
@@ -225,6 +236,15 @@ def _check_messages(name: str, messages: Any) -> None:
     for message in messages if isinstance(messages, list) else [messages]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{name} must be a list of {{role, content}} messages")
+        _check_text(name, message.get("content"))
+
+
+def _check_text(name: str, text: Any) -> None:
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is not valid Unicode at character {error.start}") from None
 
 
 def _tools(value: Any) -> list[Any] | None:
@@ -267,11 +287,6 @@ def _kind(value: Any) -> str:
     return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "null"}.get(
         type(value).__name__, type(value).__name__
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def common_prefix(first: Sequence[Any], *others: Sequence[Any]) -> int:

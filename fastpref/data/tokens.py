@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import files
 from fastpref.config import Data
-from fastpref.data.formats import DataError, TextPair, common_prefix, read_pairs
+from fastpref.data.formats import DataError, TextPair, common_prefix, content_hash, read_pairs
+from fastpref.errors import first_line
 
 T = TypeVar("T")
 _VERSION = "1"  # raise it when the same text gives other tokens
@@ -113,22 +114,17 @@ def load_pairs(
 
     Raises DataError for unreadable data, or if no pair is left.
     """
-    path = Path(data.cache).expanduser() / "tokens" / _key(source, tokenizer, data)
-    local = Path(source).expanduser().exists()
-    if not (local and path.exists()):
-        with files.replacing(path) as temporary:
+    content = content_hash(source, default_split)
+    options = json.dumps([data.max_length, data.truncation, data.add_eos, data.soft_labels])
+    key = files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
+    folder = Path(data.cache).expanduser() / "tokens" / key
+    if not folder.exists():
+        with files.replacing(folder) as temporary:
             _write(temporary, source, tokenizer, data, default_split)
-    dataset = PairDataset(path, source)
+    dataset = PairDataset(folder, source)
     if len(dataset) == 0:
         raise DataError(f"{source}: no pair is left to train on ({dataset.summary()})")
     return dataset
-
-
-def _key(source: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> str:
-    path = Path(source).expanduser()
-    content = files.file_sha256(path) if path.is_file() else source
-    options = [data.max_length, data.truncation, data.add_eos, data.soft_labels]
-    return files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), json.dumps(options))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -174,8 +170,9 @@ def tokenize(
         try:
             rendered = _render(pair, tokenizer)
         except Exception as error:  # a chat template may raise anything
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{source}, row {number}: chat template failed: {reason}") from None
+            raise DataError(
+                f"{source}, row {number}: chat template failed: {first_line(error)}"
+            ) from None
         texts.extend(rendered)
         bos = tokenizer.bos_token
         special.append(not pair.conversational and not (bos and rendered[0].startswith(bos)))

@@ -16,6 +16,7 @@ __all__ = [
     "CPO",
     "DPO",
     "IPO",
+    "NOTATION",
     "PMO",
     "SFT",
     "Description",
@@ -29,6 +30,11 @@ __all__ = [
     "incentives",
     "names",
 ]
+
+NOTATION = (
+    "z, r: summed log-probs under policy and reference; t = z - r; a = z / tokens; "
+    "w chosen, l rejected; S logistic function, LS its logarithm"
+)
 
 _LOSSES: tuple[type[PairwiseLoss], ...] = (SFT, DPO, CDPO, IPO, SimPO, CPO, PMO, StaPO)
 _BY_NAME = {objective.name: objective for objective in _LOSSES}
