@@ -291,5 +291,8 @@ def _kind(value: Any) -> str:
 
 def common_prefix(first: Sequence[Any], *others: Sequence[Any]) -> int:
     """Length of the longest prefix that all sequences share."""
+    shortest = min(map(len, (first, *others)))
+    if all(other[:shortest] == first[:shortest] for other in others):  # the usual case, fast
+        return shortest
     columns = zip(first, *others, strict=False)
     return sum(1 for _ in takewhile(lambda column: all(x == column[0] for x in column), columns))
