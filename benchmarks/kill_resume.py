@@ -4,7 +4,8 @@
 
 Each trial starts `fastpref train`, kills it after a random step and a random fraction of a second,
 resumes with `resume=auto`, and demands the same lines of metrics (but for timing) and the same
-exported weights, bit for bit. Prints one line a trial; exit code 1 if any trial differs.
+exported weights, bit for bit. Prints one line a trial; exit code 1 if any trial differs. `--out`
+writes the result file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import environment
 import yaml
 
 from fastpref import metrics
@@ -36,21 +38,27 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
     folder.mkdir(parents=True, exist_ok=True)
     config = write_config(folder)
     start(config, folder / "whole").wait()
     expected = outcome(folder / "whole")
-    chance, equal = random.Random(options.seed), 0
+    chance, equal, steps = random.Random(options.seed), 0, []
     for trial in range(options.kills):
         run = folder / f"trial-{trial}"
         step = kill_at_random(config, run, chance)
         start(config, run, "resume=auto").wait()
         same = outcome(run) == expected
         equal += same
+        steps.append(step)
         print(f"trial {trial}: killed after step {step}: {'equal' if same else 'DIFFERENT'}")
     print(f"{equal} of {options.kills} resumed runs equal the uninterrupted one")
+    if options.out is not None:
+        report = {"benchmark": "kill_resume", **environment.describe(), "kills": options.kills}
+        report |= {"equal": equal, "killed_after_step": steps, "steps": STEPS}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(equal != options.kills)
 
 

@@ -10,21 +10,20 @@ the gradients it has to return. `full` is the plain way, all logits at once; `ch
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import environment
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from fastpref import chunked, ops  # noqa: E402
+from fastpref import chunked, ops
 
 TOKENS, WIDTH = 1024, 128
 VOCABULARIES = (32768, 65536, 131072, 262144)
@@ -36,7 +35,10 @@ def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(1, labels[:, None]).squeeze(1)
 
 
-IMPLEMENTATIONS = {"full": full, "chunked": ops.linear_logps}
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "full": full,
+    "chunked": partial(ops.linear_logps, impl="chunked"),
+}
 
 
 def measure(impl: str, head: str, vocabulary: int, chunk_mib: int) -> dict[str, Any]:
@@ -67,9 +69,7 @@ def measure(impl: str, head: str, vocabulary: int, chunk_mib: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory-cpu.json"
-    )
+    parser.add_argument("--out", type=Path, default=environment.RESULTS / "memory-cpu.json")
     parser.add_argument("--chunk-mib", type=int, default=64, help="byte budget of one chunk")
     parser.add_argument("--point", nargs=3, metavar=("IMPL", "HEAD", "V"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -93,10 +93,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "benchmark": "memory",
-        "device": _cpu(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": _commit(),
+        **environment.describe(),
         "settings": {
             "tokens": TOKENS,
             "width": WIDTH,
@@ -137,24 +134,6 @@ def _growth(points: list[dict[str, Any]], head: str) -> float:
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "none"
 
 
 if __name__ == "__main__":
