@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.table import Table
 
@@ -90,6 +91,9 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
 def run(out: Path, seed: int, display: Display) -> None:
     """Make the data, train the three stages, and leave a table, a picture and the models."""
     started = time.monotonic()
+    # A second thread gains little on products this small, and beside another busy process the two
+    # wait for each other: ten times slower.
+    torch.set_num_threads(1)
     _make_room(out)
     display.note(
         f"1. data: pairs that differ in one word, with a target probability, in {out}/data"

@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tensors this small gain nothing from a second thread
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from fastpref import config as configs
 from fastpref.data import bpe
 from fastpref.progress import Display
+
+if not torch.cuda.is_available():  # decided when triton is imported, by whichever test is first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)
 
 WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
 LLAMA = {

@@ -1,0 +1,96 @@
+"""The tile shapes of every kernel, as plain data.
+
+The first row of a table is the one used; the others are candidates that the compile command also
+checks and that a tuning run may promote. The choice is pinned, not timed at run time: two kernels
+or two processes that chose different tiles would differ in the last bit, and a policy must equal
+its reference to the last bit before the first step.
+"""
+
+from typing import NamedTuple
+
+
+class GemmConfig(NamedTuple):
+    """One program's tile of the logits, (block_t, block_v), and how it walks the hidden size."""
+
+    block_t: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    tma: bool  # operands through the bulk copy engine
+    panel_v: int = 2048  # columns of the vocabulary that one program walks
+
+    @property
+    def blocks(self) -> dict[str, list[int]]:
+        """The shapes in which the copy engine moves the matrices."""
+        return {
+            "hidden": [self.block_t, self.block_d],
+            "weight": [self.block_v, self.block_d],
+            "ref_hidden": [self.block_t, self.block_d],
+            "ref_weight": [self.block_v, self.block_d],
+        }
+
+    @property
+    def block_e(self) -> int:
+        """Columns that leave the registers at a time, a quarter of the tile."""
+        return self.block_v // 4
+
+    @property
+    def panel_tiles(self) -> int:
+        """Tiles of the vocabulary one program walks.
+
+        Fixed, so that the order of summation, hence every bit of the result, is independent of how
+        many tokens come together.
+        """
+        return self.panel_v // self.block_v
+
+
+class RowConfig(NamedTuple):
+    """One program's tile in a kernel that moves memory and multiplies nothing."""
+
+    block_t: int
+    num_warps: int
+
+
+IGNORE_INDEX = -100
+GROUP_T = 16  # row blocks that share a panel of the weight while it is in the L2 cache
+
+# Keyed by the architecture that the table was written for: 80 stands for Ampere, Ada and consumer
+# Blackwell (its first row fits their 99 KiB of shared memory), 90 for Hopper, 100 for Blackwell.
+HALF_GEMM: dict[int, tuple[GemmConfig, ...]] = {
+    80: (GemmConfig(128, 128, 64, 8, 3, tma=False), GemmConfig(64, 128, 64, 4, 3, tma=False)),
+    90: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
+    100: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
+}
+FLOAT_GEMM: dict[int, tuple[GemmConfig, ...]] = {
+    80: (GemmConfig(64, 64, 32, 4, 3, tma=False),),
+    90: (GemmConfig(64, 64, 32, 4, 3, tma=True),),
+    100: (GemmConfig(128, 64, 32, 4, 3, tma=True),),
+}
+# Two accumulators at once, for kernels that read two heads.
+HALF_PAIR: dict[int, tuple[GemmConfig, ...]] = {
+    80: (GemmConfig(64, 128, 64, 8, 3, tma=False),),
+    90: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
+    100: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
+}
+INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
+
+MERGE = RowConfig(128, 4)
+DELTA = RowConfig(64, 4)
+
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a thread block may use
+
+
+def table_arch(capability: tuple[int, int]) -> int:
+    """The architecture whose table serves a device of this compute capability."""
+    return {9: 90, 10: 100}.get(capability[0], 80)
+
+
+def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
+    """The candidates for one architecture and input size in bytes; the first is used."""
+    return (FLOAT_GEMM if element_size == 4 else HALF_GEMM)[arch]
+
+
+def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
+    """The same for kernels with two accumulators."""
+    return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]

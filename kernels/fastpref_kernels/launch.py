@@ -1,0 +1,151 @@
+"""Between tensors and kernels: checks, the configuration, descriptors or strides."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import INTERPRETER_GEMM, GemmConfig, gemm_configs, pair_configs, table_arch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_inputs(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor | None,  # (T,)
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+) -> None:
+    """Raise a ValueError that names the first argument a kernel could not work with."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be (T, D), got {tuple(hidden.shape)}: flatten the batch")
+    if hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"hidden must be bfloat16, float16 or float32, got {hidden.dtype}: use the reference"
+        )
+    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"hidden must be on a CUDA device, got {hidden.device}: set TRITON_INTERPRET=1 before "
+            "triton is imported to run the kernels, slowly, on the CPU"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be (V, D) with V > 0 and D = {hidden.shape[1]} like hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    if labels is not None:
+        if labels.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"labels must be (T,) with T = {hidden.shape[0]}, got {tuple(labels.shape)}"
+            )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}: call labels.long()")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) with V = {weight.shape[0]}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}: cast it"
+            )
+    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on hidden's device {hidden.device}, got {tensor.device}: move it"
+            )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+@contextmanager
+def launching_on(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, not the current one, and keep autocast off the GEMMs."""
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with device, torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def gemm_config(hidden: Tensor) -> GemmConfig:
+    """The one configuration every kernel with one head uses on this device for this dtype."""
+    return pinned(hidden, gemm_configs)
+
+
+def pair_config(hidden: Tensor) -> GemmConfig:
+    """The one configuration every kernel with two heads uses."""
+    return pinned(hidden, pair_configs)
+
+
+def pinned(hidden: Tensor, table: Callable[[int, int], tuple[GemmConfig, ...]]) -> GemmConfig:
+    """The first row of a table for the tensor's device and dtype."""
+    if not hidden.is_cuda:
+        return INTERPRETER_GEMM
+    arch = table_arch(torch.cuda.get_device_capability(hidden.device))
+    return table(arch, hidden.element_size())[0]
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x itself if the kernels can read it, else a copy that they can.
+
+    Rows of unit stride, each starting on 16 bytes and near enough to the next for 32-bit offsets
+    within a tile: every model's hidden states and head are like that; others pay for one copy.
+    """
+    step = x.stride(0)
+    aligned = step * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if x.stride(1) == 1 and aligned and x.shape[1] <= step < 2**23:
+        return x
+    return aligned_rows(x.shape[0], x.shape[1], x).copy_(x)
+
+
+def operand(name: str, x: Tensor, config: GemmConfig) -> Tensor | TensorDescriptor:
+    """A matrix as the kernel wants it: behind a descriptor of its block, or as a pointer."""
+    return TensorDescriptor.from_tensor(x, config.blocks[name]) if config.tma else x
+
+
+def operands(hidden: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
+    """The arguments that every kernel over tiles of the logits shares."""
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
+    return {
+        "hidden": operand("hidden", hidden, config),
+        "weight": operand("weight", weight, config),
+        "T": hidden.shape[0],
+        "V": weight.shape[0],
+        "D": hidden.shape[1],
+        "stride_h": hidden.stride(0),
+        "stride_w": weight.stride(0),
+        "BLOCK_T": config.block_t,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+        "USE_TMA": config.tma,
+        "UPCAST": not hidden.is_cuda,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # Triton's default depends on its version
+    }
+
+
+def pair_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    config: GemmConfig,
+) -> dict[str, Any]:
+    """The same for kernels that read the policy's head and the reference's."""
+    ref_hidden, ref_weight = dense_rows(ref_hidden), dense_rows(ref_weight)
+    return operands(hidden, weight, config) | {
+        "ref_hidden": operand("ref_hidden", ref_hidden, config),
+        "ref_weight": operand("ref_weight", ref_weight, config),
+        "D_REF": ref_hidden.shape[1],
+        "stride_rh": ref_hidden.stride(0),
+        "stride_rw": ref_weight.stride(0),
+    }
+
+
+def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An uninitialised (rows, columns) matrix whose rows start on 16 bytes, as fast GEMMs want."""
+    step = 16 // like.element_size()
+    return like.new_empty((rows, triton.cdiv(columns, step) * step))[:, :columns]

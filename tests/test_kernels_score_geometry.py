@@ -1,0 +1,85 @@
+"""Score norms and cosines against scores written out in fp64."""
+
+import os
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+from fastpref_kernels import score_geometry
+
+# The package's function of the same name hides it.
+MODULE = sys.modules["fastpref_kernels.score_geometry"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Two roundings of delta's entries in each of the products' factors; fp32 sums.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-8}
+ENDS = [0, 5, 6, 6, 14, 15, 19]  # three pairs; the last chosen response is empty
+
+
+def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(19, 20, generator=draw), torch.randn(101, 20, generator=draw)
+    labels = torch.randint(101, (19,), generator=draw)
+    labels[7] = -100
+    hidden[7] = float("nan")  # left out, whatever it holds
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), labels.to(DEVICE), torch.tensor(ENDS)
+
+
+def scores(hidden, weight, labels, scale: float, softcap: float | None) -> Tensor:
+    """(6, V, D): the gradient of each response's summed log-prob."""
+    found = []
+    for start, stop in pairwise(ENDS):
+        kept = torch.arange(start, stop, device=DEVICE)[labels[start:stop] != -100]
+        w = weight.double().requires_grad_()
+        x = scale * hidden[kept].double() @ w.T
+        x = x if softcap is None else softcap * torch.tanh(x / softcap)
+        logps = x.log_softmax(1).gather(1, labels[kept][:, None])
+        (score,) = torch.autograd.grad(logps.sum(), w)
+        found.append(score)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
+@pytest.mark.parametrize("per_pair", [True, False])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 5.0)])
+def test_matches_scores_written_out(dtype, gram, per_pair, scale, softcap, monkeypatch) -> None:
+    monkeypatch.setattr(MODULE, "prefers_gram", lambda *sizes: gram)
+    monkeypatch.setattr(MODULE, "rows_per_chunk", lambda *sizes: 48)  # three panels
+    hidden, weight, labels, ends = make(dtype)
+    got = score_geometry(
+        hidden, weight, labels, ends, per_pair=per_pair, logit_scale=scale, softcap=softcap
+    )
+    s = scores(hidden, weight, labels, scale, softcap).flatten(1)
+    chosen, rejected = s.chunk(2)
+    if not per_pair:
+        chosen, rejected = chosen.mean(0), rejected.mean(0)
+    norms = chosen.norm(dim=-1), rejected.norm(dim=-1)
+    cosine = ((chosen * rejected).sum(-1) / (norms[0] * norms[1])).nan_to_num(0.0)
+    for value, exact in zip(got, (*norms, cosine), strict=True):
+        assert value.shape == exact.shape and value.dtype == torch.float32
+        assert ((value - exact).abs() <= TOLERANCE[dtype] * exact.abs().clamp(min=1)).all()
+
+
+def test_the_cheaper_form_is_taken() -> None:
+    """At Llama 3's sizes the forms cost the same at 4/3 V D / (V + D) = 5292 tokens a pair."""
+    assert MODULE.prefers_gram(2640, 2640, 4096, 128256)
+    assert not MODULE.prefers_gram(2650, 2650, 4096, 128256)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([0, 9, 12, 19], r"cu_seqlens must be \(2B \+ 1,\)"),
+        ([0, 9, 18], "cu_seqlens must rise from 0 to T = 19"),
+    ],
+)
+def test_bad_input_is_named(ends, message) -> None:
+    hidden, weight, labels, _ = make()
+    with pytest.raises(ValueError, match=message):
+        score_geometry(hidden, weight, labels, torch.tensor(ends))
