@@ -192,6 +192,8 @@ def draw(curves: dict[str, list[dict[str, Any]]], target_pci: float, path: Path)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    # Between SFT's line, which stays at the top of this panel, and the others.
+    axes.flat[3].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.88))
     figure.suptitle("Held-out pure-semantic pairs: learning to speak (SFT), then to prefer")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,37 @@
+"""Run the demo and keep its numbers and its picture for the README.
+
+    python benchmarks/demo.py [--folder runs/demo]
+
+Writes benchmarks/results/demo-cpu.json and docs/demo.png. With `--folder`, takes the results of a
+demo that has been run there instead of running it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=None)
+    folder = parser.parse_args().folder
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="demo-")) / "demo"
+        command = [sys.executable, "-m", "fastpref", "demo", "--out", str(folder)]
+        subprocess.run(command, check=True)
+    results = json.loads((folder / "results.json").read_text())
+    report = {"benchmark": "demo", **environment.describe(), **results}
+    (environment.RESULTS / "demo-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    shutil.copy(folder / "demo.png", environment.ROOT / "docs" / "demo.png")
+
+
+if __name__ == "__main__":
+    main()
