@@ -39,15 +39,19 @@ def save(
 ) -> Path:
     """Write `root/step-N` beside, rename it when complete, and only then drop the oldest."""
     folder = root / f"step-{step}"
+    for stale in root.glob(".step-*"):  # left by a killed process
+        shutil.rmtree(stale)
     with replacing(folder) as temporary:
         temporary.mkdir()
         save_file(_trained(policy), temporary / "weights.safetensors")
         state = optimizer.state_dict()
         save_file(_flatten(state["state"]), temporary / "optimizer.safetensors")
         save_file({"window": window, **_random_state()}, temporary / "state.safetensors")
-        about = {"step": step, "position": position, "param_groups": state["param_groups"]}
+        about = {"step": step, "position": position, "optimizer": type(optimizer).__name__}
         (temporary / "state.json").write_text(json.dumps(about))
-    for old in _complete(root)[:-keep]:
+    complete = _complete(root)
+    kept = [done for done in complete if done <= step][-keep:]  # later ones: an abandoned branch
+    for old in set(complete) - set(kept):
         shutil.rmtree(root / f"step-{old}")
     return folder
 
@@ -73,15 +77,21 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> Tensor:
     """Load weights, optimizer and random state; returns the saved window of metrics."""
     weights = load_file(folder / "weights.safetensors")
     trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-    if weights.keys() != trained.keys():
-        odd = sorted(weights.keys() ^ trained.keys())[0]
+    shapes, saved = ({n: p.shape for n, p in x.items()} for x in (trained, weights))
+    if shapes != saved:
+        odd = min(name for name, _ in shapes.items() ^ saved.items())
         raise CheckpointError(f"resume: {folder} is of another model or adapter (differs in {odd})")
+    about = json.loads((folder / "state.json").read_text())
+    if about["optimizer"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"resume: {folder} is of a run with {about['optimizer']}; restore optim.name"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    about = json.loads((folder / "state.json").read_text())
     moments = _unflatten(load_file(folder / "optimizer.safetensors"))
-    optimizer.load_state_dict({"state": moments, "param_groups": about["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]  # hyperparameters are those of the config
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state = load_file(folder / "state.safetensors")
     torch.set_rng_state(state["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in state:

@@ -5,19 +5,24 @@ The logits are those of `fastpref.reference`. Let one pass be 2 T D V FLOPs.
     mode                passes  saved for backward     where
     nothing to train    1       nothing                _score_rows
     head frozen         2       directions (T, D)      _score_rows, then one row scaling
-    head trained        4       lse (T,)               _score_rows, _TrainedHead.backward
+    head trained        4       lse (T,)               _score_rows, _recomputed_grads
+      deltas kept       3       deltas (T, V)          _score_rows, _kept_grads
 
 With a frozen head the direction `d logps[t] / d h_t = (onehot - softmax) @ weight` does not depend
 on the upstream gradient, so the forward pass takes it from the logits while they are alive. With a
 trained head the backward pass recomputes them for a panel of the vocabulary at a time and all
 tokens at once: each row of dW is then one product, summed and rounded once, and no wider copy of
-dW exists.
+dW exists. An implementation may instead keep the forward pass's `onehot - softmax` where memory
+allows.
 
 All modes run the same operations on the same chunks to get the log-probs, so that a policy with
 gradients and its reference without agree bit for bit.
+
+What happens to logits between two products is a `RowPass`; `TORCH_ROWS`, the one of this module,
+runs anywhere. `fastpref.cpu` brings another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +43,22 @@ SLICES = 16
 _HALF = (torch.float16, torch.bfloat16)
 
 
+class RowPass(NamedTuple):
+    """The elementwise work on rows of logits, and how much of it may be kept for the backward pass.
+
+    score(z, labels, entropy, gain) returns the statistics of each row of z (entropy 0 unless asked
+    for) and, unless gain is None, turns z into gain * (onehot - softmax) in place; without gain, z
+    is left in any state. delta(z, labels, lse, gain) does so for columns of known rows, gain (n,):
+    z becomes gain * (onehot - exp(z - lse)), where labels outside the columns have no onehot. The
+    statistics must not depend on gain or entropy. keeps_deltas(hidden, weight) says whether the
+    (T, V) deltas of a trained head stay in memory from forward to backward.
+    """
+
+    score: Callable[[Tensor, Tensor, bool, float | None], TokenStats]
+    delta: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    keeps_deltas: Callable[[Tensor, Tensor], bool]
+
+
 def linear_logps(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -46,12 +67,13 @@ def linear_logps(
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    rows: RowPass | None = None,  # None: TORCH_ROWS
 ) -> Tensor:  # (T,)
     """Log-prob of each label; gradients as in `fastpref.reference.linear_logps`, once."""
-    head = _Head(weight, bias, logit_scale, softcap)
+    head = _Head(weight, bias, logit_scale, softcap, rows or TORCH_ROWS)
     if torch.is_grad_enabled():
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return _TrainedHead.apply(hidden, weight, labels, bias, logit_scale, softcap)
+            return _TrainedHead.apply(hidden, weight, bias, labels, head)
         if hidden.requires_grad:
             return _FrozenHead.apply(hidden, labels, head)
     return _score_rows(hidden, labels, head).logps
@@ -66,9 +88,10 @@ def token_stats(
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    rows: RowPass | None = None,  # None: TORCH_ROWS
 ) -> TokenStats:
     """The statistics of `fastpref.reference.token_stats`, in one pass."""
-    head = _Head(weight, bias, logit_scale, softcap)
+    head = _Head(weight, bias, logit_scale, softcap, rows or TORCH_ROWS)
     stats = _score_rows(hidden, labels, head, entropy=True)
     return stats._replace(lse=stats.lse.masked_fill(labels == IGNORE_INDEX, 0.0))
 
@@ -78,6 +101,7 @@ class _Head(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    rows: RowPass
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -100,31 +124,49 @@ class _FrozenHead(torch.autograd.Function):
 class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: _Head
     ) -> Tensor:
-        stats = _score_rows(hidden, labels, _Head(weight, bias, logit_scale, softcap))
-        ctx.save_for_backward(hidden, weight, labels, bias, stats.lse)
-        ctx.logit_scale, ctx.softcap = logit_scale, softcap
+        deltas = None
+        if head.rows.keeps_deltas(hidden, weight):
+            deltas = hidden.new_empty(len(hidden), len(weight), dtype=statistics_dtype(hidden))
+        stats = _score_rows(hidden, labels, head, deltas=deltas)
+        ctx.save_for_backward(hidden, weight, bias, labels, stats.lse, deltas)
+        ctx.options = head[2:]
         return stats.logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, bias, lse = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.logit_scale, ctx.softcap)
-        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+        hidden, weight, bias, labels, lse, deltas = ctx.saved_tensors
+        head = _Head(weight, bias, *ctx.options)
+        ignored = labels == IGNORE_INDEX
+        gain = upstream.masked_fill(ignored, 0.0)
+        grads = _Grads.empty(hidden, head, ctx.needs_input_grad, gain.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = _head_backward(
-                hidden, labels, head, lse, upstream, needs_hidden, needs_weight, needs_bias
-            )
-        grad_hidden, grad_weight, grad_bias = grads
-        return grad_hidden, grad_weight, None, grad_bias, None, None
+            if deltas is None:
+                _recomputed_grads(grads, _kept(hidden, ignored), labels, head, lse, gain)
+            else:
+                _kept_grads(grads, _kept(hidden, ignored), head, deltas, gain)
+        grad_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
+        return grad_hidden, grads.weight, grads.bias, None, None
+
+
+class _Grads(NamedTuple):
+    """What a trained head's backward pass fills in, None where nobody asked."""
+
+    hidden: Tensor | None  # (T, D), zeros, in the dtype of the statistics
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+    @classmethod
+    def empty(
+        cls, hidden: Tensor, head: _Head, needs: tuple[bool, ...], dtype: torch.dtype
+    ) -> "_Grads":
+        return cls(
+            hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None,
+            torch.empty_like(head.weight) if needs[1] else None,
+            torch.empty_like(head.bias) if needs[2] and head.bias is not None else None,
+        )
 
 
 def _score_rows(
@@ -133,6 +175,7 @@ def _score_rows(
     head: _Head,
     *,
     directions: Tensor | None = None,  # (T, D), filled with d logps[t] / d h_t
+    deltas: Tensor | None = None,  # (T, V), filled with d logps[t] / d (h_t . w_v)
     entropy: bool = False,
 ) -> TokenStats:
     """Statistics of each token, a chunk at a time; entropy stays 0 unless asked for.
@@ -141,82 +184,111 @@ def _score_rows(
     """
     tokens, vocabulary = len(hidden), len(head.weight)
     ignored = labels == IGNORE_INDEX
-    columns = labels.masked_fill(ignored, 0).long()[:, None]
+    columns = labels.masked_fill(ignored, 0).long()
     dtype = statistics_dtype(hidden)
-    tiny = torch.finfo(dtype).tiny  # below it x log x counts as 0, at 0 it would be NaN
     chunk = max(1, min(CHUNK_BYTES // (dtype.itemsize * vocabulary), tokens))
-    logits = hidden.new_empty(chunk, vocabulary, dtype=dtype)
-    logps, lse, entropies = (logits.new_zeros(tokens) for _ in range(3))
+    buffer = hidden.new_empty(chunk if deltas is None else 0, vocabulary, dtype=dtype)
+    gain = None if directions is None and deltas is None else head.logit_scale
+    logps, lse, entropies = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
     top1 = torch.zeros_like(ignored)
 
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _slices(tokens, chunk):
-            _project(_kept(hidden[rows], ignored[rows]), head.weight, out=logits[: _size(rows)])
+            logits = buffer[: _size(rows)] if deltas is None else deltas[rows]
+            _project(_kept(hidden[rows], ignored[rows]), head.weight, out=logits)
             for part in _slices(_size(rows), -(-chunk // SLICES)):
                 z = logits[part]
                 t = slice(rows.start + part.start, rows.start + part.stop)
-                slope = _finish_logits(z, head, head.bias, directions is not None)
-                largest = z.amax(1, keepdim=True)
-                target = z.gather(1, columns[t])
-                total = z.sub_(largest).exp_().sum(1, keepdim=True)
-                log_total = total.log()
-                logps[t] = ((target - largest) - log_total).squeeze(1)
-                lse[t] = (largest + log_total).squeeze(1)
-                top1[t] = (target >= largest).squeeze(1)
-                if entropy:
-                    terms = z.clamp(min=tiny).log_().mul_(z).sum(1, keepdim=True)
-                    entropies[t] = (log_total - terms / total).squeeze(1)
-                if directions is not None:
-                    _to_delta(z, head.logit_scale / total, columns[t], head.logit_scale, slope)
+                slope = _finish_logits(z, head, head.bias, gain is not None)
+                stats = head.rows.score(z, columns[t], entropy, gain)
+                logps[t], lse[t], entropies[t], top1[t] = stats
+                if slope is not None:
+                    z.mul_(slope)
             if directions is not None:
                 sums = logits.new_zeros(_size(rows), hidden.shape[1])
-                directions[rows] = _pull_back(logits[: _size(rows)], head.weight, sums)
+                directions[rows] = _pull_back(logits, head.weight, sums)
 
     return TokenStats(
         logps.masked_fill_(ignored, 0.0), lse, entropies.masked_fill_(ignored, 0.0), top1 & ~ignored
     )
 
 
-def _head_backward(
-    hidden: Tensor,  # (T, D)
+def _recomputed_grads(
+    grads: _Grads,
+    hidden: Tensor,  # (T, D), zeros where ignored
     labels: Tensor,  # (T,)
     head: _Head,
     lse: Tensor,  # (T,)
-    upstream: Tensor,  # (T,)
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to hidden, weight and bias, a panel of the vocabulary at a time."""
-    (tokens, width), vocabulary = hidden.shape, len(head.weight)
-    ignored = labels == IGNORE_INDEX
-    kept = _kept(hidden, ignored)
-    gain = (upstream * head.logit_scale).masked_fill(ignored, 0.0)[:, None]
-    grad_hidden = gain.new_zeros(tokens, width) if needs_hidden else None
-    grad_weight = torch.empty_like(head.weight) if needs_weight else None
-    grad_bias = torch.empty_like(head.bias) if needs_bias and head.bias is not None else None
-
+    gain: Tensor,  # (T,), zeros where ignored
+) -> None:
+    """Fill the gradients in a panel of the vocabulary at a time, from logits made again."""
+    tokens, vocabulary = len(hidden), len(head.weight)
+    gain = gain * head.logit_scale
     panel = max(1, min(CHUNK_BYTES // (gain.itemsize * max(1, tokens)), vocabulary))
     buffer = gain.new_empty(tokens * panel)
     for columns in _slices(vocabulary, panel):
         z = buffer[: tokens * _size(columns)].view(tokens, _size(columns))
         weight = head.weight[columns]
         bias = None if head.bias is None else head.bias[columns]
-        _project(kept, weight, out=z)
+        _project(hidden, weight, out=z)
         for t in _slices(tokens, max(1, -(-tokens // SLICES))):
             slope = _finish_logits(z[t], head, bias, True)
-            z[t].sub_(lse[t, None]).exp_()
-            local = labels[t, None].long() - columns.start
-            inside = (local >= 0) & (local < _size(columns))
-            onehot_gain = gain[t].masked_fill(~inside, 0.0)
-            _to_delta(z[t], gain[t], local.masked_fill(~inside, 0), onehot_gain, slope)
-        if grad_bias is not None:
-            grad_bias[columns] = z.sum(0)
-        if grad_weight is not None:
-            _outer(z, kept, out=grad_weight[columns])
-        if grad_hidden is not None:
-            _pull_back(z, weight, grad_hidden)
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+            head.rows.delta(z[t], labels[t].long() - columns.start, lse[t], gain[t])
+            if slope is not None:
+                z[t].mul_(slope)
+        if grads.bias is not None:
+            grads.bias[columns] = z.sum(0)
+        if grads.weight is not None:
+            _outer(z, hidden, out=grads.weight[columns])
+        if grads.hidden is not None:
+            _pull_back(z, weight, grads.hidden)
+
+
+def _kept_grads(
+    grads: _Grads,
+    hidden: Tensor,  # (T, D), zeros where ignored
+    head: _Head,
+    deltas: Tensor,  # (T, V)
+    gain: Tensor,  # (T,), zeros where ignored
+) -> None:
+    """Fill the gradients in from the deltas of the forward pass, left as they are.
+
+    Each token's gain scales its row of (T, D) factors, never of the deltas.
+    """
+    if grads.bias is not None:
+        torch.mv(deltas.T, gain, out=grads.bias)
+    if grads.weight is not None:
+        _outer(deltas, hidden * gain[:, None], out=grads.weight)
+    if grads.hidden is not None:
+        _pull_back(deltas, head.weight, grads.hidden).mul_(gain[:, None])
+
+
+def _torch_score(z: Tensor, labels: Tensor, entropy: bool, gain: float | None) -> TokenStats:
+    largest = z.amax(1, keepdim=True)
+    target = z.gather(1, labels[:, None])
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    log_total = total.log()
+    entropies = torch.zeros_like(total)
+    if entropy:
+        tiny = torch.finfo(z.dtype).tiny  # below it x log x counts as 0, at 0 it would be NaN
+        terms = z.clamp(min=tiny).log_().mul_(z).sum(1, keepdim=True)
+        entropies = log_total - terms / total
+    if gain is not None:
+        z.mul_(-gain / total)
+        z.scatter_(1, labels[:, None], z.gather(1, labels[:, None]) + gain)
+    logps = (target - largest) - log_total
+    columns = logps, largest + log_total, entropies, target >= largest
+    return TokenStats(*(x.squeeze(1) for x in columns))
+
+
+def _torch_delta(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
+    z.sub_(lse[:, None]).exp_().mul_(-gain[:, None])
+    outside = (labels < 0) | (labels >= z.shape[1])
+    columns = labels.masked_fill(outside, 0)[:, None]
+    z.scatter_(1, columns, z.gather(1, columns) + gain.masked_fill(outside, 0.0)[:, None])
+
+
+TORCH_ROWS = RowPass(_torch_score, _torch_delta, keeps_deltas=lambda hidden, weight: False)
 
 
 def _finish_logits(z: Tensor, head: _Head, bias: Tensor | None, want_slope: bool) -> Tensor | None:
@@ -231,16 +303,6 @@ def _finish_logits(z: Tensor, head: _Head, bias: Tensor | None, want_slope: bool
     slope = z.square().neg_().add_(1.0) if want_slope else None
     z.mul_(head.softcap)
     return slope
-
-
-def _to_delta(
-    z: Tensor, share: Tensor, columns: Tensor, onehot_gain: Tensor | float, slope: Tensor | None
-) -> None:
-    """exp(logit - c) -> slope * (onehot_gain * onehot - share * exp(logit - c)), in place."""
-    z.mul_(-share)
-    z.scatter_(1, columns, z.gather(1, columns) + onehot_gain)
-    if slope is not None:
-        z.mul_(slope)
 
 
 def _kept(hidden: Tensor, ignored: Tensor) -> Tensor:

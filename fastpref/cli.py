@@ -31,6 +31,8 @@ def main() -> None:
         app()
     except UserError as error:
         _exit(f"error: {error}", 2)
+    except OSError as error:  # files that cannot be read or written, a full disk
+        _exit(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
     except Interrupted as stop:
         _exit(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:

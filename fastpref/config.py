@@ -6,8 +6,10 @@ written from these declarations (`python -m fastpref.config_reference`).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -242,6 +244,16 @@ class Config(Section):
                 f"reference: none, but {self.loss['name']} needs reference log-probs; "
                 "use reference: cached or frozen"
             )
+        if self.reference in ("cached", "frozen") and not self.build_loss().needs_reference:
+            raise ValueError(
+                f"reference: {self.reference}, but {self.loss['name']} uses no reference; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> Config:
+        if self.training.eval_every is not None and self.data.eval is None:
+            raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")
         return self
 
     def build_loss(self) -> PairwiseLoss:
@@ -254,12 +266,39 @@ class Config(Section):
             return self.reference
         return "cached" if self.build_loss().needs_reference else "none"
 
+    def differences(self, saved: Path) -> list[str]:
+        """`field: old → new` for every field in which a saved config differs."""
+        old, new = (_flat(yaml.load(text, _Loader)) for text in (saved.read_text(), self.to_yaml()))
+        return [
+            f"{path}: {old.get(path)} → {new.get(path)}"
+            for path in {**old, **new}
+            if old.get(path) != new.get(path) and path != "resume"
+        ]
+
     def to_yaml(self) -> str:
-        """Every field with its value, in a form that `load` reads."""
-        values = self.model_dump(mode="json", exclude_defaults=False)
+        """Every field with the value that it has in the run, in a form that `load` reads."""
+        values = self.model_dump(mode="json")
+        loss = self.build_loss()
+        values["loss"] = {"name": loss.name, **dataclasses.asdict(loss)}
+        values["reference"] = self.reference_mode if loss.needs_reference else None
         foreign = {"adamw": "alpha", "rmsprop": "betas"}[self.optim.name]
         del values["optim"][foreign]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2 (`1e-5` is one) and without dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -274,7 +313,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; a config is a YAML file") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -292,13 +331,21 @@ def parse(values: dict[str, Any]) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat |= inner if inner is not None else {f"{prefix}{key}": value}
+    return flat
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
     keys = path.split(".")
     if not sign or not all(keys):
         raise ConfigError(f"override {override!r}: must look like section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     for depth, key in enumerate(keys[:-1]):

@@ -15,22 +15,28 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = temporary.with_suffix(".old")
+    _remove(temporary)  # a killed process may have had this number
+    _remove(old)
     try:
         yield temporary
         _sync_tree(temporary)
         if path.is_dir():
-            old = temporary.with_suffix(".old")
             os.replace(path, old)
             os.replace(temporary, path)
-            shutil.rmtree(old)
+            _remove(old)
         else:
             os.replace(temporary, path)
         _sync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, first_line
 from fastpref.files import replacing
 from fastpref.logps import SequenceLogps
 from fastpref.losses import LossOutput
@@ -115,7 +115,7 @@ class Window:
     def state(self) -> tuple[list[int], Tensor]:
         """Steps and their rows on the host, for a checkpoint."""
         empty = torch.zeros(0, 2 + len(PAIR_METRICS), dtype=torch.float64)
-        return self._steps, torch.stack(self._rows).cpu() if self._rows else empty
+        return self._steps, torch.stack([row.cpu() for row in self._rows]) if self._rows else empty
 
     def restore(self, steps: list[int], rows: Tensor) -> None:
         self._steps, self._rows = list(steps), list(rows)
@@ -166,9 +166,12 @@ class WandB:
             import wandb
         except ImportError:
             raise _missing("wandb") from None
-        self._run: Any = wandb.init(
-            project="fastpref", name=folder.name, dir=folder, config=config, resume="allow"
-        )
+        try:
+            self._run: Any = wandb.init(
+                project="fastpref", name=folder.name, dir=folder, config=config, resume="allow"
+            )
+        except Exception as error:  # no login, no network, no quota: its own types
+            raise UserError(f"training.track: wandb failed: {first_line(error)}") from None
 
     def log(self, metrics: dict[str, Any]) -> None:
         self._run.log(metrics, step=metrics["step"])

@@ -25,7 +25,7 @@ def write(folder: Path, config: Config, metrics_file: Path) -> None:
     if config.model.path is not None:
         header["base_model"] = config.model.path
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(final.items()))
-    settings = yaml.safe_dump(config.model_dump(exclude={"resume"}), sort_keys=False)
+    settings = config.to_yaml()
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
         f"# {Path(config.training.output).name}\n\n"

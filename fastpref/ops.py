@@ -8,8 +8,9 @@ nats. What the logits are and how half precision and autocast are treated is wri
 `fastpref.reference`.
 
 `impl` is "auto" or the name of a row of `_IMPLEMENTATIONS`. "auto" takes the first row that has
-the operation on that device; a named implementation is used or refused, never replaced. Arguments
-are checked by shape, dtype and device only: reading a label's value would stall the device.
+the operation on that device and dtype and is installed; a named implementation is used or refused,
+never replaced. Arguments are checked by shape, dtype and device only: reading a label's value
+would stall the device.
 """
 
 import math
@@ -27,6 +28,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ScoreGeometry",
     "TokenStats",
+    "implementation",
     "linear_kl",
     "linear_logps",
     "score_geometry",
@@ -40,10 +42,20 @@ class _Implementation(NamedTuple):
     module: str  # imported when first used
     ops: frozenset[str]
     devices: frozenset[str] | None  # device types; None means any
+    dtypes: frozenset[torch.dtype] | None = None  # of hidden; None means any
+    optional: bool = False  # its module has missing() -> str: what it lacks here, "" if nothing
 
 
 # In the order in which "auto" tries them.
 _IMPLEMENTATIONS = (
+    _Implementation(
+        "cpu",
+        "fastpref.cpu",
+        frozenset({"linear_logps", "token_stats"}),
+        frozenset({"cpu"}),
+        frozenset({torch.float32}),
+        optional=True,
+    ),
     _Implementation(
         "chunked", "fastpref.chunked", frozenset({"linear_logps", "token_stats"}), None
     ),
@@ -79,7 +91,7 @@ def linear_logps(
     """
     _check_head(hidden, weight, bias, logit_scale, softcap)
     _check_labels(labels, hidden)
-    run = _resolve("linear_logps", impl, hidden.device)
+    run = _resolve("linear_logps", impl, hidden)
     logps: Tensor = run(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
     return logps
 
@@ -105,7 +117,7 @@ def token_stats(
     """
     _check_head(hidden, weight, bias, logit_scale, softcap)
     _check_labels(labels, hidden)
-    run = _resolve("token_stats", impl, hidden.device)
+    run = _resolve("token_stats", impl, hidden)
     stats: TokenStats = run(
         hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
     )
@@ -142,7 +154,7 @@ def linear_kl(
             f"ref_weight: expected the policy's vocabulary of {len(weight)} rows, "
             f"got {len(ref_weight)}; KL needs one vocabulary"
         )
-    run = _resolve("linear_kl", impl, hidden.device)
+    run = _resolve("linear_kl", impl, hidden)
     kl: Tensor = run(
         hidden, weight, ref_hidden, ref_weight, logit_scale=logit_scale, softcap=softcap
     )
@@ -179,7 +191,7 @@ def score_geometry(
             f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
             f"got {len(cu_seqlens)}"
         )
-    run = _resolve("score_geometry", impl, hidden.device)
+    run = _resolve("score_geometry", impl, hidden)
     geometry: ScoreGeometry = run(
         hidden,
         weight,
@@ -209,20 +221,44 @@ def segment_sum(
     return _segment_sum(values, cu_seqlens)
 
 
-def _resolve(op: str, impl: str, device: torch.device) -> Callable[..., Any]:
-    """The function that computes `op` on `device`."""
+def implementation(op: str, hidden: Tensor, impl: str = "auto") -> str:
+    """Name of the implementation that `op` uses for inputs like `hidden`, e.g. "chunked".
+
+    Log-probs agree to the last bit within one implementation, not between two. Raises ValueError
+    for an `impl` that does not exist or cannot take the inputs.
+    """
+    return _choose(op, impl, hidden).name
+
+
+def _resolve(op: str, impl: str, hidden: Tensor) -> Callable[..., Any]:
+    """The function that computes `op` on the device and dtype of `hidden`."""
+    function: Callable[..., Any] = getattr(import_module(_choose(op, impl, hidden).module), op)
+    return function
+
+
+def _choose(op: str, impl: str, hidden: Tensor) -> _Implementation:
     rows = [row for row in _IMPLEMENTATIONS if op in row.ops]
-    fitting = [row for row in rows if row.devices is None or device.type in row.devices]
-    for row in fitting:
+    obstacles = {}
+    for row in rows:
         if impl in ("auto", row.name):
-            function: Callable[..., Any] = getattr(import_module(row.module), op)
-            return function
-    if impl in (row.name for row in rows):
-        raise ValueError(
-            f"impl: {impl!r} cannot run on {device.type}; move the inputs or use impl='auto'"
-        )
-    names = ", ".join(repr(row.name) for row in rows)
+            obstacles[row.name] = _obstacle(row, hidden)
+            if not obstacles[row.name]:
+                return row
+    if impl in obstacles:
+        raise ValueError(f"impl: {impl!r} {obstacles[impl]}, or use impl='auto'")
+    names = ", ".join(repr(row.name) for row in rows if not _obstacle(row, hidden))
     raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
+
+
+def _obstacle(row: _Implementation, hidden: Tensor) -> str:
+    """Why `row` cannot take `hidden`, and what would help; empty if it can."""
+    if row.devices is not None and hidden.device.type not in row.devices:
+        return f"cannot run on {hidden.device.type}; move the inputs"
+    if row.dtypes is not None and hidden.dtype not in row.dtypes:
+        known = ", ".join(sorted(str(dtype) for dtype in row.dtypes))
+        return f"takes {known}, got {hidden.dtype}; cast the inputs"
+    missing: str = import_module(row.module).missing() if row.optional else ""
+    return missing
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from fastpref.data import bpe
 from fastpref.data.batches import Plan
 from fastpref.data.formats import read_pairs
 from fastpref.data.tokens import PairDataset, load_pairs
-from fastpref.model import ModelError, Policy, load_policy, load_tokenizer
+from fastpref.model import ModelError, Policy, context_length, load_policy, load_tokenizer
 from fastpref.progress import Display
 from fastpref.reference_logps import Reference, reference_for
 
@@ -36,7 +35,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # as loaded; not yet restored from the checkpoint
     train: Pairs
-    eval: Pairs | None
+    eval: Pairs | None = None
 
 
 def prepare(config: Config, display: Display) -> Prepared:
@@ -55,26 +54,31 @@ def prepare(config: Config, display: Display) -> Prepared:
         display.note(f"eval: {held_out.summary()}")
     policy = load_policy(config, tokenizer, device_of(config.training.device))
     t, cache = config.training, Path(config.data.cache).expanduser()
-
-    def with_reference(dataset: PairDataset, seed: int | None) -> Pairs:
-        plan = Plan(dataset.padded_lengths, t.batch_size, t.max_tokens, seed)
+    # Every budget is checked before the reference takes its time.
+    plans = []
+    for dataset, seed in ((train, t.seed), (held_out, None)):
+        if dataset is not None:
+            _check_context(dataset, policy)
+            plans.append((dataset, Plan(dataset.padded_lengths, t.batch_size, t.max_tokens, seed)))
+    pairs: list[Pairs] = []
+    for dataset, plan in plans:
         if config.reference_mode == "cached":
             display.phase("reference", len(dataset))
-        progress: Callable[[int], None] = display.advance
-        return Pairs(
-            dataset,
-            plan,
-            reference_for(config.reference_mode, policy, dataset, plan, cache, progress),
+        shared = pairs[0].reference if pairs and config.reference_mode == "frozen" else None
+        reference = shared or reference_for(
+            config.reference_mode, policy, dataset, plan, cache, display
         )
+        pairs.append(Pairs(dataset, plan, reference))
+    return Prepared(folder, found, tokenizer, policy, *pairs)
 
-    return Prepared(
-        folder,
-        found,
-        tokenizer,
-        policy,
-        with_reference(train, t.seed),
-        None if held_out is None else with_reference(held_out, None),
-    )
+
+def _check_context(dataset: PairDataset, policy: Policy) -> None:
+    longest, context = int(dataset.padded_lengths.max()), context_length(policy)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"data.max_length: the longest response ends at position {longest:,} but the model "
+            f"knows {context:,}; set data.max_length={context} or less"
+        )
 
 
 def _claim(folder: Path, config: Config) -> Path | None:
@@ -87,7 +91,6 @@ def _claim(folder: Path, config: Config) -> Path | None:
     found = checkpoint.find(folder / "checkpoints", config.resume) if config.resume else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"training.output: {error.filename}: {error.strerror}") from None
     return found

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastpref import files
+from fastpref import files, ops
 from fastpref.config import ReferenceMode
 from fastpref.data.batches import Batch, Plan, micro_batch
 from fastpref.data.tokens import PairDataset
 from fastpref.logps import SequenceLogps
 from fastpref.model import Policy
+from fastpref.progress import Display
 
 _VERSION = "1"  # raise it when the same weights and tokens give other log-probs
 Progress = Callable[[int], None]  # pairs done
@@ -67,7 +68,7 @@ def reference_for(
     dataset: PairDataset,
     plan: Plan,
     cache: Path,
-    progress: Progress,
+    display: Display,
 ) -> Reference:
     """The reference for one data set; call it before the policy's first update."""
     if mode == "none":
@@ -76,11 +77,12 @@ def reference_for(
         return FrozenReference(policy)
     given = dataset.given_reference_logps()
     if given is not None:
+        display.note(f"reference log-probs of {dataset.source}: those that come with the data")
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         return CachedReference(torch.from_numpy(given).to(policy.device, dtype))
     path = cache / "reference" / f"{_key(policy, dataset)}.safetensors"
     if not path.exists():
-        logps = _compute(policy, dataset, plan, progress)
+        logps = _compute(policy, dataset, plan, display.advance)
         with files.replacing(path) as temporary:
             save_file({"logps": logps.cpu().contiguous()}, temporary)
     return CachedReference(load_file(path)["logps"].to(policy.device))
@@ -108,8 +110,10 @@ def _micro_batches(plan: Plan) -> Iterator[list[int]]:
 
 
 def _key(policy: Policy, dataset: PairDataset) -> str:
+    like = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
     arithmetic = {
         "version": _VERSION,
+        "head": ops.implementation("linear_logps", like),
         "compute": str(policy.compute_dtype),
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,
@@ -127,9 +131,14 @@ def _architecture(policy: Policy) -> dict[str, object]:
 
 
 def weights_sha256(policy: Policy) -> str:
-    """Hash of all weights by name, shape, dtype and bytes."""
+    """Hash of all weights by name, shape, dtype and bytes.
+
+    Adapters are left out: where the reference is taken they are fresh and add zero.
+    """
     digest = hashlib.sha256()
     for name, weight in policy.state_dict().items():
+        if "lora_" in name:
+            continue
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -62,6 +62,11 @@ class Trainer:
         self.trackers = metrics.trackers(
             self.run.folder, config.training.track, config.model_dump(), self.step
         )
+        saved = self.run.folder / "config.yaml"
+        if self.run.checkpoint is not None and saved.exists():
+            for difference in config.differences(saved):
+                display.note(f"changed since the run began: {difference}")
+        saved.write_text(config.to_yaml(), encoding="utf-8")
 
     def loop(self, signals: list[int]) -> None:
         """Train from the current step to the last; a signal ends it after the step at hand."""
@@ -75,18 +80,21 @@ class Trainer:
             logs = last or self.step == 0 or _due(self.step + 1, t.log_every)
             entropy = self._train_step(with_entropy=logs)
             self.display.advance(self.step)
-            saves = bool(signals) or _due(self.step, t.checkpoint_every)
+            saves = _due(self.step, t.checkpoint_every)
             saves |= last and t.checkpoint_every is not None
             evaluates = self.run.eval and (last or _due(self.step, t.eval_every))
-            if logs or saves or evaluates:
+            if logs or evaluates:
                 self._stop_unless_finite()
             if logs:
                 self._log(entropy, done=(self.step - first) / (self.steps - first))
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
-            if saves:
+            # Looked at once, here: a signal may come at any moment, and must not go unsaved.
+            stops = bool(signals) and not last
+            if saves or stops:
+                self._stop_unless_finite()
                 self._save()
-            if signals and not last:
+            if stops:
                 raise interrupts.Interrupted(
                     signals[0],
                     f"stopped by {signal.Signals(signals[0]).name} after step {self.step}; "
@@ -222,7 +230,8 @@ class Trainer:
 
     @property
     def _plan_key(self) -> list[Any]:
-        return [self.run.train.dataset.fingerprint, self.plan.batch_size, self.plan.seed]
+        dataset = self.run.train.dataset
+        return [dataset.fingerprint, dataset.labels, self.plan.batch_size, self.plan.seed]
 
     @property
     def _epoch(self) -> float:

@@ -68,8 +68,8 @@ def test_collate() -> None:
     assert torch.equal(following, batch.labels)
 
 
-def test_soft_labels_fill_up_with_certain_ones() -> None:
+def test_soft_labels() -> None:
     soft = TokenPair(0, 1, *(np.array([1], dtype=np.int32),) * 3, preference=0.7)
-    batch = collate([soft, pair([1], [2], [3])])
-    assert batch.preference is not None and batch.preference.tolist() == [0.7, 1.0]
+    batch = collate([soft, soft])
+    assert batch.preference is not None and batch.preference.tolist() == [0.7, 0.7]
     assert collate([pair([1], [2], [3])]).preference is None

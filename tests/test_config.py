@@ -52,6 +52,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("reference", "sometimes", "reference: must be 'cached', 'frozen' or 'none'"),
         ("optim.alpha", 0.9, "optim: alpha is not an option of adamw; remove it"),
         ("adapter.rank", 4, "adapter.rank: unknown key; known: name, r, alpha"),
+        ("training.eval_every", 5, "training.eval_every: there is nothing to evaluate"),
         ("training.track", ["mlflow"], "training.track.0: must be 'tensorboard' or 'wandb'"),
     ],
 )
@@ -69,6 +70,30 @@ def test_defaults_and_short_forms() -> None:
     assert config.reference_mode == "cached"
     assert parse({**MINIMAL, "loss": "simpo"}).reference_mode == "none"
     assert parse({**MINIMAL, "loss": {"name": "pmo", "beta": 0.0}}).reference_mode == "none"
+
+
+@pytest.mark.parametrize("reference", ["cached", "frozen"])
+def test_a_reference_that_nothing_uses_is_refused(reference: str) -> None:
+    with pytest.raises(ConfigError, match=f"reference: {reference}, but simpo uses no reference"):
+        parse({**MINIMAL, "loss": "simpo", "reference": reference})
+
+
+def test_numbers_and_dates_of_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load(path, ["loss.beta=1e-1", "optim.lr=.5E-6", "training.output=2025-02-30"])
+    assert (config.loss["beta"], config.optim.lr) == (0.1, 5e-7)
+    assert config.training.output == "2025-02-30"
+
+
+def test_the_saved_config_is_resolved(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    saved = yaml.safe_load(make_config(loss="cdpo").to_yaml())
+    assert saved["loss"] == {"name": "cdpo", "beta": 0.1, "label_smoothing": 0.2}
+    assert saved["reference"] == "cached"
+    path = tmp_path / "saved.yaml"
+    path.write_text(make_config(loss="cdpo").to_yaml())
+    changed_config = make_config(loss="cdpo", optim__lr=0.5, resume="auto")
+    assert changed_config.differences(path) == ["optim.lr: 0.001 → 0.5"]
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -125,7 +150,7 @@ def test_the_saved_config_reads_back(
     config = make_config(optim__name=name, adapter={"name": "lora", "targets": ["q_proj"]})
     path = tmp_path / "saved.yaml"
     path.write_text(config.to_yaml())
-    assert load(path).model_dump() == config.model_dump()
+    assert load(path).to_yaml() == config.to_yaml()
 
 
 def test_the_page_of_fields_is_current() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    left = tmp_path / f".folder.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with replacing(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "whole").write_text("y")
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["whole"]
 
 
 def test_folders_are_replaced_whole(tmp_path: Path) -> None:

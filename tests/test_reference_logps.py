@@ -57,6 +57,16 @@ def test_runs_with_other_settings_share_it(
     assert len(computed) == 1
 
 
+def test_adapters_of_other_seeds_share_it(
+    ready: Callable[..., Prepared], computed: list[int]
+) -> None:
+    """A fresh adapter adds zero, whatever its random half is."""
+    adapter = {"name": "lora", "r": 2}
+    first = logps_of(ready(adapter=adapter, training__seed=0))
+    assert torch.equal(logps_of(ready(adapter=adapter, training__seed=1)), first)
+    assert len(computed) == 1
+
+
 def test_other_weights_tokens_or_arithmetic_do_not(
     ready: Callable[..., Prepared], computed: list[int], tmp_path: Any
 ) -> None:

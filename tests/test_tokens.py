@@ -163,6 +163,8 @@ def test_soft_labels_are_kept_or_ignored(
 ) -> None:
     records = rows(3, soft=True)
     assert load(tmp_path, tokenizer, records)[1].preference == records[1]["p"]
+    mixed = load(tmp_path, tokenizer, [{**records[0], "p": None}, *records[1:]])
+    assert (mixed[0].preference, mixed[1].preference) == (1.0, records[1]["p"])
     hard = load(tmp_path, tokenizer, records, soft_labels=False)
     assert hard[1].preference is None and not hard.has_preferences
 
@@ -202,7 +204,11 @@ def test_reference_logps_of_the_data(tmp_path: Path, tokenizer: PreTrainedTokeni
     given = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2} for row in rows(3)]
     found = load(tmp_path, tokenizer, given).given_reference_logps()
     assert found is not None and found.tolist() == [[-1.5, -2.0]] * 3
-    assert load(tmp_path, tokenizer, [*given[:2], rows(3)[2]]).given_reference_logps() is None
+    assert load(tmp_path, tokenizer, rows(3)).given_reference_logps() is None
+    with pytest.raises(DataError, match="cannot be used, 1 rows have none"):
+        load(tmp_path, tokenizer, [*given[:2], rows(3)[2]]).given_reference_logps()
+    with pytest.raises(DataError, match="cannot be used, some rows are cut to max_length"):
+        load(tmp_path, tokenizer, given, max_length=14).given_reference_logps()
 
 
 def test_conversations_need_a_template_and_its_errors_name_the_row(

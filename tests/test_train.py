@@ -199,6 +199,36 @@ def test_a_signal_saves_and_stops_and_resuming_goes_on(
     assert records(config) == records(whole)
 
 
+def test_a_signal_during_the_evaluation_is_saved_too(
+    make_config: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    config = make_config(data__eval=make_config().data.train, training__eval_every=1)
+    trainer, signals = Trainer(config, display), list[int]()
+    original = trainer._evaluate
+
+    def interrupted(pairs: Any) -> None:
+        original(pairs)
+        if trainer.step == 2:
+            signals.append(signal.SIGINT)
+
+    trainer._evaluate = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="SIGINT after step 2"):
+        trainer.loop(signals)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_going_back_to_an_older_checkpoint_abandons_the_later_ones(
+    make_config: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    settings = {"training__checkpoint_every": 1, "training__keep_checkpoints": 3}
+    run(make_config(training__steps=6, **settings), display)
+    older = tmp_path / "run" / "checkpoints" / "step-4"
+    run(make_config(resume=str(older), training__steps=5, **settings), display)
+    left = {path.name for path in older.parent.iterdir()}
+    assert left == {"step-4", "step-5"}
+    assert [x["step"] for x in records(make_config())] == [1, 2, 3, 4, 5]
+
+
 def test_only_the_newest_checkpoints_are_kept(
     make_config: MakeConfig, display: Display, tmp_path: Path
 ) -> None:
@@ -213,6 +243,7 @@ def test_only_the_newest_checkpoints_are_kept(
         ({"training__seed": 1}, "training.seed are not those of"),
         ({"training__batch_size": 4}, "training.batch_size or training.seed are not those"),
         ({"adapter": {"name": "lora"}}, "is of another model or adapter"),
+        ({"optim__name": "rmsprop"}, "is of a run with AdamW; restore optim.name"),
     ],
 )
 def test_resuming_something_else_is_refused(
@@ -221,6 +252,38 @@ def test_resuming_something_else_is_refused(
     run(make_config(training__checkpoint_every=2), display)
     with pytest.raises(ValueError, match=message):
         Trainer(make_config(resume="auto", training__checkpoint_every=2, **change), display)
+
+
+def test_a_changed_rate_is_used_and_announced(
+    make_config: MakeConfig, display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config(training__steps=2, training__checkpoint_every=1), display)
+    notes: list[str] = []
+    monkeypatch.setattr(display, "note", notes.append)
+    changes = {"optim__weight_decay": 0.5, "training__steps": 3, "training__checkpoint_every": 1}
+    trainer = Trainer(make_config(resume="auto", **changes), display)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert "changed since the run began: optim.weight_decay: 0.0 → 0.5" in notes
+
+
+def test_rows_without_p_beside_soft_labels(
+    make_config: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    mixed = [{**row, "p": row["p"] if i % 2 else None} for i, row in enumerate(rows(16, soft=True))]
+    path = str(write_jsonl(tmp_path / "mixed.jsonl", mixed))
+    config = make_config(data__train=path, data__eval=path, training__steps=1)
+    run(config, display)
+    assert records(config)[0]["eval_preference/accuracy"] >= 0
+
+
+def test_responses_longer_than_the_model_knows(
+    make_config: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    long = [{"prompt": "User: a\nAssistant:", "chosen": " tea" * 300, "rejected": " bread"}]
+    path = str(write_jsonl(tmp_path / "long.jsonl", long))
+    config = make_config(data__train=path, data__max_length=2048)
+    with pytest.raises(ConfigError, match=r"but the model knows 256; set data.max_length=256"):
+        Trainer(config, display)
 
 
 def test_an_output_folder_with_a_run_is_not_overwritten(

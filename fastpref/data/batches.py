@@ -111,15 +111,14 @@ def collate(pairs: Sequence[TokenPair]) -> Batch:
         first = s * width + len(prompt) - 1
         positions.append(np.arange(first, first + len(response)))
     lengths = torch.tensor([len(response) for _, response in sequences])
-    soft = any(p.preference is not None for p in pairs)  # beside these, no label means certain
-    preference = [1.0 if p.preference is None else p.preference for p in pairs]
+    preference = [p.preference for p in pairs if p.preference is not None]  # of all or of none
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(np.concatenate(positions)),
         labels=torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64)),
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         lengths=lengths,
-        preference=torch.tensor(preference, dtype=torch.float64) if soft else None,
+        preference=torch.tensor(preference, dtype=torch.float64) if preference else None,
         index=torch.tensor([p.index for p in pairs]),
         tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )

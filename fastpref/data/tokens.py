@@ -64,6 +64,9 @@ class PairDataset:
         about = json.loads((folder / "about.json").read_text())
         self.counts: dict[str, int] = about["counts"]
         self.fingerprint: str = about["token_ids"]  # hash of the token ids alone
+        self.labels: str = about["labels"]  # hash of p and of the given reference log-probs
+        p = self._columns["p"]
+        self.has_preferences: bool = p.null_count < len(p)
         self.lengths = {
             name: pc.list_value_length(table[name]).to_numpy().astype(np.int64)
             for name in ("prompt", "chosen", "rejected")
@@ -78,6 +81,8 @@ class PairDataset:
             columns[name][index].values.to_numpy() for name in ("prompt", "chosen", "rejected")
         )
         row, p = columns["row"][index].as_py(), columns["p"][index].as_py()
+        if p is None and self.has_preferences:
+            p = 1.0  # beside soft labels, none means certain
         return TokenPair(index, row, prompt, chosen, rejected, p)
 
     @cached_property
@@ -85,15 +90,22 @@ class PairDataset:
         """Tokens of the longer prompt + response of each pair, (N,)."""
         return self.lengths["prompt"] + np.maximum(self.lengths["chosen"], self.lengths["rejected"])
 
-    @property
-    def has_preferences(self) -> bool:
-        return self._columns["p"].null_count == 0
-
     def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(N, 2) reference log-probs (chosen, rejected) that came with the data, or None."""
+        """(N, 2) reference log-probs (chosen, rejected) that came with the data, or None.
+
+        Raises DataError if only some rows have them, or if responses were cut since.
+        """
         columns = [self._columns[name] for name in ("ref_chosen", "ref_rejected")]
-        if any(column.null_count for column in columns):
+        missing = columns[0].null_count
+        if missing == len(self):
             return None
+        cut = self.counts["chosen_cut"] + self.counts["rejected_cut"] + self.counts["prompt_cut"]
+        if missing or cut:
+            reason = f"{missing:,} rows have none" if missing else "some rows are cut to max_length"
+            raise DataError(
+                f"{self.source}: ref_chosen_logps and ref_rejected_logps cannot be used, {reason}; "
+                "complete or remove the columns, or raise data.max_length"
+            )
         return np.stack([column.to_numpy() for column in columns], axis=1)
 
     def summary(self) -> str:
@@ -140,7 +152,7 @@ def _write(
 ) -> None:
     counts = Counter({name: 0 for name in ("rows", "kept", "no_completion")})
     counts.update({name: 0 for name in ("prompt_cut", "chosen_cut", "rejected_cut")})
-    ids = hashlib.sha256()
+    ids, labels = hashlib.sha256(), hashlib.sha256()
     folder.mkdir()
     with (
         pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
@@ -149,10 +161,12 @@ def _write(
         for numbered in chunks(read_pairs(source, split), 512):
             rows = list(tokenize(numbered, source, tokenizer, data, counts))
             for row in rows:
+                values = [row["p"], row["ref_chosen"], row["ref_rejected"]]
+                labels.update(json.dumps(values).encode())
                 for name in ("prompt", "chosen", "rejected"):
                     ids.update(np.asarray([len(row[name]), *row[name]], dtype="<i4").tobytes())
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-    about = {"counts": counts, "token_ids": ids.hexdigest()}
+    about = {"counts": counts, "token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
     (folder / "about.json").write_text(json.dumps(about))
 
 
