@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
+
 .PHONY: demo test docs clean
 
 demo: $(VENV)/.installed
@@ -27,10 +29,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed: $(BIN)/python $(INSTALLED_FROM)
 	$(BIN)/pip install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed-dev: $(BIN)/python $(INSTALLED_FROM)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
