@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +17,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """A progress bar with a line of text below it, so that narrow terminals show both."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.status:
+            yield Text(self.status)
+
 
 _PLAIN_EVERY = 5.0  # seconds between plain lines of a long preparation
 
@@ -25,20 +39,19 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._last = "", 0, 0.0
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("[bold]{task.description:<10}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
                 console=self.console,
             )
             self._bar.start()
@@ -61,7 +74,8 @@ class Display:
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(name, total=total, completed=done, status="")
+            self._task = self._bar.add_task(name, total=total, completed=done)
+            self._bar.status = ""
 
     def advance(self, done: int) -> None:
         """`done` of the phase's total; plain output says so every few seconds."""
@@ -74,8 +88,9 @@ class Display:
     def metrics(self, record: dict[str, Any], seconds_left: float | None = None) -> None:
         """One line of metrics of the training loop."""
         shown = status(record)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, status=shown)
+        if self._bar is not None:
+            self._bar.status = shown
+            self._bar.refresh()
         else:
             left = "" if seconds_left is None else f"  {_duration(seconds_left)} left"
             self.note(f"step {record['step']:,}/{self._total:,}  {shown}{left}")
