@@ -30,7 +30,6 @@ from fastpref.data import pure_semantic
 from fastpref.files import file_sha256
 
 STEPS = 40
-TIMING = ("tokens_per_second", "peak_memory_gib")
 
 
 def main() -> None:
@@ -113,7 +112,7 @@ def last_step(run: Path) -> int:
 
 def outcome(run: Path) -> dict[str, Any]:
     lines = metrics.read(run / "metrics.jsonl")
-    kept = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
     weights = run / "model" / "model.safetensors"
     return {"metrics": json.dumps(kept), "weights": weights.exists() and file_sha256(weights)}
 

@@ -160,9 +160,14 @@ class Optim(Section):
     )
     warmup_steps: NonNegativeInt = Field(0, description="Optimizer steps of linear warm-up.")
 
+    @property
+    def foreign_option(self) -> str:
+        """The one option that belongs to the other optimizer."""
+        return {"adamw": "alpha", "rmsprop": "betas"}[self.name]
+
     @model_validator(mode="after")
     def _options_of_this_optimizer(self) -> Optim:
-        foreign = {"adamw": "alpha", "rmsprop": "betas"}[self.name]
+        foreign = self.foreign_option
         if foreign in self.model_fields_set:
             raise ValueError(f"{foreign} is not an option of {self.name}; remove it")
         return self
@@ -281,8 +286,7 @@ class Config(Section):
         loss = self.build_loss()
         values["loss"] = {"name": loss.name, **dataclasses.asdict(loss)}
         values["reference"] = self.reference_mode if loss.needs_reference else None
-        foreign = {"adamw": "alpha", "rmsprop": "betas"}[self.optim.name]
-        del values["optim"][foreign]
+        del values["optim"][self.optim.foreign_option]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -30,6 +30,7 @@ PAIR_METRICS = (
     "logps/rejected",
 )
 PREFERENCE_METRICS = ("preference/accuracy", "preference/mean_kl", "preference/pci")
+TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")  # all else repeats bit for bit on CPU
 
 Metrics = dict[str, float]
 

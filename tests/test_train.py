@@ -28,7 +28,6 @@ from fastpref.progress import Display
 from fastpref.train import Diverged, Trainer
 
 MakeConfig = Callable[..., Config]
-TIMING = ("tokens_per_second", "peak_memory_gib")
 
 
 def run(config: Config, display: Display) -> Trainer:
@@ -41,7 +40,7 @@ def run(config: Config, display: Display) -> Trainer:
 def records(config: Config) -> list[dict[str, Any]]:
     """Lines of metrics without what depends on the clock."""
     lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    return [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

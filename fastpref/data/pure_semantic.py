@@ -31,6 +31,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
+from fastpref.files import replacing
+
 Item = TypeVar("Item")
 
 # Every word is a mass noun, a plural or a name, and no template agrees in number with it, so that
@@ -223,12 +225,8 @@ def write(
 
 def _write_rows(path: Path, pairs: Iterable[Pair]) -> Path:
     text = "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(text.encode())  # bytes, because text mode rewrites "\n" on Windows
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())  # bytes, because text mode rewrites "\n" on Windows
     return path
 
 
