@@ -1,19 +1,20 @@
-"""Token log-probs and statistics in plain PyTorch, never holding more than a chunk of logits.
+"""The ops in plain PyTorch, never holding more than a chunk of logits: runs on any device.
 
 The logits are those of `fastpref.reference`. Let one pass be 2 T D V FLOPs.
 
-    mode                passes  saved for backward     where
-    nothing to train    1       nothing                _score_rows
-    head frozen         2       directions (T, D)      _score_rows, then one row scaling
-    head trained        4       lse (T,)               _score_rows, _recomputed_grads
-      deltas kept       3       deltas (T, V)          _score_rows, _kept_grads
+    linear_logps           passes  saved for backward
+    nothing to train       1       nothing
+    head frozen            2       directions (T, D), then scaled by rows
+    head trained           4       directions (T, D), lse (T,)
+      deltas kept          3       directions (T, D), deltas (T, V)
 
-With a frozen head the direction `d logps[t] / d h_t = (onehot - softmax) @ weight` does not depend
-on the upstream gradient, so the forward pass takes it from the logits while they are alive. With a
-trained head the backward pass recomputes them for a panel of the vocabulary at a time and all
-tokens at once: each row of dW is then one product, summed and rounded once, and no wider copy of
-dW exists. An implementation may instead keep the forward pass's `onehot - softmax` where memory
-allows.
+The direction `d logps[t] / d h_t = (onehot - softmax) @ weight` does not depend on the upstream
+gradient, so the forward pass takes it from the logits while they are alive. For a trained head the
+backward pass recomputes them for a panel of the vocabulary at a time and all tokens at once: each
+row of dW is then one product, summed and rounded once, and no wider copy of dW exists. An
+implementation may instead keep the forward pass's `onehot - softmax` where memory allows.
+`linear_kl` works the same way with two heads, 2 passes for the value and one more product for the
+direction, 3 more for a trained head.
 
 All modes run the same operations on the same chunks to get the log-probs, so that a policy with
 gradients and its reference without agree bit for bit.
@@ -23,11 +24,11 @@ runs anywhere. `fastpref.cpu` brings another.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref.reference import IGNORE_INDEX, TokenStats, statistics_dtype
 
@@ -59,208 +60,238 @@ class RowPass(NamedTuple):
     keeps_deltas: Callable[[Tensor, Tensor], bool]
 
 
-def linear_logps(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (T,)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    rows: RowPass | None = None,  # None: TORCH_ROWS
-) -> Tensor:  # (T,)
-    """Log-prob of each label; gradients as in `fastpref.reference.linear_logps`, once."""
-    head = _Head(weight, bias, logit_scale, softcap, rows or TORCH_ROWS)
-    if torch.is_grad_enabled():
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return _TrainedHead.apply(hidden, weight, bias, labels, head)
-        if hidden.requires_grad:
-            return _FrozenHead.apply(hidden, labels, head)
-    return _score_rows(hidden, labels, head).logps
-
-
-@torch.no_grad()
-def token_stats(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (T,)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    rows: RowPass | None = None,  # None: TORCH_ROWS
-) -> TokenStats:
-    """The statistics of `fastpref.reference.token_stats`, in one pass."""
-    head = _Head(weight, bias, logit_scale, softcap, rows or TORCH_ROWS)
-    stats = _score_rows(hidden, labels, head, entropy=True)
-    return stats._replace(lse=stats.lse.masked_fill(labels == IGNORE_INDEX, 0.0))
-
-
 class _Head(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """The backend that any row pass makes; see `fastpref.backend.Backend` for the methods."""
+
     rows: RowPass
 
+    def kept_deltas(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        if not self.rows.keeps_deltas(hidden, weight):
+            return None
+        shape = hidden.shape[0], weight.shape[0]
+        return hidden.new_empty(shape, dtype=statistics_dtype(hidden))
 
-class _FrozenHead(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: _Head) -> Tensor:
-        directions = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        logps = _score_rows(hidden, labels, head, directions=directions).logps
-        ctx.save_for_backward(directions, labels)
-        return logps
+    def linear_logps_fwd(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        logps: Tensor,
+        lse: Tensor,
+        direction: Tensor | None,
+        deltas: Tensor | None,
+    ) -> None:
+        head = _Head(weight, bias, logit_scale, softcap)
+        stats = self._score(hidden, labels, head, direction=direction, deltas=deltas)
+        logps.copy_(stats.logps)
+        lse.copy_(stats.lse)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        directions, labels = ctx.saved_tensors
-        gain = upstream.masked_fill(labels == IGNORE_INDEX, 0.0)
-        grad = torch.empty_like(directions)
-        return torch.mul(directions, gain[:, None], out=grad), None, None
-
-
-class _TrainedHead(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: _Head
-    ) -> Tensor:
-        deltas = None
-        if head.rows.keeps_deltas(hidden, weight):
-            deltas = hidden.new_empty(len(hidden), len(weight), dtype=statistics_dtype(hidden))
-        stats = _score_rows(hidden, labels, head, deltas=deltas)
-        ctx.save_for_backward(hidden, weight, bias, labels, stats.lse, deltas)
-        ctx.options = head[2:]
-        return stats.logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse, deltas = ctx.saved_tensors
-        head = _Head(weight, bias, *ctx.options)
-        ignored = labels == IGNORE_INDEX
-        gain = upstream.masked_fill(ignored, 0.0)
-        grads = _Grads.empty(hidden, head, ctx.needs_input_grad, gain.dtype)
+    def linear_logps_bwd(
+        self,
+        gain: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        lse: Tensor,
+        deltas: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> None:
         with torch.autocast(hidden.device.type, enabled=False):
-            if deltas is None:
-                _recomputed_grads(grads, _kept(hidden, ignored), labels, head, lse, gain)
-            else:
-                _kept_grads(grads, _kept(hidden, ignored), head, deltas, gain)
-        grad_hidden = None if grads.hidden is None else grads.hidden.to(hidden.dtype)
-        return grad_hidden, grads.weight, grads.bias, None, None
+            if deltas is not None:  # each token's gain scales its row of the smaller factor
+                if grad_bias is not None:
+                    torch.mv(deltas.T, gain, out=grad_bias)
+                if grad_weight is not None:
+                    _outer(deltas, hidden * gain[:, None], out=grad_weight)
+                return
+            head = _Head(weight, bias, logit_scale, softcap)
+            for columns, z in self._delta_panels(hidden, labels, head, lse, gain):
+                if grad_bias is not None:
+                    grad_bias[columns] = z.sum(0)
+                if grad_weight is not None:
+                    _outer(z, hidden, out=grad_weight[columns])
 
+    def token_stats(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+    ) -> TokenStats:
+        head = _Head(weight, bias, logit_scale, softcap)
+        stats = self._score(hidden, labels, head, entropy=True)
+        return stats._replace(lse=stats.lse.masked_fill(labels == IGNORE_INDEX, 0.0))
 
-class _Grads(NamedTuple):
-    """What a trained head's backward pass fills in, None where nobody asked."""
+    def delta_panel(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        logit_scale: float,
+        softcap: float | None,
+        lse: Tensor,
+        first: int,
+    ) -> Tensor:
+        gain = (labels != IGNORE_INDEX).to(lse.dtype)
+        z = lse.new_empty(hidden.shape[0], weight.shape[0])
+        self._delta(z, hidden, labels - first, _Head(weight, None, logit_scale, softcap), lse, gain)
+        return z
 
-    hidden: Tensor | None  # (T, D), zeros, in the dtype of the statistics
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None  # (V,)
+    def linear_kl_fwd(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        logit_scale: float,
+        softcap: float | None,
+        kl: Tensor,
+        lse: Tensor,
+        ref_lse: Tensor,
+        direction: Tensor | None,
+    ) -> None:
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        head = _Head(weight, None, logit_scale, softcap)
+        ref_head = _Head(ref_weight, None, logit_scale, softcap)
+        # Two models' logits share a chunk.
+        chunk = max(1, min(CHUNK_BYTES // (2 * kl.itemsize * vocabulary), tokens))
+        policy, reference = kl.new_empty(2, chunk, vocabulary)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(tokens, chunk):
+                z, y = policy[: _size(rows)], reference[: _size(rows)]
+                _project(hidden[rows], weight, out=z)
+                _project(ref_hidden[rows], ref_weight, out=y)
+                for part in _slices(_size(rows), -(-chunk // SLICES)):
+                    t = slice(rows.start + part.start, rows.start + part.stop)
+                    slope = _finish_logits(z[part], head, None, direction is not None)
+                    _finish_logits(y[part], ref_head, None, False)
+                    kl[t], lse[t], ref_lse[t] = _kl_rows(z[part], y[part])
+                    z[part].mul_(logit_scale)
+                    if slope is not None:
+                        z[part].mul_(slope)
+                if direction is not None:
+                    sums = z.new_zeros(_size(rows), hidden.shape[1])
+                    direction[rows] = _pull_back(z, weight, sums)
 
-    @classmethod
-    def empty(
-        cls, hidden: Tensor, head: _Head, needs: tuple[bool, ...], dtype: torch.dtype
-    ) -> "_Grads":
-        return cls(
-            hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None,
-            torch.empty_like(head.weight) if needs[1] else None,
-            torch.empty_like(head.bias) if needs[2] and head.bias is not None else None,
-        )
+    def linear_kl_bwd(
+        self,
+        gain: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        logit_scale: float,
+        softcap: float | None,
+        lse: Tensor,
+        ref_lse: Tensor,
+        grad_weight: Tensor,
+    ) -> None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            panels = _panels(hidden.shape[0], weight.shape[0], 2 * gain.itemsize)
+            for columns in panels:
+                head = _Head(weight[columns], None, logit_scale, softcap)
+                ref_head = _Head(ref_weight[columns], None, logit_scale, softcap)
+                z, y = gain.new_empty(2, hidden.shape[0], _size(columns))
+                _project(hidden, head.weight, out=z)
+                _project(ref_hidden, ref_head.weight, out=y)
+                for t in _slices(len(z), max(1, -(-len(z) // SLICES))):
+                    slope = _finish_logits(z[t], head, None, True)
+                    _finish_logits(y[t], ref_head, None, False)
+                    z[t].sub_(lse[t, None]).exp_().sub_(y[t].sub_(ref_lse[t, None]).exp_())
+                    z[t].mul_(gain[t, None] * logit_scale)
+                    if slope is not None:
+                        z[t].mul_(slope)
+                _outer(z, hidden, out=grad_weight[columns])
 
+    def _score(
+        self,
+        hidden: Tensor,  # (T, D)
+        labels: Tensor,  # (T,)
+        head: _Head,
+        *,
+        direction: Tensor | None = None,  # (T, D), filled with d logps[t] / d h_t
+        deltas: Tensor | None = None,  # (T, V), filled with d logps[t] / d (h_t . w_v)
+        entropy: bool = False,
+    ) -> TokenStats:
+        """Statistics of each token, a chunk at a time; entropy stays 0 unless asked for.
 
-def _score_rows(
-    hidden: Tensor,  # (T, D)
-    labels: Tensor,  # (T,)
-    head: _Head,
-    *,
-    directions: Tensor | None = None,  # (T, D), filled with d logps[t] / d h_t
-    deltas: Tensor | None = None,  # (T, V), filled with d logps[t] / d (h_t . w_v)
-    entropy: bool = False,
-) -> TokenStats:
-    """Statistics of each token, a chunk at a time; entropy stays 0 unless asked for.
+        An ignored token's lse is that of a zero hidden state, so that the backward pass stays
+        finite.
+        """
+        tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
+        ignored = labels == IGNORE_INDEX
+        columns = labels.masked_fill(ignored, 0)
+        dtype = statistics_dtype(hidden)
+        chunk = max(1, min(CHUNK_BYTES // (dtype.itemsize * vocabulary), tokens))
+        buffer = hidden.new_empty(chunk if deltas is None else 0, vocabulary, dtype=dtype)
+        gain = None if direction is None and deltas is None else head.logit_scale
+        logps, lse, entropies = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
+        top1 = torch.zeros_like(ignored)
 
-    An ignored token's lse is that of a zero hidden state, so that the backward pass stays finite.
-    """
-    tokens, vocabulary = len(hidden), len(head.weight)
-    ignored = labels == IGNORE_INDEX
-    columns = labels.masked_fill(ignored, 0).long()
-    dtype = statistics_dtype(hidden)
-    chunk = max(1, min(CHUNK_BYTES // (dtype.itemsize * vocabulary), tokens))
-    buffer = hidden.new_empty(chunk if deltas is None else 0, vocabulary, dtype=dtype)
-    gain = None if directions is None and deltas is None else head.logit_scale
-    logps, lse, entropies = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
-    top1 = torch.zeros_like(ignored)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(tokens, chunk):
+                logits = buffer[: _size(rows)] if deltas is None else deltas[rows]
+                _project(_kept(hidden[rows], ignored[rows]), head.weight, out=logits)
+                for part in _slices(_size(rows), -(-chunk // SLICES)):
+                    z = logits[part]
+                    t = slice(rows.start + part.start, rows.start + part.stop)
+                    slope = _finish_logits(z, head, head.bias, gain is not None)
+                    stats = self.rows.score(z, columns[t], entropy, gain)
+                    logps[t], lse[t], entropies[t], top1[t] = stats
+                    if slope is not None:
+                        z.mul_(slope)
+                if direction is not None:
+                    sums = logits.new_zeros(_size(rows), hidden.shape[1])
+                    direction[rows] = _pull_back(logits, head.weight, sums)
 
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _slices(tokens, chunk):
-            logits = buffer[: _size(rows)] if deltas is None else deltas[rows]
-            _project(_kept(hidden[rows], ignored[rows]), head.weight, out=logits)
-            for part in _slices(_size(rows), -(-chunk // SLICES)):
-                z = logits[part]
-                t = slice(rows.start + part.start, rows.start + part.stop)
-                slope = _finish_logits(z, head, head.bias, gain is not None)
-                stats = head.rows.score(z, columns[t], entropy, gain)
-                logps[t], lse[t], entropies[t], top1[t] = stats
-                if slope is not None:
-                    z.mul_(slope)
-            if directions is not None:
-                sums = logits.new_zeros(_size(rows), hidden.shape[1])
-                directions[rows] = _pull_back(logits, head.weight, sums)
+        logps.masked_fill_(ignored, 0.0)
+        return TokenStats(logps, lse, entropies.masked_fill_(ignored, 0.0), top1 & ~ignored)
 
-    return TokenStats(
-        logps.masked_fill_(ignored, 0.0), lse, entropies.masked_fill_(ignored, 0.0), top1 & ~ignored
-    )
+    def _delta_panels(
+        self,
+        hidden: Tensor,  # (T, D), zeros where ignored
+        labels: Tensor,  # (T,)
+        head: _Head,
+        lse: Tensor,  # (T,)
+        gain: Tensor,  # (T,), zeros where ignored
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Panels of the vocabulary and gain * delta of all tokens there, in one buffer."""
+        tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
+        panels = list(_panels(tokens, vocabulary, gain.itemsize))
+        buffer = gain.new_empty(tokens * _size(panels[0]))
+        for columns in panels:
+            z = buffer[: tokens * _size(columns)].view(tokens, _size(columns))
+            bias = None if head.bias is None else head.bias[columns]
+            part = head._replace(weight=head.weight[columns], bias=bias)
+            self._delta(z, hidden, labels - columns.start, part, lse, gain)
+            yield columns, z
 
-
-def _recomputed_grads(
-    grads: _Grads,
-    hidden: Tensor,  # (T, D), zeros where ignored
-    labels: Tensor,  # (T,)
-    head: _Head,
-    lse: Tensor,  # (T,)
-    gain: Tensor,  # (T,), zeros where ignored
-) -> None:
-    """Fill the gradients in a panel of the vocabulary at a time, from logits made again."""
-    tokens, vocabulary = len(hidden), len(head.weight)
-    gain = gain * head.logit_scale
-    panel = max(1, min(CHUNK_BYTES // (gain.itemsize * max(1, tokens)), vocabulary))
-    buffer = gain.new_empty(tokens * panel)
-    for columns in _slices(vocabulary, panel):
-        z = buffer[: tokens * _size(columns)].view(tokens, _size(columns))
-        weight = head.weight[columns]
-        bias = None if head.bias is None else head.bias[columns]
-        _project(hidden, weight, out=z)
-        for t in _slices(tokens, max(1, -(-tokens // SLICES))):
-            slope = _finish_logits(z[t], head, bias, True)
-            head.rows.delta(z[t], labels[t].long() - columns.start, lse[t], gain[t])
+    def _delta(
+        self, z: Tensor, hidden: Tensor, labels: Tensor, head: _Head, lse: Tensor, gain: Tensor
+    ) -> None:
+        """z = gain * delta for some rows of the head, from logits made again."""
+        _project(hidden, head.weight, out=z)
+        for t in _slices(len(z), max(1, -(-len(z) // SLICES))):
+            slope = _finish_logits(z[t], head, head.bias, True)
+            self.rows.delta(z[t], labels[t], lse[t], gain[t] * head.logit_scale)
             if slope is not None:
                 z[t].mul_(slope)
-        if grads.bias is not None:
-            grads.bias[columns] = z.sum(0)
-        if grads.weight is not None:
-            _outer(z, hidden, out=grads.weight[columns])
-        if grads.hidden is not None:
-            _pull_back(z, weight, grads.hidden)
-
-
-def _kept_grads(
-    grads: _Grads,
-    hidden: Tensor,  # (T, D), zeros where ignored
-    head: _Head,
-    deltas: Tensor,  # (T, V)
-    gain: Tensor,  # (T,), zeros where ignored
-) -> None:
-    """Fill the gradients in from the deltas of the forward pass, left as they are.
-
-    Each token's gain scales its row of (T, D) factors, never of the deltas.
-    """
-    if grads.bias is not None:
-        torch.mv(deltas.T, gain, out=grads.bias)
-    if grads.weight is not None:
-        _outer(deltas, hidden * gain[:, None], out=grads.weight)
-    if grads.hidden is not None:
-        _pull_back(deltas, head.weight, grads.hidden).mul_(gain[:, None])
 
 
 def _torch_score(z: Tensor, labels: Tensor, entropy: bool, gain: float | None) -> TokenStats:
@@ -289,6 +320,23 @@ def _torch_delta(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
 
 
 TORCH_ROWS = RowPass(_torch_score, _torch_delta, keeps_deltas=lambda hidden, weight: False)
+BACKEND = Chunked(TORCH_ROWS)
+
+
+def _kl_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL and both log-sum-exps of rows of logits, y the reference's; leaves p - q in z."""
+    largest, ref_largest = z.amax(1, keepdim=True), y.amax(1, keepdim=True)
+    z.sub_(largest)
+    y.sub_(ref_largest)
+    q = y.exp()
+    # Divided by the sum at the end: normalised first, its rounding would multiply the whole KL.
+    dot = y.sub_(z).mul_(q).sum(1, keepdim=True)
+    total, ref_total = z.exp_().sum(1, keepdim=True), q.sum(1, keepdim=True)
+    log_total, ref_log_total = total.log(), ref_total.log()
+    kl = dot / ref_total - ref_log_total + log_total
+    z.div_(total).sub_(q.div_(ref_total))
+    rows = kl, largest + log_total, ref_largest + ref_log_total
+    return rows[0].squeeze(1), rows[1].squeeze(1), rows[2].squeeze(1)
 
 
 def _finish_logits(z: Tensor, head: _Head, bias: Tensor | None, want_slope: bool) -> Tensor | None:
@@ -346,6 +394,11 @@ def _mm_half(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.is_cuda:
         return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def _panels(tokens: int, vocabulary: int, itemsize: int) -> Iterator[slice]:
+    """Slices of the vocabulary in which all tokens' logits fit one chunk."""
+    return _slices(vocabulary, max(1, CHUNK_BYTES // (itemsize * max(1, tokens))))
 
 
 def _slice_size(bytes_each: int) -> int:

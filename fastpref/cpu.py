@@ -1,4 +1,4 @@
-"""Token log-probs and statistics on a CPU: `fastpref.chunked` with its row passes in C++.
+"""The ops on a CPU: `fastpref.chunked` with its row passes in C++.
 
 The chunks, the products and the gradients are those of `fastpref.chunked`; what lies between two
 products is one call into the library built from `csrc/cpu/rows.cpp`, which reads a row of logits
@@ -35,45 +35,11 @@ CACHE_CHUNKS = 4
 _VERSION = 1  # of the signatures below, as the library reports it
 
 
-def linear_logps(
-    hidden: Tensor,  # (T, D) fp32
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (T,)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:  # (T,)
-    """Log-prob of each label; gradients as in `fastpref.reference.linear_logps`, once.
-
-    Raises ValueError if a label is neither a vocabulary index nor -100.
-    """
-    return chunked.linear_logps(
-        hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap, rows=_ROWS
-    )
-
-
-def token_stats(
-    hidden: Tensor,  # (T, D) fp32
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (T,)
-    *,
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> TokenStats:
-    """The statistics of `fastpref.reference.token_stats`, in one pass.
-
-    Raises ValueError if a label is neither a vocabulary index nor -100.
-    """
-    return chunked.token_stats(
-        hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap, rows=_ROWS
-    )
-
-
 @functools.cache
-def missing() -> str:
+def missing(device: str) -> str:
     """What keeps the library from being used and what to do about it; empty if nothing does."""
+    if device != "cpu":
+        return f"cannot run on {device}; move the inputs"
     remedy = "install a C++ compiler and then fastpref again"
     if not LIBRARY.exists():
         return f"was not built, there is no {LIBRARY.name}; {remedy}"
@@ -98,13 +64,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-# Operations of torch, so that tracing, which has no memory to point at, can stand in for them.
-
-
-@torch.library.custom_op("fastpref::score_rows", mutates_args=("z",), device_types="cpu")
-def _score(
-    z: Tensor, labels: Tensor, entropy: bool, gain: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _score(z: Tensor, labels: Tensor, entropy: bool, gain: float | None) -> TokenStats:
     labels = labels.contiguous()
     logps, lse, entropies = z.new_empty(len(z)), z.new_empty(len(z)), z.new_zeros(len(z))
     top1 = torch.empty(len(z), dtype=torch.bool)
@@ -123,28 +83,14 @@ def _score(
             f"labels: expected -100 or an index below {z.shape[1]}, the rows of weight; "
             f"{strangers} of {len(z)} are neither, correct or ignore them"
         )
-    return logps, lse, entropies, top1
+    return TokenStats(logps, lse, entropies, top1)
 
 
-@_score.register_fake
-def _(
-    z: Tensor, labels: Tensor, entropy: bool, gain: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logps, lse, entropies = (z.new_empty(len(z)) for _ in range(3))
-    return logps, lse, entropies, labels.new_empty(len(z), dtype=torch.bool)
-
-
-@torch.library.custom_op("fastpref::delta_rows", mutates_args=("z",), device_types="cpu")
 def _delta(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
     labels, lse, gain = labels.contiguous(), lse.contiguous(), gain.contiguous()
     _library().fastpref_delta_rows(
         *_matrix(z), labels.data_ptr(), lse.data_ptr(), gain.data_ptr(), torch.get_num_threads()
     )
-
-
-@_delta.register_fake
-def _(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
-    return None
 
 
 def _matrix(z: Tensor) -> tuple[int, int, int, int]:
@@ -153,12 +99,9 @@ def _matrix(z: Tensor) -> tuple[int, int, int, int]:
 
 
 def _keeps_deltas(hidden: Tensor, weight: Tensor) -> bool:
-    deltas = hidden.itemsize * len(hidden) * len(weight)
+    deltas = hidden.itemsize * hidden.shape[0] * weight.shape[0]
     return deltas <= min(CACHE_BYTES, CACHE_CHUNKS * chunked.CHUNK_BYTES)
 
 
-_ROWS = chunked.RowPass(
-    lambda z, labels, entropy, gain: TokenStats(*_score(z, labels, entropy, gain)),
-    _delta,
-    _keeps_deltas,
-)
+_ROWS = chunked.RowPass(_score, _delta, _keeps_deltas)
+BACKEND = chunked.Chunked(_ROWS)

@@ -7,22 +7,20 @@ Shapes: T tokens, S sequences, D hidden size, V vocabulary. `hidden` (T, D), `we
 nats. What the logits are and how half precision and autocast are treated is written once, in
 `fastpref.reference`.
 
-`impl` is "auto" or the name of a row of `_IMPLEMENTATIONS`. "auto" takes the first row that has
-the operation on that device and dtype and is installed; a named implementation is used or refused,
-never replaced. Arguments are checked by shape, dtype and device only: reading a label's value
-would stall the device.
+`impl` is "auto" or the name of a row of `fastpref.implementations.TABLE`. "auto" takes the first
+row that is for that device and dtype and is installed; a named implementation is used or refused,
+never replaced.
+Arguments are checked by shape, dtype and device only: reading a label's value would stall the
+device. Inside `torch.compile` an op is one node of the graph.
 """
 
 import math
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref import implementations, library, reference
 from fastpref.reference import IGNORE_INDEX, ScoreGeometry, TokenStats
-from fastpref.reference import segment_sum as _segment_sum
 
 __all__ = [
     "IGNORE_INDEX",
@@ -35,37 +33,6 @@ __all__ = [
     "segment_sum",
     "token_stats",
 ]
-
-
-class _Implementation(NamedTuple):
-    name: str
-    module: str  # imported when first used
-    ops: frozenset[str]
-    devices: frozenset[str] | None  # device types; None means any
-    dtypes: frozenset[torch.dtype] | None = None  # of hidden; None means any
-    optional: bool = False  # its module has missing() -> str: what it lacks here, "" if nothing
-
-
-# In the order in which "auto" tries them.
-_IMPLEMENTATIONS = (
-    _Implementation(
-        "cpu",
-        "fastpref.cpu",
-        frozenset({"linear_logps", "token_stats"}),
-        frozenset({"cpu"}),
-        frozenset({torch.float32}),
-        optional=True,
-    ),
-    _Implementation(
-        "chunked", "fastpref.chunked", frozenset({"linear_logps", "token_stats"}), None
-    ),
-    _Implementation(
-        "reference",
-        "fastpref.reference",
-        frozenset({"linear_logps", "token_stats", "linear_kl", "score_geometry"}),
-        None,
-    ),
-)
 
 
 def linear_logps(
@@ -91,9 +58,11 @@ def linear_logps(
     """
     _check_head(hidden, weight, bias, logit_scale, softcap)
     _check_labels(labels, hidden)
-    run = _resolve("linear_logps", impl, hidden)
-    logps: Tensor = run(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
-    return logps
+    if impl == "reference":
+        return reference.linear_logps(
+            hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+        )
+    return library.linear_logps(hidden, weight, labels, bias, logit_scale, softcap, impl)
 
 
 def token_stats(
@@ -117,11 +86,11 @@ def token_stats(
     """
     _check_head(hidden, weight, bias, logit_scale, softcap)
     _check_labels(labels, hidden)
-    run = _resolve("token_stats", impl, hidden)
-    stats: TokenStats = run(
-        hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
-    )
-    return stats
+    if impl == "reference":
+        return reference.token_stats(
+            hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+        )
+    return library.token_stats(hidden, weight, labels, bias, logit_scale, softcap, impl)
 
 
 def linear_kl(
@@ -138,8 +107,8 @@ def linear_kl(
 
         kl[t] = sum_v q[t, v] (log q[t, v] - log p[t, v]),  q the reference, p the policy
 
-    Only the plain implementation exists: it holds full (T, V) logits of both models. Raises
-    ValueError, naming the argument, for a wrong shape, dtype, device, scale or `impl`.
+    Exactly 0, with gradient 0, where both have the same logits. Raises ValueError, naming the
+    argument, for a wrong shape, dtype, device, scale or `impl`.
     """
     _check_head(hidden, weight, None, logit_scale, softcap)
     _check_head(ref_hidden, ref_weight, None, logit_scale, softcap, prefix="ref_")
@@ -154,11 +123,10 @@ def linear_kl(
             f"ref_weight: expected the policy's vocabulary of {len(weight)} rows, "
             f"got {len(ref_weight)}; KL needs one vocabulary"
         )
-    run = _resolve("linear_kl", impl, hidden)
-    kl: Tensor = run(
-        hidden, weight, ref_hidden, ref_weight, logit_scale=logit_scale, softcap=softcap
-    )
-    return kl
+    heads = hidden, weight, ref_hidden, ref_weight
+    if impl == "reference":
+        return reference.linear_kl(*heads, logit_scale=logit_scale, softcap=softcap)
+    return library.linear_kl(*heads, logit_scale, softcap, impl)
 
 
 def score_geometry(
@@ -179,29 +147,26 @@ def score_geometry(
     Sequences are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}. The results are
     () for the batch-mean scores, (B,) with `per_pair`; the cosine is 0 where a norm is 0.
 
-    Only the plain implementation exists: it holds full (T, V) logits and one (V, D) matrix per
-    sequence. Raises ValueError, naming the argument, for a wrong shape, dtype, device, scale or
-    `impl`.
+    Keep `cu_seqlens` on the CPU, whatever device the rest is on: the sizes of the products come
+    from it, and reading it from a GPU waits for that GPU. Raises ValueError, naming the argument,
+    for a wrong shape, dtype, device, scale or `impl`.
     """
     _check_head(hidden, weight, None, logit_scale, softcap)
     _check_labels(labels, hidden)
-    _check_offsets(cu_seqlens, hidden)
+    _check_offsets(cu_seqlens, hidden if cu_seqlens.device.type != "cpu" else cu_seqlens)
     if len(cu_seqlens) < 3 or len(cu_seqlens) % 2 == 0:
         raise ValueError(
             f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
             f"got {len(cu_seqlens)}"
         )
-    run = _resolve("score_geometry", impl, hidden)
-    geometry: ScoreGeometry = run(
-        hidden,
-        weight,
-        labels,
-        cu_seqlens,
-        per_pair=per_pair,
-        logit_scale=logit_scale,
-        softcap=softcap,
+    if impl == "reference":
+        return reference.score_geometry(
+            hidden, weight, labels, cu_seqlens.to(hidden.device), per_pair=per_pair,
+            logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip
+    return library.score_geometry(
+        hidden, weight, labels, cu_seqlens, per_pair, logit_scale, softcap, impl
     )
-    return geometry
 
 
 def segment_sum(
@@ -218,47 +183,16 @@ def segment_sum(
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(f"values: expected a floating-point vector (T,), got {_describe(values)}")
     _check_offsets(cu_seqlens, values)
-    return _segment_sum(values, cu_seqlens)
+    return reference.segment_sum(values, cu_seqlens)
 
 
-def implementation(op: str, hidden: Tensor, impl: str = "auto") -> str:
-    """Name of the implementation that `op` uses for inputs like `hidden`, e.g. "chunked".
+def implementation(hidden: Tensor, impl: str = "auto") -> str:
+    """Name of the implementation that every op uses for inputs like `hidden`, e.g. "chunked".
 
     Log-probs agree to the last bit within one implementation, not between two. Raises ValueError
     for an `impl` that does not exist or cannot take the inputs.
     """
-    return _choose(op, impl, hidden).name
-
-
-def _resolve(op: str, impl: str, hidden: Tensor) -> Callable[..., Any]:
-    """The function that computes `op` on the device and dtype of `hidden`."""
-    function: Callable[..., Any] = getattr(import_module(_choose(op, impl, hidden).module), op)
-    return function
-
-
-def _choose(op: str, impl: str, hidden: Tensor) -> _Implementation:
-    rows = [row for row in _IMPLEMENTATIONS if op in row.ops]
-    obstacles = {}
-    for row in rows:
-        if impl in ("auto", row.name):
-            obstacles[row.name] = _obstacle(row, hidden)
-            if not obstacles[row.name]:
-                return row
-    if impl in obstacles:
-        raise ValueError(f"impl: {impl!r} {obstacles[impl]}, or use impl='auto'")
-    names = ", ".join(repr(row.name) for row in rows if not _obstacle(row, hidden))
-    raise ValueError(f"impl: expected 'auto' or one of {names} for {op}, got {impl!r}")
-
-
-def _obstacle(row: _Implementation, hidden: Tensor) -> str:
-    """Why `row` cannot take `hidden`, and what would help; empty if it can."""
-    if row.devices is not None and hidden.device.type not in row.devices:
-        return f"cannot run on {hidden.device.type}; move the inputs"
-    if row.dtypes is not None and hidden.dtype not in row.dtypes:
-        known = ", ".join(sorted(str(dtype) for dtype in row.dtypes))
-        return f"takes {known}, got {hidden.dtype}; cast the inputs"
-    missing: str = import_module(row.module).missing() if row.optional else ""
-    return missing
+    return implementations.choose(impl, hidden.device.type, hidden.dtype).name
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -283,6 +217,11 @@ def _check_head(
         raise ValueError(
             f"{other}: expected shape (V, {hidden.shape[1]}) with V >= 1 to match {name}, "
             f"got {tuple(weight.shape)}"
+        )
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(
+            f"{other}: got a DTensor, of which this rank holds a shard; call the op inside the "
+            f"forward of the FSDP module that owns it, where it is gathered"
         )
     _check_dtype(other, weight, hidden, name)
     _check_device(other, weight, hidden, name)

@@ -113,7 +113,7 @@ def _key(policy: Policy, dataset: PairDataset) -> str:
     like = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
     arithmetic = {
         "version": _VERSION,
-        "head": ops.implementation("linear_logps", like),
+        "head": ops.implementation(like),
         "compute": str(policy.compute_dtype),
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,

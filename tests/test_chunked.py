@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
+from dispatch import Inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import chunked, ops
 
@@ -252,7 +252,7 @@ def test_a_gradient_of_a_gradient_is_refused(train):
     problem.weight.requires_grad_("w" in train)
     logps = linear_logps(hidden, problem.weight, problem.labels)
     (grad,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 
@@ -338,7 +338,7 @@ def test_errors_against_torch_in_the_same_dtype(
         assert rms(ours - exact) < 0.01 * rms(half - exact)
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(Inside):
     """The most bytes alive at once in storages that operations made, inputs not counted."""
 
     def __init__(self, *inputs):
@@ -346,15 +346,13 @@ class PeakMemory(TorchDispatchMode):
         self.inputs = {x.untyped_storage()._cdata for x in inputs}
         self.alive, self.peak = {}, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def seen(self, func, args, out):
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.inputs:
                 storage = x.untyped_storage()
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,23 +1,39 @@
-"""The differentiable log-probs against fp64 autograd: values, every gradient, every path."""
+"""The kernels' log-probs, called as users call them, against fp64 autograd: on every path."""
 
 import os
-import sys
+from functools import partial
 
 import pytest
 import torch
+from dispatch import Inside
 from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-from fastpref_kernels import launch, linear_logps, linear_logps_forward
+from fastpref_kernels import launch
+from fastpref_kernels import linear_logps as module
+
+from fastpref import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+linear_logps = partial(ops.linear_logps, impl="triton")
 CACHED, RECOMPUTED = 1 << 30, 0  # bytes for delta
+kept_or_made_again = pytest.mark.parametrize("deltas", [CACHED, RECOMPUTED], indirect=True)
 # Unit roundoffs. Beyond twice the error of fp32 PyTorch on the same inputs, a gradient may carry
 # four independent roundings to its dtype, which add as squares to two units in the norm: two of
 # delta, one of delta @ weight, one of the scaled row.
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture
+def deltas(request, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CACHE_BYTES", request.param)
+
+
+def chunks_of(rows: int, monkeypatch) -> None:
+    """Rows of delta alive at a time, where the budget's unit is 128 of them."""
+    monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size: rows)
 
 
 def make(T: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -48,17 +64,17 @@ def plain(
     return logps.detach().double(), {k: v.grad.double() for k, v in leaves.items()}
 
 
-def check(inputs: dict[str, Tensor], *, scale=1.0, softcap=None, **options) -> None:
+def check(inputs: dict[str, Tensor], *, scale=1.0, softcap=None) -> None:
     """Values and gradients (relative error in the norm) for a random upstream gradient."""
     draw = torch.Generator().manual_seed(1)
     upstream = torch.randn(len(inputs["labels"]), generator=draw).to(DEVICE)
-    logps = linear_logps(**inputs, logit_scale=scale, softcap=softcap, **options)
+    logps = linear_logps(**inputs, logit_scale=scale, softcap=softcap)
     logps.backward(upstream)
     exact, gradients = plain(inputs, upstream, scale, softcap, torch.float64)
     torch32, gradients32 = plain(inputs, upstream, scale, softcap, torch.float32)
     assert logps.dtype == torch.float32
     # delta is formed from the log-sum-exp, whose own rounding is a relative error of every p.
-    lse = linear_logps_forward(**inputs, logit_scale=scale, softcap=softcap).lse
+    lse = ops.token_stats(**inputs, logit_scale=scale, softcap=softcap, impl="triton").lse
     roundings = 2 * ROUNDOFF[inputs["hidden"].dtype] + float(lse.abs().max()) * 2**-24
     # 1e-5: a logit of 60 is held in fp32 to 2e-6, and a log-prob is a difference of two.
     assert (logps - exact).abs().max() <= 2 * (torch32 - exact).abs().max() + 1e-5
@@ -72,15 +88,16 @@ def check(inputs: dict[str, Tensor], *, scale=1.0, softcap=None, **options) -> N
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF)
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
-def test_matches_fp64_where_nothing_divides_a_block(dtype, cache_bytes) -> None:
-    check(make(17, 33, 101, dtype), chunk_rows=7, cache_bytes=cache_bytes)
+@kept_or_made_again
+def test_matches_fp64_where_nothing_divides_a_block(dtype, deltas, monkeypatch) -> None:
+    chunks_of(7, monkeypatch)
+    check(make(17, 33, 101, dtype))
 
 
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
-def test_scale_and_softcap(cache_bytes) -> None:
+@kept_or_made_again
+def test_scale_and_softcap(deltas) -> None:
     inputs = make(17, 33, 101)
-    check(inputs, scale=0.25, softcap=5.0, cache_bytes=cache_bytes)
+    check(inputs, scale=0.25, softcap=5.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,11 +105,11 @@ def test_softcap_in_half_precision(dtype) -> None:
     check(make(17, 33, 101, dtype), scale=0.25, softcap=5.0)
 
 
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
-def test_one_token_and_no_bias(cache_bytes) -> None:
+@kept_or_made_again
+def test_one_token_and_no_bias(deltas) -> None:
     inputs = make(1, 16, 40)
     del inputs["bias"]
-    check(inputs, cache_bytes=cache_bytes)
+    check(inputs)
 
 
 def test_one_word_has_no_gradient() -> None:
@@ -128,86 +145,88 @@ def test_an_almost_certain_label_keeps_its_gradient() -> None:
     check(inputs)
 
 
-def test_pointers_instead_of_descriptors(monkeypatch) -> None:
+@kept_or_made_again
+def test_pointers_instead_of_descriptors(deltas, monkeypatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETER_GEMM", launch.INTERPRETER_GEMM._replace(tma=False))
-    for cache_bytes in (CACHED, RECOMPUTED):
-        check(make(17, 33, 101), cache_bytes=cache_bytes)
+    check(make(17, 33, 101))
 
 
-def test_panels_of_the_vocabulary(monkeypatch) -> None:
+@pytest.mark.parametrize("deltas", [RECOMPUTED], indirect=True)
+def test_panels_of_the_vocabulary(deltas, monkeypatch) -> None:
     # Panels of 128 columns, the least there is: two whole ones and a rest.
-    monkeypatch.setattr(sys.modules["fastpref_kernels.linear_logps"], "CHUNK_BYTES", 1)
-    check(make(9, 16, 300), cache_bytes=RECOMPUTED)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    check(make(9, 16, 300))
 
 
-def test_chunks_change_no_bit_and_equal_the_forward_kernel() -> None:
+def test_chunks_change_no_bit_and_equal_the_forward_kernel(monkeypatch) -> None:
     """What a policy scores while training is, to the last bit, what a reference was scored."""
     # Multiples of the tile: within one, the interpreter's GEMM may treat rows differently.
     inputs = make(37, 33, 101, torch.bfloat16)
-    logps = [linear_logps(**inputs, chunk_rows=rows) for rows in (16, 32, 64)]
+    logps = []
+    for rows in (16, 32, 64):
+        chunks_of(rows, monkeypatch)
+        logps.append(linear_logps(**inputs))
     frozen = {k: v.detach() for k, v in inputs.items()}
-    logps += [linear_logps(**frozen), linear_logps_forward(**frozen).logps]
+    logps += [linear_logps(**frozen), ops.token_stats(**frozen, impl="triton").logps]
     for other in logps[1:]:
         assert torch.equal(logps[0], other)
 
 
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
-def test_rows_labelled_minus_100_give_nothing_whatever_they_hold(cache_bytes) -> None:
+@kept_or_made_again
+def test_rows_labelled_minus_100_give_nothing_whatever_they_hold(deltas) -> None:
     inputs = make(17, 33, 101)
     inputs["labels"][::3] = -100
-    check(inputs, cache_bytes=cache_bytes)
+    check(inputs)
     with torch.no_grad():
         inputs["hidden"][::3] = float("nan")
-    linear_logps(**inputs, cache_bytes=cache_bytes).sum().backward()
+    linear_logps(**inputs).sum().backward()
     for name in ("hidden", "weight", "bias"):
         assert inputs[name].grad.isfinite().all()
     assert (inputs["hidden"].grad[::3] == 0).all()
 
 
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
+@kept_or_made_again
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")])
-def test_what_is_frozen_gets_no_gradient(trained, cache_bytes) -> None:
+def test_what_is_frozen_gets_no_gradient(trained, deltas) -> None:
     inputs = make(9, 16, 70)
-    everything = {k: v.grad for k, v in run(inputs, cache_bytes).items() if k != "labels"}
+    everything = {k: v.grad for k, v in run(inputs).items() if k != "labels"}
     for name in ("hidden", "weight", "bias"):
         inputs[name] = inputs[name].detach().requires_grad_(name in trained)
-    for name, tensor in run(inputs, cache_bytes).items():
+    for name, tensor in run(inputs).items():
         if name in trained:  # a frozen body has no direction and may reorder one sum
             assert torch.allclose(tensor.grad, everything[name], rtol=0, atol=1e-5)
         else:
             assert tensor.grad is None
 
 
-def run(inputs: dict[str, Tensor], cache_bytes: int) -> dict[str, Tensor]:
+def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs after a backward pass of a non-uniform upstream gradient."""
-    logps = linear_logps(**inputs, cache_bytes=cache_bytes)
+    logps = linear_logps(**inputs)
     logps.backward(torch.linspace(-1, 2, len(logps), device=DEVICE))
     return inputs
 
 
-@pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED])
-def test_a_frozen_head_allocates_nothing_of_its_size(cache_bytes, monkeypatch) -> None:
+def test_a_frozen_head_allocates_nothing_of_its_size(monkeypatch) -> None:
+    chunks_of(4, monkeypatch)
     inputs = make(9, 16, 300)
     frozen = {k: v.detach() for k, v in inputs.items()} | {"hidden": inputs["hidden"]}
     seen: list[torch.Size] = []
-    logps = linear_logps(**frozen, chunk_rows=4, cache_bytes=cache_bytes)
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            seen.extend(x.shape for x in (out if isinstance(out, tuple) else (out,)))
-            return out
+    class Watch(Inside):
+        def seen(self, func, args, out):
+            seen.extend(x.shape for x in (out if isinstance(out, tuple | list) else (out,)))
 
+    logps = linear_logps(**frozen)
     with Watch():
         logps.sum().backward()
     assert seen and all(300 not in shape for shape in seen)
 
 
-def test_no_tokens() -> None:
+@kept_or_made_again
+def test_no_tokens(deltas) -> None:
     inputs = make(0, 16, 32)
-    for cache_bytes in (CACHED, RECOMPUTED):
-        linear_logps(**inputs, cache_bytes=cache_bytes).sum().backward()
-        assert (inputs["weight"].grad == 0).all() and inputs["hidden"].grad.shape == (0, 16)
+    linear_logps(**inputs).sum().backward()
+    assert (inputs["weight"].grad == 0).all() and inputs["hidden"].grad.shape == (0, 16)
 
 
 def test_backward_twice_and_inside_autocast() -> None:
@@ -220,8 +239,3 @@ def test_backward_twice_and_inside_autocast() -> None:
     assert torch.equal(inputs["weight"].grad, 2 * once)
     assert torch.equal(logps, linear_logps(**inputs))
     linear_logps(**inputs).mul_(2).sum().backward()  # the result is the caller's to overwrite
-
-
-def test_chunk_rows_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
-        linear_logps(**make(2, 16, 32), chunk_rows=0)

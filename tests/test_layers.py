@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1] / "fastpref"
 # A module may import from its own layer's modules and from those above it in this list.
 LAYERS = [
     {"version", "errors", "files", "reference", "interrupts"},
-    {"chunked", "cpu"},
+    {"backend", "chunked", "cpu", "score_products"},
+    {"implementations"},
+    {"library"},
     {"ops", "logps"},
     {"losses"},
     {"config", "progress"},

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastpref.logps import SequenceLogps, mean_logps
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps, mean_logps
 
 
 def three_pairs(preference: torch.Tensor | None = None) -> SequenceLogps:
@@ -91,3 +91,93 @@ def test_mean_logps_of_an_empty_response_is_zero_with_zero_gradient(dtype):
     assert mean.tolist() == [-2.0, 0.0, -5.0]
     assert logps.grad.tolist() == pytest.approx([1 / 3, 0.0, 1.0])
     assert logps.grad[1] == 0
+
+
+def unpaired(size: int = 3, **changes: torch.Tensor) -> UnpairedLogps:
+    label = torch.arange(size) % 2 == 0
+    fields = {"logps": -torch.arange(1.0, size + 1), "lengths": torch.ones(size)}
+    return UnpairedLogps(**{**fields, "desirable": label, **changes})
+
+
+def grouped(*sizes: int, **changes: torch.Tensor) -> GroupedLogps:
+    logps = -torch.arange(1.0, sum(sizes) + 1)
+    cu = torch.tensor([0, *sizes]).cumsum(0)
+    fields = {"logps": logps, "lengths": torch.ones_like(logps), "cu_groups": cu, "scores": -logps}
+    return GroupedLogps(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logps": torch.zeros(3, 1)}, r"logps: expected shape \(S,\).*\(3, 1\)"),
+        ({"logps": torch.zeros(3).half()}, "logps: expected float32 or float64.*float16"),
+        ({"lengths": torch.ones(2)}, r"lengths: expected shape \(3,\).*\(2,\)"),
+    ],
+)
+def test_responses_name_the_wrong_argument(changes, message):
+    for make in (unpaired, grouped):
+        with pytest.raises(ValueError, match=message):
+            make(3, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"desirable": torch.ones(2, dtype=torch.bool)}, r"desirable: expected shape \(3,\).*\(2"),
+        ({"desirable": torch.ones(3)}, "desirable: expected bool, got torch.float32; compare"),
+    ],
+)
+def test_unpaired_names_the_wrong_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        unpaired(3, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": torch.ones(4)}, r"scores: expected shape \(3,\).*\(4,\)"),
+        ({"scores": torch.ones(3, dtype=torch.int64)}, "scores: expected floating.*int64"),
+        ({"cu_groups": torch.tensor(3)}, r"cu_groups: expected shape \(G \+ 1,\).*got \(\)"),
+        ({"cu_groups": torch.tensor([], dtype=torch.int64)}, r"cu_groups: expected.*got \(0,\)"),
+        ({"cu_groups": torch.tensor([0.0, 3.0])}, "cu_groups: expected int32 or int64.*float32"),
+    ],
+)
+def test_grouped_names_the_wrong_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        grouped(3, **changes)
+
+
+def test_cat_of_unpaired_keeps_the_order():
+    first, second = unpaired(2), unpaired(3, logps=torch.tensor([-7.0, -8.0, -9.0]))
+    both = UnpairedLogps.cat(iter([first, second]))
+    assert both.logps.tolist() == [-1, -2, -7, -8, -9]
+    assert both.desirable.tolist() == [True, False, True, False, True]
+    assert both.lengths.shape == (5,)
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+def test_cat_of_grouped_moves_the_offsets(offsets):
+    parts = [grouped(2, 1), grouped(), grouped(0, 3), grouped(0)]
+    parts = [dataclasses.replace(x, cu_groups=x.cu_groups.to(offsets)) for x in parts]
+    whole = GroupedLogps.cat(iter(parts))
+    assert whole.cu_groups.tolist() == [0, 2, 3, 3, 6, 6] and whole.cu_groups.dtype == offsets
+    assert whole.logps.tolist() == [-1, -2, -3, -1, -2, -3]
+    assert whole.scores.tolist() == [1, 2, 3, 1, 2, 3]
+    assert torch.equal(GroupedLogps.cat([whole]).cu_groups, whole.cu_groups)
+
+
+def test_cat_and_detach_of_responses_keep_and_drop_the_graph():
+    logps = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    for kind, one in ((UnpairedLogps, unpaired(logps=logps)), (GroupedLogps, grouped(3))):
+        one = dataclasses.replace(one, logps=logps)
+        assert kind.cat([one, one]).logps.requires_grad
+        detached = one.detach()
+        assert not detached.logps.requires_grad and torch.equal(detached.logps, logps)
+        assert detached.lengths is one.lengths
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.logps = logps
+
+
+def test_responses_can_be_none_at_all():
+    assert unpaired(0).logps.shape == (0,)
+    assert grouped().cu_groups.tolist() == [0]

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import GROUP_T, MERGE
-from .launch import check_inputs, gemm_config, launching_on, operands
+from .launch import gemm_config, operands
 from .tiles import IGNORE_INDEX, column_quarters, finish_logits, grouped_tile, matmul_tile
 
 
@@ -222,23 +222,3 @@ def linear_softmax_fwd(
         T, panels, BLOCK_T=MERGE.block_t, num_warps=MERGE.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return TokenStats(logps, lse, entropy, top1)
-
-
-@torch.no_grad()
-def linear_logps_forward(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor,  # (T,)
-    bias: Tensor | None = None,  # (V,)
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> TokenStats:
-    """Log-prob of each label, log-sum-exp, entropy and top-1 token, without a gradient.
-
-    hidden, weight and bias are bf16, fp16 or fp32, of one dtype and any strides; labels are int64
-    in [0, V), or -100 for rows whose results are 0. Sums are fp32. A label out of range gives NaN.
-    Raises ValueError for shapes, dtypes or devices that do not fit together.
-    """
-    check_inputs(hidden, weight, labels, bias, softcap)
-    with launching_on(hidden):
-        return linear_softmax_fwd(hidden, weight, labels, bias, logit_scale, softcap, full=True)

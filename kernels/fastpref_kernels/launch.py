@@ -1,4 +1,4 @@
-"""Between tensors and kernels: checks, the configuration, descriptors or strides."""
+"""Between tensors and kernels: the configuration, descriptors or strides."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,55 +10,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import INTERPRETER_GEMM, GemmConfig, gemm_configs, pair_configs, table_arch
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def check_inputs(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    labels: Tensor | None,  # (T,)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-) -> None:
-    """Raise a ValueError that names the first argument a kernel could not work with."""
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden must be (T, D), got {tuple(hidden.shape)}: flatten the batch")
-    if hidden.dtype not in DTYPES:
-        raise ValueError(
-            f"hidden must be bfloat16, float16 or float32, got {hidden.dtype}: use the reference"
-        )
-    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"hidden must be on a CUDA device, got {hidden.device}: set TRITON_INTERPRET=1 before "
-            "triton is imported to run the kernels, slowly, on the CPU"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight must be (V, D) with V > 0 and D = {hidden.shape[1]} like hidden, "
-            f"got {tuple(weight.shape)}"
-        )
-    if labels is not None:
-        if labels.shape != hidden.shape[:1]:
-            raise ValueError(
-                f"labels must be (T,) with T = {hidden.shape[0]}, got {tuple(labels.shape)}"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}: call labels.long()")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) with V = {weight.shape[0]}, got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}: cast it"
-            )
-    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} must be on hidden's device {hidden.device}, got {tensor.device}: move it"
-            )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
 
 
 @contextmanager

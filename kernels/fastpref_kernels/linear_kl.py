@@ -12,19 +12,15 @@ columns, one chunk of (rows, V), and T x D for the direction.
 """
 
 # mypy: allow-untyped-defs
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .configs import GROUP_T, MERGE
 from .delta import chain_rule
 from .launch import (
     aligned_rows,
-    check_inputs,
     dense_rows,
     launching_on,
     pair_config,
@@ -218,15 +214,21 @@ def linear_kl_fwd(
     ref_weight: Tensor,  # (V, D_ref)
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
-    """KL, and the log-sum-exp of the policy and of the reference."""
+    kl: Tensor,  # (T,), written
+    lse: Tensor,  # (T,), written, of the policy
+    ref_lse: Tensor,  # (T,), written
+    direction: Tensor | None,  # (T, D), written: d KL_t / d hidden_t
+) -> None:
+    """KL of each token in nats, both log-sum-exps and, chunk by chunk of p - q, the direction."""
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
+    ref_hidden, ref_weight = dense_rows(ref_hidden), dense_rows(ref_weight)
     T, V = hidden.shape[0], weight.shape[0]
-    kl = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    lse, ref_lse = torch.empty_like(kl), torch.empty_like(kl)
-    if T > 0:
-        config = pair_config(hidden)
-        panels = triton.cdiv(triton.cdiv(V, config.block_v), config.panel_tiles)
-        partials = torch.empty((5, panels, T), dtype=torch.float32, device=hidden.device)
+    if T == 0:
+        return
+    config = pair_config(hidden)
+    panels = triton.cdiv(triton.cdiv(V, config.block_v), config.panel_tiles)
+    partials = torch.empty((5, panels, T), dtype=torch.float32, device=hidden.device)
+    with launching_on(hidden):
         linear_kl_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)](
             panels_out=partials,
             logit_scale=float(logit_scale),
@@ -239,7 +241,45 @@ def linear_kl_fwd(
             partials, kl, lse, ref_lse, T, panels,
             BLOCK_T=MERGE.block_t, num_warps=MERGE.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return kl, lse, ref_lse
+        if direction is None:
+            return
+        rows = rows_per_chunk(V, hidden.element_size())
+        buffer = aligned_rows(min(rows, T), V, hidden)
+        for start in range(0, T, rows):
+            part = slice(start, min(start + rows, T))
+            delta = kl_delta(
+                hidden[part], weight, ref_hidden[part], ref_weight, logit_scale, softcap,
+                lse[part], ref_lse[part], buffer[: part.stop - start],
+            )  # fmt: skip
+            torch.mm(delta, weight, out=direction[part])
+
+
+def linear_kl_bwd(
+    gain: Tensor,  # (T,) the upstream gradient
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (T, D_ref)
+    ref_weight: Tensor,  # (V, D_ref)
+    logit_scale: float,
+    softcap: float | None,
+    lse: Tensor,  # (T,)
+    ref_lse: Tensor,  # (T,)
+    grad_weight: Tensor,  # (V, D), written
+) -> None:
+    """The gradient of a trained head, from p - q made again."""
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
+    ref_hidden, ref_weight = dense_rows(ref_hidden), dense_rows(ref_weight)
+
+    def recompute(part: slice, delta: Tensor) -> Tensor:
+        return kl_delta(
+            hidden, weight[part], ref_hidden, ref_weight[part], logit_scale, softcap,
+            lse, ref_lse, delta,
+        )  # fmt: skip
+
+    with launching_on(hidden):
+        head_gradients(
+            scale_rows(hidden, gain), gain, weight.shape[0], recompute, grad_weight, None
+        )
 
 
 def kl_delta(
@@ -268,103 +308,3 @@ def kl_delta(
             **pair_operands(hidden, weight, ref_hidden, ref_weight, config),
         )
     return delta
-
-
-class LinearKL(torch.autograd.Function):
-    """KL and its direction forward; row scaling, and the head's gradient, backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        logit_scale: float,
-        softcap: float | None,
-        chunk_rows: int,
-    ) -> Tensor:
-        hidden, weight = dense_rows(hidden), dense_rows(weight)
-        ref_hidden, ref_weight = dense_rows(ref_hidden), dense_rows(ref_weight)
-        kl, lse, ref_lse = linear_kl_fwd(
-            hidden, weight, ref_hidden, ref_weight, logit_scale, softcap
-        )
-        T, V = hidden.shape[0], weight.shape[0]
-        body, head = ctx.needs_input_grad[:2]
-        direction = torch.empty_like(hidden) if body else None
-        if direction is not None:
-            buffer = aligned_rows(min(chunk_rows, T), V, hidden)
-            for start in range(0, T, chunk_rows):
-                part = slice(start, min(start + chunk_rows, T))
-                delta = kl_delta(
-                    hidden[part], weight, ref_hidden[part], ref_weight, logit_scale, softcap,
-                    lse[part], ref_lse[part], buffer[: part.stop - start],
-                )  # fmt: skip
-                torch.mm(delta, weight, out=direction[part])
-        ctx.logit_scale, ctx.softcap = logit_scale, softcap
-        saved = (hidden, weight, ref_hidden, ref_weight, lse, ref_lse) if head else (None,) * 6
-        ctx.save_for_backward(direction, *saved)
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        direction, hidden, weight, ref_hidden, ref_weight, lse, ref_lse = ctx.saved_tensors
-        grad_hidden = None if direction is None else scale_rows(direction, grad)
-        grad_weight = None
-        if hidden is not None:
-
-            def recompute(part: slice, delta: Tensor) -> Tensor:
-                return kl_delta(
-                    hidden, weight[part], ref_hidden, ref_weight[part],
-                    ctx.logit_scale, ctx.softcap, lse, ref_lse, delta,
-                )  # fmt: skip
-
-            scaled = scale_rows(hidden, grad)
-            with launching_on(grad):
-                grad_weight, _ = head_gradients(
-                    scaled, grad, weight.shape[0], recompute, True, False
-                )
-        return grad_hidden, grad_weight, None, None, None, None, None
-
-
-def linear_kl(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    ref_hidden: Tensor,  # (T, D_ref)
-    ref_weight: Tensor,  # (V, D_ref)
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_rows: int | None = None,
-) -> Tensor:  # (T,)
-    """KL(reference || policy) of each token in nats, fp32, differentiable once in the policy.
-
-    All inputs are bf16, fp16 or fp32, of one dtype and device; both heads share the vocabulary,
-    the logit scale and the soft cap. The reference receives no gradient. chunk_rows bounds the
-    rows of (rows, V) alive at a time (default: 256 MiB of them).
-    Raises ValueError for shapes, dtypes or devices that do not fit together.
-    """
-    check_inputs(hidden, weight, None, None, softcap)
-    if ref_hidden.shape[:1] != hidden.shape[:1] or ref_weight.shape[:1] != weight.shape[:1]:
-        raise ValueError(
-            f"ref_hidden and ref_weight must have {hidden.shape[0]} and {weight.shape[0]} rows, "
-            f"like hidden and weight, got {tuple(ref_hidden.shape)} and {tuple(ref_weight.shape)}"
-        )
-    if ref_hidden.dtype != hidden.dtype or ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"ref_hidden must be {hidden.dtype} on {hidden.device} like hidden, "
-            f"got {ref_hidden.dtype} on {ref_hidden.device}"
-        )
-    check_inputs(ref_hidden, ref_weight, None, None, softcap)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}")
-    rows = chunk_rows or rows_per_chunk(weight.shape[0], hidden.element_size())
-    with launching_on(hidden):
-        if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-            return linear_kl_fwd(hidden, weight, ref_hidden, ref_weight, logit_scale, softcap)[0]
-        kl: Tensor = LinearKL.apply(
-            hidden, weight, ref_hidden.detach(), ref_weight.detach(),
-            logit_scale, softcap, rows,
-        )  # fmt: skip
-        return kl

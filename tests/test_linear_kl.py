@@ -9,7 +9,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-from fastpref_kernels import launch, linear_kl
+from fastpref_kernels import launch
+from fastpref_kernels import linear_kl as module
+
+from fastpref import chunked, cpu, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors in the norm: the roundings of p - q, of its product and of the scaled row, about
@@ -21,6 +24,26 @@ TOLERANCE = {
 }
 
 
+@pytest.fixture(params=["cpu", "chunked", "triton"])
+def linear_kl(request):
+    """The op by one implementation; the two plain ones differ in their row passes alone."""
+    impl = request.param
+    if impl == "cpu" and (cpu.missing("cpu") or DEVICE != "cpu"):
+        pytest.skip(f"impl 'cpu' {cpu.missing(DEVICE)}")
+
+    def run(hidden: Tensor, *others: Tensor, **options: object) -> Tensor:
+        half = impl == "cpu" and hidden.dtype != torch.float32
+        return ops.linear_kl(hidden, *others, impl="chunked" if half else impl, **options)
+
+    return run
+
+
+def small_chunks(monkeypatch, V: int) -> None:
+    """Chunks of 7 rows, whoever computes."""
+    monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size: 7)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 2 * 4 * V)
+
+
 def make(T: int, D: int, E: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """hidden, weight, ref_hidden, ref_weight; the first two require a gradient."""
     draw = torch.Generator().manual_seed(T + D + V)
@@ -29,10 +52,10 @@ def make(T: int, D: int, E: int, V: int, dtype: torch.dtype = torch.float32) -> 
     return tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2], tensors[3]
 
 
-def check(tensors: tuple[Tensor, ...], *, scale=1.0, softcap=None, **options) -> None:
+def check(linear_kl, tensors: tuple[Tensor, ...], *, scale=1.0, softcap=None) -> None:
     draw = torch.Generator().manual_seed(1)
     upstream = torch.randn(len(tensors[0]), generator=draw).to(DEVICE)
-    kl = linear_kl(*tensors, logit_scale=scale, softcap=softcap, **options)
+    kl = linear_kl(*tensors, logit_scale=scale, softcap=softcap)
     kl.backward(upstream)
 
     leaves = [x.detach().double().requires_grad_() for x in tensors]
@@ -50,29 +73,30 @@ def check(tensors: tuple[Tensor, ...], *, scale=1.0, softcap=None, **options) ->
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_matches_fp64_where_nothing_divides_a_block(dtype) -> None:
-    check(make(17, 33, 40, 101, dtype), chunk_rows=7)
+def test_matches_fp64_where_nothing_divides_a_block(linear_kl, dtype, monkeypatch) -> None:
+    small_chunks(monkeypatch, 101)
+    check(linear_kl, make(17, 33, 40, 101, dtype))
 
 
-def test_scale_and_softcap() -> None:
-    check(make(9, 16, 24, 70), scale=0.25, softcap=5.0)
+def test_scale_and_softcap(linear_kl) -> None:
+    check(linear_kl, make(9, 16, 24, 70), scale=0.25, softcap=5.0)
 
 
-def test_one_token() -> None:
-    check(make(1, 16, 16, 40))
+def test_one_token(linear_kl) -> None:
+    check(linear_kl, make(1, 16, 16, 40))
 
 
-def test_far_apart() -> None:
-    check(make(5, 16, 16, 70), scale=8.0)
+def test_far_apart(linear_kl) -> None:
+    check(linear_kl, make(5, 16, 16, 70), scale=8.0)
 
 
-def test_pointers_instead_of_descriptors(monkeypatch) -> None:
+def test_pointers_instead_of_descriptors(linear_kl, monkeypatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETER_GEMM", launch.INTERPRETER_GEMM._replace(tma=False))
-    check(make(9, 16, 24, 70))
+    check(linear_kl, make(9, 16, 24, 70))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_policy_that_is_its_reference_has_no_gradient(dtype) -> None:
+def test_a_policy_that_is_its_reference_has_no_gradient(linear_kl, dtype) -> None:
     hidden, weight, *_ = make(9, 16, 16, 70, dtype)
     kl = linear_kl(hidden, weight, hidden.detach(), weight.detach())
     kl.sum().backward()
@@ -80,17 +104,17 @@ def test_a_policy_that_is_its_reference_has_no_gradient(dtype) -> None:
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
-def test_a_small_step_from_the_reference_keeps_its_gradient_in_bf16() -> None:
+def test_a_small_step_from_the_reference_keeps_its_gradient_in_bf16(linear_kl) -> None:
     """p - q of nearly equal p and q: rounded separately, nothing but noise would be left."""
     hidden, weight, *_ = make(9, 16, 16, 70, torch.bfloat16)
     with torch.no_grad():
         weight[:, 0] = 0.01 * weight[:, 1]
         ref_hidden = hidden.detach().clone()
         ref_hidden[:, 0] += 1
-    check((hidden, weight, ref_hidden, weight.detach().clone()))
+    check(linear_kl, (hidden, weight, ref_hidden, weight.detach().clone()))
 
 
-def test_the_reference_gets_no_gradient_and_frozen_parts_none() -> None:
+def test_the_reference_gets_no_gradient_and_frozen_parts_none(linear_kl) -> None:
     hidden, weight, ref_hidden, ref_weight = make(5, 16, 16, 40)
     ref_hidden.requires_grad_()
     linear_kl(hidden, weight.detach(), ref_hidden, ref_weight).sum().backward()
@@ -99,23 +123,7 @@ def test_the_reference_gets_no_gradient_and_frozen_parts_none() -> None:
         assert not linear_kl(hidden, weight, ref_hidden, ref_weight).requires_grad
 
 
-def test_no_tokens() -> None:
+def test_no_tokens(linear_kl) -> None:
     tensors = make(0, 16, 16, 32)
     linear_kl(*tensors).sum().backward()
     assert (tensors[1].grad == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("ref_shapes", "message"),
-    [
-        (((2, 16), (40, 16)), "ref_hidden and ref_weight must have 3 and 40 rows"),
-        (((3, 16), (41, 16)), "ref_hidden and ref_weight must have 3 and 40 rows"),
-    ],
-)
-def test_bad_input_is_named(ref_shapes, message) -> None:
-    hidden, weight, *_ = make(3, 16, 16, 40)
-    references = [torch.zeros(shape, device=DEVICE) for shape in ref_shapes]
-    with pytest.raises(ValueError, match=message):
-        linear_kl(hidden, weight, *references)
-    with pytest.raises(ValueError, match=r"ref_hidden must be torch.float32"):
-        linear_kl(hidden, weight, hidden.detach().half(), weight.detach())

@@ -1,7 +1,6 @@
 """Score norms and cosines against scores written out in fp64."""
 
 import os
-import sys
 from itertools import pairwise
 
 import pytest
@@ -11,10 +10,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-from fastpref_kernels import score_geometry
+from fastpref import cpu, ops, score_products
 
-# The package's function of the same name hides it.
-MODULE = sys.modules["fastpref_kernels.score_geometry"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two roundings of delta's entries in each of the products' factors; fp32 sums.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-8}
@@ -44,17 +41,23 @@ def scores(hidden, weight, labels, scale: float, softcap: float | None) -> Tenso
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "chunked", "triton"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 @pytest.mark.parametrize("per_pair", [True, False])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 5.0)])
-def test_matches_scores_written_out(dtype, gram, per_pair, scale, softcap, monkeypatch) -> None:
-    monkeypatch.setattr(MODULE, "prefers_gram", lambda *sizes: gram)
-    monkeypatch.setattr(MODULE, "rows_per_chunk", lambda *sizes: 48)  # three panels
+def test_matches_scores_written_out(
+    impl, dtype, gram, per_pair, scale, softcap, monkeypatch
+) -> None:
+    if impl == "cpu" and (cpu.missing(DEVICE) or dtype != torch.float32):
+        pytest.skip("impl 'cpu' takes fp32 on a CPU, where it was built")
+    monkeypatch.setattr(score_products, "prefers_gram", lambda *sizes: gram)
+    monkeypatch.setattr(score_products, "PANEL_BYTES", 48 * 4 * 40)  # three panels
     hidden, weight, labels, ends = make(dtype)
-    got = score_geometry(
-        hidden, weight, labels, ends, per_pair=per_pair, logit_scale=scale, softcap=softcap
-    )
+    got = ops.score_geometry(
+        hidden, weight, labels, ends,
+        per_pair=per_pair, logit_scale=scale, softcap=softcap, impl=impl,
+    )  # fmt: skip
     s = scores(hidden, weight, labels, scale, softcap).flatten(1)
     chosen, rejected = s.chunk(2)
     if not per_pair:
@@ -68,18 +71,5 @@ def test_matches_scores_written_out(dtype, gram, per_pair, scale, softcap, monke
 
 def test_the_cheaper_form_is_taken() -> None:
     """At Llama 3's sizes the forms cost the same at 4/3 V D / (V + D) = 5292 tokens a pair."""
-    assert MODULE.prefers_gram(2640, 2640, 4096, 128256)
-    assert not MODULE.prefers_gram(2650, 2650, 4096, 128256)
-
-
-@pytest.mark.parametrize(
-    ("ends", "message"),
-    [
-        ([0, 9, 12, 19], r"cu_seqlens must be \(2B \+ 1,\)"),
-        ([0, 9, 18], "cu_seqlens must rise from 0 to T = 19"),
-    ],
-)
-def test_bad_input_is_named(ends, message) -> None:
-    hidden, weight, labels, _ = make()
-    with pytest.raises(ValueError, match=message):
-        score_geometry(hidden, weight, labels, torch.tensor(ends))
+    assert score_products.prefers_gram(2640, 2640, 4096, 128256)
+    assert not score_products.prefers_gram(2650, 2650, 4096, 128256)
