@@ -31,27 +31,36 @@ from .configs import (
     RowConfig,
     gemm_configs,
     pair_configs,
+    skip_configs,
 )
 from .delta import delta_kernel, linear_delta_kernel
 from .forward import linear_softmax_fwd_kernel, merge_fwd_kernel
 from .linear_kl import kl_delta_kernel, linear_kl_fwd_kernel, merge_kl_kernel
+from .losses import LOSSES, pair_losses_kernel, response_losses_kernel
+from .objectives import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
+from .skipping import active_mm_kernel
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 ARGUMENT_TYPES = {
-    "labels": "*i64",
-    "top1": "*u8",
-    **dict.fromkeys(("T", "V", "D", "D_REF", "panels", "first"), "i32"),
-    **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
+    **dict.fromkeys(("labels", "lengths", "chosen_lengths", "rejected_lengths"), "*i64"),
+    **dict.fromkeys(("top1", "active", "desirable"), "*u8"),
+    **dict.fromkeys(("blocks", "counts"), "*i32"),
+    "metrics": "*fp64",
+    **dict.fromkeys(("p0", "p1", "p2", "p3"), "fp64"),
+    **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first"), "i32"),
+    **dict.fromkeys(("logit_scale", "softcap", "threshold"), "fp32"),
 }
 # Of the dtype under test; other pointers are fp32.
-INPUTS = frozenset(["hidden", "weight", "ref_hidden", "ref_weight", "bias", "exps", "delta"])
+INPUTS = frozenset(
+    "hidden weight ref_hidden ref_weight bias exps delta deltas head direction".split()  # noqa: SIM905
+)
 
 
 class Kernel(NamedTuple):
-    """A kernel and the sets of arguments that launchers leave out."""
+    """A kernel and, by variant, the arguments that launchers make constants of it."""
 
     function: Any
-    absent: dict[str, tuple[str, ...]]
+    variants: dict[str, dict[str, Any]]
 
 
 class Job(NamedTuple):
@@ -86,30 +95,73 @@ class Row(NamedTuple):
         return found
 
 
+def without(*names: str) -> dict[str, Any]:
+    """Arguments that are left out."""
+    return dict.fromkeys(names)
+
+
+def loss_variants(table: dict[str, Objective]) -> dict[str, dict[str, Any]]:
+    """Every objective with everything it takes, soft labels included, and all its choices."""
+    variants = {}
+    for name, objective in table.items():
+        for choices in itertools.product(*objective.choices):
+            fixed = dict(zip(("c0", "c1"), (*choices, None, None), strict=False))
+            fixed["OBJECTIVE"] = objective.function
+            fixed["NUMBERS"] = len(objective.arguments) - len(choices)
+            fixed["CHOICES"] = len(choices)
+            if objective.reference is False:
+                fixed |= without("ref_chosen", "ref_rejected")
+            if not objective.point:
+                fixed |= without("reference_point")
+            variants[" ".join((name, *map(str, choices)))] = fixed
+    return variants
+
+
 GEMM_KERNELS = {
     "linear_softmax_fwd": Kernel(
         linear_softmax_fwd_kernel,
         {
-            "stats": ("bias", "softcap", "exps", "block_max"),
-            "stats,bias,softcap": ("exps", "block_max"),
-            "train": ("bias", "softcap", "panel_dot"),
-            "train,bias,softcap": ("panel_dot",),
+            "stats": without("bias", "softcap", "exps", "block_max"),
+            "stats,bias,softcap": without("exps", "block_max"),
+            "train": without("bias", "softcap", "panel_dot"),
+            "train,bias,softcap": without("panel_dot"),
         },
     ),
-    "linear_kl_fwd": Kernel(linear_kl_fwd_kernel, {"plain": ("softcap",), "softcap": ()}),
-    "kl_delta": Kernel(kl_delta_kernel, {"plain": ("softcap",), "softcap": ()}),
-    "linear_delta": Kernel(linear_delta_kernel, {"plain": ("bias", "softcap"), "bias,softcap": ()}),
+    "linear_kl_fwd": Kernel(
+        linear_kl_fwd_kernel, {"plain": without("softcap"), "softcap": without()}
+    ),
+    "kl_delta": Kernel(kl_delta_kernel, {"plain": without("softcap"), "softcap": without()}),
+    "linear_delta": Kernel(
+        linear_delta_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
+    ),
+    "active_mm": Kernel(active_mm_kernel, {"plain": without()}),
 }
 ROW_KERNELS = {
     "merge_fwd": Kernel(
         merge_fwd_kernel,
-        {"stats": (), "train": ("panel_dot", "entropy", "top1")},
+        {"stats": without(), "train": without("panel_dot", "entropy", "top1")},
     ),
-    "merge_kl": Kernel(merge_kl_kernel, {"plain": ()}),
-    "delta": Kernel(delta_kernel, {"plain": ("softcap",), "softcap": ()}),
+    "merge_kl": Kernel(merge_kl_kernel, {"plain": without()}),
+    "delta": Kernel(
+        delta_kernel,
+        {
+            "plain": without("softcap", "active"),
+            "softcap": without("active"),
+            "softcap,active": without(),
+        },
+    ),
 }
+LOSS_KERNELS = {
+    "pair_losses": Kernel(pair_losses_kernel, loss_variants(PAIR_OBJECTIVES)),
+    "response_losses": Kernel(response_losses_kernel, loss_variants(RESPONSE_OBJECTIVES)),
+}
+KERNELS = {**GEMM_KERNELS, **ROW_KERNELS, **LOSS_KERNELS}
 ROW_CONFIGS = {"merge_fwd": MERGE, "merge_kl": MERGE, "delta": DELTA}
-PAIR_KERNELS = ("linear_kl_fwd", "kl_delta")
+CONFIGS = {
+    "linear_kl_fwd": pair_configs,
+    "kl_delta": pair_configs,
+    "active_mm": skip_configs,
+}
 
 
 def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
@@ -118,24 +170,28 @@ def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
         for name, kernel in GEMM_KERNELS.items():
             if only not in (None, name):
                 continue
-            for variant, dtype in itertools.product(kernel.absent, ("bf16", "fp32")):
-                configs = pair_configs if name in PAIR_KERNELS else gemm_configs
-                for config in configs(arch, 4 if dtype == "fp32" else 2):
+            for variant, dtype in itertools.product(kernel.variants, ("bf16", "fp32")):
+                for config in CONFIGS.get(name, gemm_configs)(arch, 4 if dtype == "fp32" else 2):
                     yield Job(name, variant, dtype, config, arch)
         for name, kernel in ROW_KERNELS.items():
             if only not in (None, name):
                 continue
-            for variant in kernel.absent:
+            for variant in kernel.variants:
                 yield Job(name, variant, "bf16", ROW_CONFIGS[name], arch)
+        for name, kernel in LOSS_KERNELS.items():
+            if only not in (None, name):
+                continue
+            for variant in kernel.variants:
+                yield Job(name, variant, "fp32", LOSSES, arch)
 
 
 def source(job: Job) -> ASTSource:
     """The kernel with the argument types and constants of this job's launch."""
-    kernel = {**GEMM_KERNELS, **ROW_KERNELS}[job.kernel]
+    kernel = KERNELS[job.kernel]
     names = kernel.function.arg_names
     config = job.config
-    constants: dict[str, Any] = {name: None for name in kernel.absent[job.variant]}
-    constants["BLOCK_T"] = config.block_t
+    constants = dict(kernel.variants[job.variant])
+    constants["BLOCK_T"] = constants["BLOCK"] = config.block_t
     constants["BLOCK_E"] = gemm_configs(job.arch, 2)[0].block_e
     if isinstance(config, GemmConfig):
         constants |= {
@@ -165,14 +221,19 @@ def source(job: Job) -> ASTSource:
     attributes = {
         (index,): divisible
         for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and (name[0] == "D" or name.startswith("stride")))
+        if (
+            kind.startswith("*")
+            and not kernel.function.params[index].do_not_specialize_on_alignment
+        )
+        or (kind == "i32" and (name[0] == "D" or name.startswith("stride")))
     }
     return ASTSource(kernel.function, signature, constants, attributes)
 
 
 def compile_job(job: Job) -> Row:
     """Compile for the job's architecture and read the resources off the machine code."""
-    options = {"num_warps": job.config.num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": job.config.num_warps}
+    options["enable_fp_fusion"] = job.kernel not in LOSS_KERNELS
     if isinstance(job.config, GemmConfig):
         options["num_stages"] = job.config.num_stages
     try:
@@ -236,8 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arch must name some of 80, 90, 100, got {', '.join(sorted(unknown))}")
     todo = list(jobs([int(arch) for arch in arches], arguments.only))
     if not todo:
-        names = ", ".join((*GEMM_KERNELS, *ROW_KERNELS))
-        parser.error(f"--only must be one of {names}, got {arguments.only}")
+        parser.error(f"--only must be one of {', '.join(KERNELS)}, got {arguments.only}")
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(compile_job, todo))
     text = table(rows)

@@ -28,6 +28,8 @@ class GemmConfig(NamedTuple):
             "weight": [self.block_v, self.block_d],
             "ref_hidden": [self.block_t, self.block_d],
             "ref_weight": [self.block_v, self.block_d],
+            "deltas": [self.block_t, self.block_d],
+            "head": [self.block_d, self.block_v],
         }
 
     @property
@@ -73,6 +75,19 @@ HALF_PAIR: dict[int, tuple[GemmConfig, ...]] = {
     90: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
     100: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
 }
+# delta @ weight over the blocks of delta that matter: block_t is 2 * DELTA.block_t, block_v counts
+# columns of the hidden size, block_d is the block_e of the kernel that wrote delta.
+HALF_SKIP: dict[int, tuple[GemmConfig, ...]] = {
+    80: (GemmConfig(128, 128, 32, 8, 6, tma=False),),
+    90: (GemmConfig(128, 256, 64, 8, 6, tma=True),),
+    100: (GemmConfig(128, 256, 64, 8, 6, tma=True),),
+}
+FLOAT_SKIP: dict[int, tuple[GemmConfig, ...]] = {
+    80: (GemmConfig(128, 64, 16, 8, 5, tma=False),),
+    90: (GemmConfig(128, 64, 16, 8, 5, tma=True),),
+    100: (GemmConfig(128, 64, 16, 8, 5, tma=True),),
+}
+INTERPRETER_SKIP = GemmConfig(128, 16, 8, 1, 1, tma=True)
 INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
 
 MERGE = RowConfig(128, 4)
@@ -94,3 +109,8 @@ def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
 def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
     """The same for kernels with two accumulators."""
     return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]
+
+
+def skip_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
+    """The same for the product that skips blocks."""
+    return (FLOAT_SKIP if element_size == 4 else HALF_SKIP)[arch]

@@ -43,11 +43,13 @@ def delta_kernel(
     block_max,  # (blocks, T)
     labels,  # (T,)
     lse,  # (T,)
+    active,  # (row blocks, column blocks) uint8, written: something is above; or None
     T,
     V,
     stride_e,
     logit_scale,
     softcap,
+    threshold,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -67,6 +69,10 @@ def delta_kernel(
     d = chain_rule(d, tl.log(e) + m[:, None], logit_scale, softcap)
     d = tl.where((label == IGNORE_INDEX)[:, None], 0.0, d)
     tl.store(ptrs, d.to(delta.dtype.element_ty), mask=mask)
+    if active is not None:
+        largest = tl.max(tl.max(tl.where(mask, tl.abs(d), 0.0), axis=1), axis=0)
+        flag = active + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(flag, (largest >= threshold).to(tl.uint8))
 
 
 @triton.jit
@@ -129,8 +135,13 @@ def softmax_delta(
     logit_scale: float,
     softcap: float | None,
     delta: Tensor,  # (T, V), rows of unit stride, written
+    active: Tensor | None = None,  # (row blocks, column blocks) uint8, written
+    threshold: float = 0.0,
 ) -> TokenStats:
-    """Log-probs and log-sum-exps of checked inputs, and delta, from one GEMM."""
+    """Log-probs and log-sum-exps of checked inputs, and delta, from one GEMM.
+
+    active: which blocks of DELTA.block_t rows and block_e columns hold an entry >= threshold.
+    """
     T, V = delta.shape
     config = gemm_config(hidden)
     blocks = 4 * triton.cdiv(V, config.block_v)  # whole tiles: the last may lie past V in part
@@ -142,8 +153,8 @@ def softmax_delta(
     )  # fmt: skip
     if T > 0:
         delta_kernel[(triton.cdiv(T, DELTA.block_t), triton.cdiv(V, config.block_e))](
-            delta, block_max, labels, stats.lse, T, V, delta.stride(0),
-            float(logit_scale), None if softcap is None else float(softcap),
+            delta, block_max, labels, stats.lse, active, T, V, delta.stride(0),
+            float(logit_scale), None if softcap is None else float(softcap), threshold,
             BLOCK_T=DELTA.block_t, BLOCK_E=config.block_e,
             num_warps=DELTA.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

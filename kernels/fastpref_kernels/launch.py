@@ -9,7 +9,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETER_GEMM, GemmConfig, gemm_configs, pair_configs, table_arch
+from .configs import (
+    INTERPRETER_GEMM,
+    INTERPRETER_SKIP,
+    GemmConfig,
+    gemm_configs,
+    pair_configs,
+    skip_configs,
+    table_arch,
+)
 
 
 @contextmanager
@@ -30,10 +38,19 @@ def pair_config(hidden: Tensor) -> GemmConfig:
     return pinned(hidden, pair_configs)
 
 
-def pinned(hidden: Tensor, table: Callable[[int, int], tuple[GemmConfig, ...]]) -> GemmConfig:
+def skip_config(weight: Tensor) -> GemmConfig:
+    """The one configuration of the product that skips blocks of delta."""
+    return pinned(weight, skip_configs, INTERPRETER_SKIP)
+
+
+def pinned(
+    hidden: Tensor,
+    table: Callable[[int, int], tuple[GemmConfig, ...]],
+    interpreter: GemmConfig | None = None,
+) -> GemmConfig:
     """The first row of a table for the tensor's device and dtype."""
     if not hidden.is_cuda:
-        return INTERPRETER_GEMM
+        return interpreter or INTERPRETER_GEMM
     arch = table_arch(torch.cuda.get_device_capability(hidden.device))
     return table(arch, hidden.element_size())[0]
 

@@ -8,7 +8,7 @@ The direction does not know the upstream gradient, so the forward pass computes 
 of delta, and all that is left to do backward is to scale its rows. Passes over the head (one is
 2 T D V FLOPs): 2 with a frozen head; 3 with a trained one whose delta fits in CACHE_BYTES, else 4,
 delta being recomputed panel by panel of the vocabulary, so that each row of the weight's gradient
-is rounded once and no fp32 copy of it exists.
+is rounded once and no fp32 copy of it exists. SKIP_BELOW trades exactness for time; it is off.
 
 Extra memory: CHUNK_BYTES of delta, T x D for the direction; with a trained head the T x V cache
 instead of the chunk, or a panel of the chunk's size, and T x D of scaled hidden states.
@@ -22,9 +22,11 @@ from torch import Tensor
 from .delta import linear_delta, softmax_delta
 from .forward import linear_softmax_fwd
 from .launch import aligned_rows, dense_rows, launching_on
+from .skipping import active_flags, active_mm
 
 CHUNK_BYTES = 256 << 20  # 1024 rows of 128k bf16 columns: full waves in both GEMMs of a chunk
 CACHE_BYTES = 2 << 30
+SKIP_BELOW = 0.0  # leave blocks of delta below this out of the direction; 2**-12 is worth trying
 
 
 def kept_deltas(
@@ -65,12 +67,19 @@ def linear_logps_fwd(
         for start in range(0, T, rows):
             part = slice(start, min(start + rows, T))
             delta = buffer[: part.stop - start] if deltas is None else deltas[part]
+            skip = SKIP_BELOW > 0 and direction is not None
+            active = active_flags(delta, hidden) if skip else None
             stats = softmax_delta(
-                hidden[part], weight, labels[part], bias, logit_scale, softcap, delta
-            )
+                hidden[part], weight, labels[part], bias, logit_scale, softcap, delta,
+                active, SKIP_BELOW,
+            )  # fmt: skip
             logps[part], lse[part] = stats.logps, stats.lse
-            if direction is not None:
+            if direction is None:
+                continue
+            if active is None:
                 torch.mm(delta, weight, out=direction[part])
+            else:
+                active_mm(delta, weight, active, direction[part])
 
 
 def linear_logps_bwd(
