@@ -1,7 +1,7 @@
 """Sequence log-probabilities: what the model produces and every objective consumes.
 
 All values are natural logs in nats, summed over the tokens of the response unless a name ends in
-`_mean`. B is the number of preference pairs.
+`_mean`. B is the number of preference pairs, S that of single responses, G that of prompts.
 """
 
 from __future__ import annotations
@@ -92,6 +92,118 @@ class SequenceLogps:
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
 
+@dataclass(frozen=True, eq=False)
+class UnpairedLogps:
+    """Summed response log-probs of S labelled responses under one model.
+
+    logps: (S,) float32 or float64, nats.
+    lengths: (S,) number of response tokens behind each sum.
+    desirable: (S,) bool, whether the response is one to learn from or one to unlearn.
+
+    Raises ValueError when a dtype is another or a shape does not match `logps`.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    desirable: Tensor
+
+    def __post_init__(self) -> None:
+        _check_responses(self.logps, self.lengths)
+        _check_per_response("desirable", self.desirable, self.logps)
+        if self.desirable.dtype != torch.bool:
+            raise ValueError(
+                f"desirable: expected bool, got {self.desirable.dtype}; compare scores to a "
+                f"threshold first"
+            )
+
+    @classmethod
+    def cat(cls, parts: Iterable[UnpairedLogps]) -> UnpairedLogps:
+        """The responses of all parts in order."""
+        parts = list(parts)
+        return cls(
+            torch.cat([part.logps for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.desirable for part in parts]),
+        )
+
+    def detach(self) -> UnpairedLogps:
+        """The same values, cut off from the autograd graph."""
+        return replace(self, logps=self.logps.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLogps:
+    """Summed log-probs of S scored responses to G prompts under one model.
+
+    logps: (S,) float32 or float64, nats.
+    lengths: (S,) number of response tokens behind each sum.
+    cu_groups: (G + 1,) int32 or int64 offsets, 0 first, S last and never falling: group g owns
+        the responses cu_groups[g] to cu_groups[g + 1] - 1, any number of them. The values are not
+        checked, which would wait for the device.
+    scores: (S,) floating point, the larger the better; comparable within a group.
+
+    Raises ValueError when a dtype is another or a shape does not match `logps`.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    cu_groups: Tensor
+    scores: Tensor
+
+    def __post_init__(self) -> None:
+        _check_responses(self.logps, self.lengths)
+        _check_per_response("scores", self.scores, self.logps)
+        if not self.scores.is_floating_point():
+            raise ValueError(
+                f"scores: expected floating point, got {self.scores.dtype}; convert with .float()"
+            )
+        offsets = self.cu_groups
+        if offsets.dim() != 1 or offsets.numel() == 0:
+            raise ValueError(
+                f"cu_groups: expected shape (G + 1,), the offsets of G groups and their end, "
+                f"got {tuple(offsets.shape)}"
+            )
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_groups: expected int32 or int64 offsets, got {offsets.dtype}")
+
+    @classmethod
+    def cat(cls, parts: Iterable[GroupedLogps]) -> GroupedLogps:
+        """The groups of all parts in order."""
+        parts = list(parts)
+        sizes = torch.cat([part.cu_groups.diff() for part in parts])
+        return cls(
+            torch.cat([part.logps for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=sizes.dtype)]),
+            torch.cat([part.scores for part in parts]),
+        )
+
+    def detach(self) -> GroupedLogps:
+        """The same values, cut off from the autograd graph."""
+        return replace(self, logps=self.logps.detach())
+
+
 def mean_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """Log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient for an empty response."""
     return torch.where(lengths > 0, logps / lengths.clamp(min=1), 0.0)
+
+
+def _check_responses(logps: Tensor, lengths: Tensor) -> None:
+    if logps.dim() != 1:
+        raise ValueError(
+            f"logps: expected shape (S,), one sum per response, got {tuple(logps.shape)}"
+        )
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"logps: expected float32 or float64, got {logps.dtype}; a sum over thousands of "
+            f"tokens does not fit half precision, so sum in float32"
+        )
+    _check_per_response("lengths", lengths, logps)
+
+
+def _check_per_response(argument: str, values: Tensor, logps: Tensor) -> None:
+    if values.shape != logps.shape:
+        raise ValueError(
+            f"{argument}: expected shape {tuple(logps.shape)}, one per response, "
+            f"got {tuple(values.shape)}"
+        )

@@ -52,6 +52,7 @@ def prepare(config: Config, display: Display) -> Prepared:
     if config.data.eval is not None:
         held_out = load_pairs(config.data.eval, tokenizer, config.data, "test")
         display.note(f"eval: {held_out.summary()}")
+    _check_labels(config, train, *([] if held_out is None else [held_out]))
     policy = load_policy(config, tokenizer, device_of(config.training.device))
     t, cache = config.training, Path(config.data.cache).expanduser()
     # Every budget is checked before the reference takes its time.
@@ -70,6 +71,15 @@ def prepare(config: Config, display: Display) -> Prepared:
         )
         pairs.append(Pairs(dataset, plan, reference))
     return Prepared(folder, found, tokenizer, policy, *pairs)
+
+
+def _check_labels(config: Config, *datasets: PairDataset) -> None:
+    loss = config.build_loss()
+    if not loss.soft_labels and any(dataset.has_preferences for dataset in datasets):
+        raise ConfigError(
+            f"loss: {loss.name} does not take soft labels, and the data has them; set "
+            f"data.soft_labels=false or choose another objective"
+        )
 
 
 def _check_context(dataset: PairDataset, policy: Policy) -> None:

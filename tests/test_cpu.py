@@ -296,7 +296,7 @@ def test_without_the_library_auto_goes_on_and_a_named_cpu_says_what_to_do(monkey
         assert torch.equal(ops.linear_logps(hidden, weight, labels), expected)
         with pytest.raises(ValueError, match=r"impl: 'cpu' was not built.*C\+\+ compiler"):
             ops.linear_logps(hidden, weight, labels, impl="cpu")
-        with pytest.raises(ValueError, match="one of .*'chunked', 'reference'"):
+        with pytest.raises(ValueError, match=r"one of .*'chunked', 'reference'"):
             ops.linear_logps(hidden, weight, labels, impl="fast")
     finally:
         cpu.missing.cache_clear()

@@ -201,7 +201,7 @@ def test_defaults():
         "orpo": {"lam": 0.1},
         "simper": {},
         "stapo": {"beta": 2.0, "left_margin": 0.6, "right_margin": 0.8},
-        "stapo_ref": {"beta": 0.1, "left_margin": 0.6, "right_margin": 0.8},
+        "stapo_ref": {"beta": 0.1, "left_margin": 12.0, "right_margin": 16.0},
         "sft": {"responses": "chosen", "average": True},
     }
 
@@ -246,7 +246,11 @@ def test_build_sets_parameters():
         ("f_dpo", {"alpha": 0.3}, "alpha: reverse_kl has none; .* divergence: alpha"),
         ("f_dpo", {"divergence": "alpha", "alpha": 1}, "alpha: must be > 0 and < 1, got 1"),
         ("chi_po", {"r_max": 0}, "r_max: must be > 0"),
-        ("stapo_ref", {"left_margin": 1.0}, "left_margin: must be <= right_margin"),
+        (
+            "stapo_ref",
+            {"left_margin": 17},
+            r"left_margin: must be <= right_margin \(16\.0\), got 17",
+        ),
         ("ddro", {"beta": 0.1}, "beta: not a parameter of ddro, which accepts none"),
         ("sft", {"responses": "all"}, "responses: must be one of 'chosen', 'both', got 'all'"),
         ("sft", {"average": "no"}, "average: must be one of True, False, got 'no'"),

@@ -54,8 +54,13 @@ def test_every_objective_trains(
 ) -> None:
     path = write_jsonl(tmp_path / "soft.jsonl", rows(24, soft=True))
     config = make_config(
-        loss=name, data__train=str(path), data__soft_labels=soft, training__epochs=4
-    )
+        loss=name, data__train=str(path), data__soft_labels=soft, training__epochs=4,
+        optim__lr=1e-4 if soft else 1e-3,  # some overshoot the finite optimum of a soft label
+    )  # fmt: skip
+    if soft and not losses.build(name).soft_labels:
+        with pytest.raises(ConfigError, match=f"loss: {name} does not take soft labels"):
+            run(config, display)
+        return
     run(config, display)
     lines = records(config)
     assert len(lines) == 12

@@ -8,23 +8,15 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastpref.losses import anchored, batchwise, margin, normalized
 from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, incentives
-from fastpref.losses.pairwise import CDPO, CPO, DPO, IPO, PMO, SFT, SimPO, StaPO
 
 __all__ = [
-    "CDPO",
-    "CPO",
-    "DPO",
-    "IPO",
     "NOTATION",
-    "PMO",
-    "SFT",
     "Description",
     "Loss",
     "LossOutput",
     "PairwiseLoss",
-    "SimPO",
-    "StaPO",
     "build",
     "describe",
     "incentives",
@@ -33,11 +25,15 @@ __all__ = [
 
 NOTATION = (
     "z, r: summed log-probs under policy and reference; t = z - r; a = z / tokens; "
-    "w chosen, l rejected; S logistic function, LS its logarithm"
+    "w chosen, l rejected; S logistic function, LS its logarithm, S' its derivative; "
+    "[...] is 1 where the condition holds, else 0"
 )
 
-_LOSSES: tuple[type[PairwiseLoss], ...] = (SFT, DPO, CDPO, IPO, SimPO, CPO, PMO, StaPO)
-_BY_NAME = {objective.name: objective for objective in _LOSSES}
+_BY_NAME = {
+    objective.name: objective
+    for module in (margin, anchored, batchwise, normalized)
+    for objective in module.OBJECTIVES
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,8 @@ def build(name: str, **parameters: Any) -> PairwiseLoss:
     accepted = [field.name for field in fields(objective)]
     for parameter in parameters:
         if parameter not in accepted:
-            raise ValueError(
-                f"{parameter}: not a parameter of {name}, which accepts {', '.join(accepted)}"
-            )
+            known = ", ".join(accepted) or "none"
+            raise ValueError(f"{parameter}: not a parameter of {name}, which accepts {known}")
     return objective(**parameters)
 
 

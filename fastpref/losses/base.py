@@ -4,6 +4,12 @@ An objective is a frozen dataclass whose fields are its hyperparameters and whos
 on labelled lines that `describe` reads, its loss, its incentives and its source. A subclass of
 `PairwiseLoss` writes two methods: `reward`, the implicit reward of one response, and
 `hard_loss`, the loss of a pair whose first response is certainly the better one.
+
+Notation of the docstrings: zw, zl are the summed log-probs of the chosen and the rejected response
+under the policy and rw, rl under the reference; nw, nl are their token counts; tw = zw - rw and
+aw = zw / nw, likewise tl and al. S is the logistic function, S' its derivative S(x) * S(-x) and LS
+its logarithm; [...] is 1 where the condition holds, else 0. d_w = -dL/dzw and d_l = dL/dzl are the
+incentives. Losses are those of a hard label.
 """
 
 from __future__ import annotations
@@ -18,6 +24,47 @@ import torch
 from torch import Tensor
 
 from fastpref.logps import SequenceLogps
+
+
+def number(
+    default: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A dataclass field that holds a finite number within bounds, checked when it is set."""
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">", above), (">=", at_least), ("<", below))
+        if math.isfinite(bound)
+    ]
+
+    def check(argument: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{argument}: must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{argument}: must be finite, got {value}")
+        if not (value > above and value >= at_least and value < below):
+            raise ValueError(f"{argument}: must be {' and '.join(bounds)}, got {value}")
+
+    return _checked_field(default, check)
+
+
+def choice(default: object, *others: object) -> Any:
+    """A dataclass field that holds one of the listed values, checked when it is set."""
+    accepted = (default, *others)
+
+    def check(argument: str, value: object) -> None:
+        if value not in accepted:
+            options = ", ".join(repr(option) for option in accepted)
+            raise ValueError(f"{argument}: must be one of {options}, got {value!r}")
+
+    return _checked_field(default, check)
+
+
+def _checked_field(default: object, check: Callable[[str, object], None]) -> Any:
+    return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +108,9 @@ class PairwiseLoss(Loss):
     is defined as 0 with zero gradient. The pair still trains its other response.
     """
 
+    # False where the loss of a pair depends on the rest of the batch: then it has no reversed pair.
+    soft_labels: ClassVar[bool] = True
+
     @abstractmethod
     def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
         """The implicit reward of each response: (B,) log-probs, lengths and reference -> (B,).
@@ -89,8 +139,14 @@ class PairwiseLoss(Loss):
 
         The reference is a constant: no gradient reaches it. It is ignored by an objective that
         does not need it. Raises ValueError when a needed reference is missing or has another
-        number of pairs than the policy.
+        number of pairs than the policy, and when there are soft labels that the objective does
+        not take.
         """
+        if policy.preference is not None and not self.soft_labels:
+            raise ValueError(
+                f"preference: {self.name} does not take soft labels; leave them out "
+                f"(`data: {{soft_labels: false}}`) or choose another objective"
+            )
         reference = self._constant_reference(policy, reference)
         loss = self.hard_loss(policy, reference)
         if policy.preference is not None:
@@ -121,6 +177,17 @@ class PairwiseLoss(Loss):
         return reference.detach()
 
 
+@dataclass(frozen=True)
+class LogRatioLoss(PairwiseLoss):
+    """A pairwise objective whose implicit reward is beta * t, zero where policy = reference."""
+
+    needs_reference: ClassVar[bool] = True
+    beta: float = number(0.1, above=0)
+
+    def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
+        return self.beta * (logps - reference)
+
+
 def incentives(
     objective: PairwiseLoss, policy: SequenceLogps, reference: SequenceLogps | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -138,44 +205,3 @@ def incentives(
             loss.sum(), (chosen, rejected), materialize_grads=True
         )
     return -d_chosen, d_rejected
-
-
-def number(
-    default: float,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-) -> Any:
-    """A dataclass field that holds a finite number within bounds, checked when it is set."""
-    bounds = [
-        f"{sign} {bound:g}"
-        for sign, bound in ((">", above), (">=", at_least), ("<", below))
-        if math.isfinite(bound)
-    ]
-
-    def check(argument: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{argument}: must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{argument}: must be finite, got {value}")
-        if not (value > above and value >= at_least and value < below):
-            raise ValueError(f"{argument}: must be {' and '.join(bounds)}, got {value}")
-
-    return _checked_field(default, check)
-
-
-def choice(default: object, *others: object) -> Any:
-    """A dataclass field that holds one of the listed values, checked when it is set."""
-    accepted = (default, *others)
-
-    def check(argument: str, value: object) -> None:
-        if value not in accepted:
-            options = ", ".join(repr(option) for option in accepted)
-            raise ValueError(f"{argument}: must be one of {options}, got {value!r}")
-
-    return _checked_field(default, check)
-
-
-def _checked_field(default: object, check: Callable[[str, object], None]) -> Any:
-    return field(default=default, metadata={"check": check})
