@@ -3,8 +3,8 @@
     x = logit_scale * (hidden @ weight.T + bias),  then, with a soft cap c,  x <- c * tanh(x / c)
 
 Columns beyond the vocabulary are -inf. Operands arrive as TMA descriptors, which clip at the edges
-by themselves, or as pointers to rows of unit stride. What follows the product runs on one half of
-the tile's columns after the other: whole, a 128 x 256 tile and its exponentials overflow the
+by themselves, or as pointers to rows of unit stride. What follows the product runs on one quarter
+of the tile's columns after the other: whole, a 128 x 256 tile and its exponentials overflow the
 registers.
 """
 
