@@ -27,16 +27,31 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_recomputation_compiles_for_hopper(tmp_path) -> None:
+def test_every_kernel_compiles_for_every_architecture(tmp_path) -> None:
+    """The whole command: minutes, since nothing less says that what a GPU will run exists."""
     out = tmp_path / "table.md"
-    done = run("--arch", "90", "--only", "linear_delta", "--out", str(out))
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = out.read_text().splitlines()[2:]
-    assert len(rows) == 6  # two variants, two bf16 configurations and one fp32
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == "linear_delta" and cells[6] == "0" and cells[8] == "wgmma"
-        assert 0 < int(cells[5]) <= 255 and 0 < int(cells[7]) <= SHARED_MEMORY_LIMIT[90]
+    done = run("--jobs", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:] + "\n".join(problems(out))
+    rows = [cells(row) for row in out.read_text().splitlines()[2:]]
+    jobs = list(command.jobs([80, 90, 100], None))
+    assert [(int(row[0]), *row[1:4]) for row in rows] == [
+        (job.arch, job.kernel, job.variant, job.dtype) for job in jobs
+    ]
+    for arch, kernel, _, dtype, _, registers, spills, shared, instruction, *_ in rows:
+        assert 0 < int(registers) <= 255 and spills == "0"
+        assert int(shared) <= SHARED_MEMORY_LIMIT[int(arch)]
+        if arch == "90" and dtype == "bf16" and kernel in command.GEMM_KERNELS:
+            assert instruction == "wgmma"
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def problems(table: Path) -> list[str]:
+    """The rows of a table whose last column is not empty."""
+    rows = table.read_text().splitlines()[2:] if table.exists() else []
+    return [row for row in rows if cells(row)[-1]]
 
 
 @pytest.mark.parametrize("arguments", [("--arch", "75"), ("--only", "softmax")])
@@ -64,5 +79,11 @@ def test_every_kernel_of_the_package_is_compiled() -> None:
         for line in source.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
-    tables = {**command.GEMM_KERNELS, **command.ROW_KERNELS}
-    assert written == {kernel.function.fn.__name__ for kernel in tables.values()}
+    assert written == {kernel.function.fn.__name__ for kernel in command.KERNELS.values()}
+
+
+def test_every_objective_is_compiled_with_all_its_choices() -> None:
+    variants = command.LOSS_KERNELS["pair_losses"].variants
+    assert {variant.split()[0] for variant in variants} == set(command.PAIR_OBJECTIVES)
+    assert {"f_dpo reverse_kl", "f_dpo js", "sft both False", "sft chosen True"} <= set(variants)
+    assert set(command.LOSS_KERNELS["response_losses"].variants) == set(command.RESPONSE_OBJECTIVES)

@@ -239,3 +239,20 @@ def test_backward_twice_and_inside_autocast() -> None:
     assert torch.equal(inputs["weight"].grad, 2 * once)
     assert torch.equal(logps, linear_logps(**inputs))
     linear_logps(**inputs).mul_(2).sum().backward()  # the result is the caller's to overwrite
+
+
+def test_a_sequence_of_3000_tokens_an_empty_one_and_one_of_1() -> None:
+    """Sums over a response are as good as its tokens, whatever its length."""
+    inputs = make(3001, 16, 40)
+    offsets = torch.tensor([0, 3000, 3000, 3001], device=DEVICE)
+    upstream = torch.tensor([0.5, 3.0, -2.0], device=DEVICE)
+    sums = ops.segment_sum(linear_logps(**inputs), offsets)
+    sums.backward(upstream)
+    per_token = torch.cat([upstream[:1].expand(3000), upstream[2:]])
+    exact, gradients = plain(inputs, per_token, 1.0, None, torch.float64)
+    expected = torch.stack([exact[:3000].sum(), exact.new_zeros(()), exact[3000]])
+    # Rounding errors of 3000 tokens, 1e-6 each, add up like a walk, to 6e-5; the sum adds 2^-24.
+    assert (sums - expected).abs().max() <= 2e-4 + 2**-24 * expected.abs().max()
+    for name, gradient in gradients.items():
+        error = (inputs[name].grad.double() - gradient).norm() / gradient.norm()
+        assert error <= 1e-5, name
