@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import environment
+from fastpref.bench import environment
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -29,8 +31,10 @@ def main() -> None:
         subprocess.run(command, check=True)
     results = json.loads((folder / "results.json").read_text())
     report = {"benchmark": "demo", **environment.describe(), **results}
-    (environment.RESULTS / "demo-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    shutil.copy(folder / "demo.png", environment.ROOT / "docs" / "demo.png")
+    (ROOT / "benchmarks" / "results" / "demo-cpu.json").write_text(
+        json.dumps(report, indent=1) + "\n"
+    )
+    shutil.copy(folder / "demo.png", ROOT / "docs" / "demo.png")
 
 
 if __name__ == "__main__":

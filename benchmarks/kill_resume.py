@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import environment
 import yaml
 
 from fastpref import metrics
+from fastpref.bench import environment
 from fastpref.data import pure_semantic
 from fastpref.files import file_sha256
 

@@ -106,6 +106,48 @@ def demo(
 
 
 @app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes: a minute instead of an hour.")
+    ] = False,
+    against: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Peers to measure beside fastpref; '' for none.")
+    ] = "torch,liger,cce,trl",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path(
+        "bench"
+    ),
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,D,V", help="Tokens, hidden size, vocabulary; may be repeated."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="OP", help="One op; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed calls of each, at least 5.")] = 5,
+) -> None:
+    """Measure the ops beside plain matrix products and other libraries."""
+    from fastpref.bench.peers import check_families
+    from fastpref.bench.run import run
+    from fastpref.progress import Display
+
+    families = check_families(against)
+    with Display(Console()) as display:
+        run(
+            out,
+            display,
+            device=device,
+            quick=quick,
+            families=families,
+            shapes=shape or (),
+            ops=only or (),
+            rounds=rounds,
+        )
+
+
+@app.command()
 def losses() -> None:
     """List the objectives: name, formula, defaults, needs a reference?"""
     from rich.table import Table

@@ -19,7 +19,7 @@ LAYERS = [
     {"ops", "logps"},
     {"losses"},
     {"config", "progress"},
-    {"config_reference", "data"},
+    {"bench", "config_reference", "data"},
     {"model", "metrics"},
     {"reference_logps", "checkpoint", "optim", "model_card"},
     {"prepare"},
@@ -65,6 +65,7 @@ def test_losses_import_only_logps_and_their_base() -> None:
         ("fastpref.ops", ("transformers", "triton", "fastpref_kernels")),
         ("fastpref.losses", ("transformers", "triton", "pydantic")),
         ("fastpref.config", ("transformers", "triton", "datasets")),
+        ("fastpref.bench.run", ("fastpref_kernels", "matplotlib", "trl", "liger_kernel")),
         ("fastpref.train", ("fastpref_kernels", "matplotlib", "wandb", "peft")),
     ],
 )

@@ -1,0 +1,51 @@
+"""The rows of `fastpref bench --quick` for pytest-benchmark: `pytest benchmarks`.
+
+Rounds here are pytest-benchmark's: one implementation after the other, not in turns. For numbers to
+compare, take `fastpref bench`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from fastpref.bench import peers, rows
+from fastpref.bench.peers import Implementation
+from fastpref.bench.rows import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [
+    (problem, implementation)
+    for problem in rows.shape_problems(rows.QUICK_SHAPES[DEVICE], DEVICE)
+    for implementation in peers.implementations(DEVICE, tuple(peers.PACKAGES))
+    if implementation.serves(problem)
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "implementation"),
+    ROWS,
+    ids=[f"{problem.op}-{problem.head}-{peer.name}".replace(" ", "_") for problem, peer in ROWS],
+)
+def test_row(benchmark: BenchmarkFixture, problem: Problem, implementation: Implementation) -> None:
+    if why := peers.obstacle(implementation, problem, DEVICE):
+        pytest.skip(why)
+    benchmark.group = f"{problem.op}, {problem.head}"
+    run = peers.prepare(implementation, problem, rows.make_inputs(problem, DEVICE))
+
+    def finished() -> None:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "problem", dict.fromkeys(p for p, _ in ROWS), ids=lambda problem: f"{problem.op}-{problem.head}"
+)
+def test_products(benchmark: BenchmarkFixture, problem: Problem) -> None:
+    benchmark.group = f"{problem.op}, {problem.head}"
+    run = peers.products(problem, rows.make_inputs(problem, DEVICE), problem.products)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
