@@ -37,7 +37,7 @@ class Backend(Protocol):
     def linear_logps_bwd(
         self,
         gain: Tensor,  # (T,) upstream gradient, 0 where ignored
-        hidden: Tensor,  # (T, D), 0 where ignored
+        hidden: Tensor,  # (T, D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (T,) int64
         bias: Tensor | None,  # (V,)

@@ -111,6 +111,7 @@ class Chunked:
         grad_weight: Tensor | None,
         grad_bias: Tensor | None,
     ) -> None:
+        hidden = _kept(hidden, labels)
         with torch.autocast(hidden.device.type, enabled=False):
             if deltas is not None:  # each token's gain scales its row of the smaller factor
                 if grad_bias is not None:
@@ -247,7 +248,7 @@ class Chunked:
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(tokens, chunk):
                 logits = buffer[: _size(rows)] if deltas is None else deltas[rows]
-                _project(_kept(hidden[rows], ignored[rows]), head.weight, out=logits)
+                _project(_kept(hidden[rows], labels[rows]), head.weight, out=logits)
                 for part in _slices(_size(rows), -(-chunk // SLICES)):
                     z = logits[part]
                     t = slice(rows.start + part.start, rows.start + part.stop)
@@ -353,9 +354,12 @@ def _finish_logits(z: Tensor, head: _Head, bias: Tensor | None, want_slope: bool
     return slope
 
 
-def _kept(hidden: Tensor, ignored: Tensor) -> Tensor:
+def _kept(hidden: Tensor, labels: Tensor) -> Tensor:
+    """hidden with zeros where ignored; itself, not a copy, on a CPU that sees none ignored."""
     # Padding rows may hold NaN (attention over nothing); times a zero gradient that is still NaN.
-    return hidden.masked_fill(ignored[:, None], 0.0)
+    if hidden.device.type == "cpu" and not (labels.numpy() == IGNORE_INDEX).any():
+        return hidden  # looking waits for no device here
+    return hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0.0)
 
 
 def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

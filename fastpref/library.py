@@ -142,15 +142,14 @@ def _logps_bwd(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | No
     grad_hidden = grad_weight = grad_bias = None
     if upstream is not None:
         labels, direction, hidden, weight, bias, lse, deltas = ctx.saved_tensors
-        ignored = labels == IGNORE_INDEX
-        gain = upstream.masked_fill(ignored, 0.0)
+        gain = upstream.masked_fill(labels == IGNORE_INDEX, 0.0)
+        if need_weight or need_bias:  # first, while there is no grad_hidden beside its temporaries
+            grad_weight, grad_bias = _linear_logps_bwd(
+                gain, hidden, weight, labels, bias, *ctx.options, lse, deltas, need_weight,
+                need_bias, ctx.impl,
+            )  # fmt: skip
         if need_hidden:
             grad_hidden = _scale_rows(direction, gain)
-        if need_weight or need_bias:
-            grad_weight, grad_bias = _linear_logps_bwd(
-                gain, _without(hidden, ignored), weight, labels, bias, *ctx.options, lse, deltas,
-                need_weight, need_bias, ctx.impl,
-            )  # fmt: skip
     return (
         grad_hidden, grad_weight if need_weight else None, None, grad_bias if need_bias else None,
         *(None,) * 5,
@@ -320,7 +319,8 @@ def _score_geometry(
     if per_pair:
         spans = [slice(a, b) for a, b in pairwise(ends)]
         groups = list(zip(spans[:pairs], spans[pairs:], strict=True))
-    kept = _without(hidden, labels == IGNORE_INDEX)
+    # Padding rows may hold NaN (attention over nothing); times a delta of 0 that is still NaN.
+    kept = hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0.0)
     backend, labels = backend_for(impl, hidden), labels.long()
     logps, lse = _empty_rows(hidden, 2)
     backend.linear_logps_fwd(
@@ -367,8 +367,3 @@ def _empty_direction(hidden: Tensor) -> Tensor:
 
 def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x  # an op returns tensors only
-
-
-def _without(hidden: Tensor, ignored: Tensor) -> Tensor:
-    # Padding rows may hold NaN (attention over nothing); times a zero gradient that is still NaN.
-    return hidden.masked_fill(ignored[:, None], 0.0)

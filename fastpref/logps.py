@@ -1,7 +1,8 @@
 """Sequence log-probabilities: what the model produces and every objective consumes.
 
 All values are natural logs in nats, summed over the tokens of the response unless a name ends in
-`_mean`. B is the number of preference pairs, S that of single responses, G that of prompts.
+`_mean`. B is the number of preference pairs, S that of single responses, G that of prompts, T that
+of response tokens.
 """
 
 from __future__ import annotations
@@ -183,22 +184,161 @@ class GroupedLogps:
         return replace(self, logps=self.logps.detach())
 
 
+# What a token can have besides its log-prob.
+_TOKEN_COLUMNS = ("weights", "kl", "importance", "collision_entropy")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogps:
+    """Log-probs of the response tokens of B preference pairs under one model.
+
+    logps: (T,) float32 or float64, nats.
+    cu_seqlens: (2B + 1,) int32 or int64 offsets, 0 first, T last and never falling, of the
+        responses chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1}. The values are not checked,
+        which would wait for the device.
+    preference: (B,) in [0, 1], as in `SequenceLogps`.
+    weights: (T,) >= 0, by which the data weighs the log-ratio of each token; None means 1.
+    kl: (T,) KL(reference || policy) of the distribution of each token (`ops.linear_kl`), nats,
+        differentiable in the policy.
+    importance: (T,) >= 0, how much each response token matters. By gradient attribution this is
+        I_t = ||dM/dE_t||_1, with E_t the input embedding of token t itself, not of the one before
+        it that predicts it, and M the largest logit at the last position of its sequence.
+    collision_entropy: (T,) >= 0, -log sum_v p_v^2 of the distribution of each token, nats.
+
+    The columns after `cu_seqlens` may be None; each objective says which it needs. Raises
+    ValueError when a dtype is another or a shape does not match.
+    """
+
+    logps: Tensor
+    cu_seqlens: Tensor
+    preference: Tensor | None = None
+    weights: Tensor | None = None
+    kl: Tensor | None = None
+    importance: Tensor | None = None
+    collision_entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_logps(self.logps, "(T,), one log-prob per token")
+        offsets = self.cu_seqlens
+        if offsets.dim() != 1 or offsets.numel() % 2 == 0:
+            raise ValueError(
+                f"cu_seqlens: expected shape (2B + 1,), the offsets of B chosen and B rejected "
+                f"responses and their end, got {tuple(offsets.shape)}"
+            )
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens: expected int32 or int64 offsets, got {offsets.dtype}")
+        if self.preference is not None and self.preference.shape != (self.pairs,):
+            raise ValueError(
+                f"preference: expected shape ({self.pairs},), one per pair, "
+                f"got {tuple(self.preference.shape)}"
+            )
+        for name in _TOKEN_COLUMNS:
+            column = getattr(self, name)
+            if column is not None and column.shape != self.logps.shape:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(self.logps.shape)}, one per token, "
+                    f"got {tuple(column.shape)}"
+                )
+            if column is not None and not column.is_floating_point():
+                raise ValueError(f"{name}: expected floating point, got {column.dtype}")
+
+    @property
+    def pairs(self) -> int:
+        """B."""
+        return self.cu_seqlens.numel() // 2
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of tokens of each response, (2B,)."""
+        return self.cu_seqlens.diff()
+
+    def sequences(self, weights: Tensor | None = None) -> SequenceLogps:
+        """The pairs with their log-probs summed, each token times its weight (T,), if any.
+
+        The weights are those of the argument only, so that policy and reference can share them;
+        lengths count tokens whatever their weight.
+        """
+        logps = self.logps if weights is None else weights * self.logps
+        return SequenceLogps.from_sequences(
+            segment_sum(logps, self.cu_seqlens), self.lengths, self.preference
+        )
+
+    @classmethod
+    def cat(cls, parts: Iterable[TokenLogps]) -> TokenLogps:
+        """The pairs of all parts in order; a column stands in every part or in none."""
+        parts = list(parts)
+        rejected = [
+            segment_positions(part.cu_seqlens, part.logps.numel())[0] >= part.pairs
+            for part in parts
+        ]
+        order = torch.cat(rejected).long().argsort(stable=True)
+        lengths = [part.lengths[: part.pairs] for part in parts]
+        lengths += [part.lengths[part.pairs :] for part in parts]
+        sizes = torch.cat(lengths)
+        columns: dict[str, Tensor] = {}
+        for name in ("preference", *_TOKEN_COLUMNS):
+            given = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            if given and len(given) != len(parts):
+                raise ValueError(f"{name}: expected for every part or for none, got a mixture")
+            if given:
+                joined = torch.cat(given)
+                columns[name] = joined if name == "preference" else joined[order]
+        return cls(
+            torch.cat([part.logps for part in parts])[order],
+            torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=sizes.dtype)]),
+            **columns,
+        )
+
+    def detach(self) -> TokenLogps:
+        """The same values, cut off from the autograd graph."""
+        kl = None if self.kl is None else self.kl.detach()
+        return replace(self, logps=self.logps.detach(), kl=kl)
+
+
+def segment_sum(
+    values: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> Tensor:  # (S,)
+    """Sum of `values[cu_seqlens[s] : cu_seqlens[s + 1]]` for each s; an empty segment gives 0.
+
+    `cu_seqlens` never falls and lies in 0 .. T; values outside its range count nowhere.
+    Differentiable in `values`, in their dtype. Accumulated in fp64 in a fixed order: in fp32 the
+    sum over a long response would lose more than its tokens' log-probs are worth.
+    """
+    # segment_reduce does not bound its reads, and checking the offsets here would be a host sync.
+    offsets = cu_seqlens.clamp(0, len(values))
+    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True)
+    return sums.to(values.dtype)
+
+
+def segment_positions(
+    cu_seqlens: Tensor,  # (S + 1,)
+    tokens: int,
+) -> tuple[Tensor, Tensor]:  # (T,), (T,)
+    """The segment that owns each token, and the token's position in it from 0, both int64."""
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    owners = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+    return owners, index - cu_seqlens.long()[owners]
+
+
 def mean_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """Log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient for an empty response."""
     return torch.where(lengths > 0, logps / lengths.clamp(min=1), 0.0)
 
 
 def _check_responses(logps: Tensor, lengths: Tensor) -> None:
+    _check_logps(logps, "(S,), one sum per response")
+    _check_per_response("lengths", lengths, logps)
+
+
+def _check_logps(logps: Tensor, expected: str) -> None:
     if logps.dim() != 1:
-        raise ValueError(
-            f"logps: expected shape (S,), one sum per response, got {tuple(logps.shape)}"
-        )
+        raise ValueError(f"logps: expected shape {expected}, got {tuple(logps.shape)}")
     if logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"logps: expected float32 or float64, got {logps.dtype}; a sum over thousands of "
             f"tokens does not fit half precision, so sum in float32"
         )
-    _check_per_response("lengths", lengths, logps)
 
 
 def _check_per_response(argument: str, values: Tensor, logps: Tensor) -> None:

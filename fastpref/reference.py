@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.logps import segment_sum as segment_sum
+
 IGNORE_INDEX = -100
 
 
@@ -132,22 +134,6 @@ def score_geometry(
     norms = chosen_norm * rejected_norm
     cosine = (chosen * rejected).sum(-1) / norms
     return ScoreGeometry(chosen_norm, rejected_norm, cosine.masked_fill(norms == 0, 0.0))
-
-
-def segment_sum(
-    values: Tensor,  # (T,)
-    cu_seqlens: Tensor,  # (S + 1,)
-) -> Tensor:  # (S,)
-    """Sum of `values[cu_seqlens[s] : cu_seqlens[s + 1]]` for each s; an empty segment gives 0.
-
-    `cu_seqlens` never falls and lies in 0 .. T; values outside its range count nowhere.
-    Differentiable in `values`, in their dtype. Accumulated in fp64 in a fixed order: in fp32 the
-    sum over a long response would lose more than its tokens' log-probs are worth.
-    """
-    # segment_reduce does not bound its reads, and checking the offsets here would be a host sync.
-    offsets = cu_seqlens.clamp(0, len(values))
-    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True)
-    return sums.to(values.dtype)
 
 
 def _logits(

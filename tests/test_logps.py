@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps, mean_logps
+from fastpref.logps import (
+    GroupedLogps,
+    SequenceLogps,
+    TokenLogps,
+    UnpairedLogps,
+    mean_logps,
+    segment_positions,
+    segment_sum,
+)
 
 
 def three_pairs(preference: torch.Tensor | None = None) -> SequenceLogps:
@@ -181,3 +189,86 @@ def test_cat_and_detach_of_responses_keep_and_drop_the_graph():
 def test_responses_can_be_none_at_all():
     assert unpaired(0).logps.shape == (0,)
     assert grouped().cu_groups.tolist() == [0]
+
+
+def tokens(*lengths: int, **changes: torch.Tensor) -> TokenLogps:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    fields = {"logps": -torch.arange(1.0, sum(lengths) + 1), "cu_seqlens": offsets}
+    return TokenLogps(**{**fields, **changes})
+
+
+def test_tokens_sum_to_sequences():
+    label = torch.tensor([0.2, 0.7])
+    pairs = tokens(1, 0, 2, 1, preference=label).sequences()
+    assert pairs.chosen.tolist() == [-1, 0] and pairs.rejected.tolist() == [-5, -4]
+    assert pairs.chosen_lengths.tolist() == [1, 0] and pairs.rejected_lengths.tolist() == [2, 1]
+    assert pairs.preference is label
+    # Weights of the argument count, those of the data are the caller's to pass.
+    weighted = tokens(1, 0, 2, 1, weights=torch.ones(4)).sequences(torch.tensor([2.0, 0, 1, 3]))
+    assert weighted.chosen.tolist() == [-2, 0] and weighted.rejected.tolist() == [-3, -12]
+    assert weighted.rejected_lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logps": torch.zeros(3, 1)}, r"logps: expected shape \(T,\).*\(3, 1\)"),
+        ({"logps": torch.zeros(3).bfloat16()}, "logps: expected float32 or float64.*bfloat16"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens: expected shape \(2B \+ 1,\).*\(2,\)"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, r"cu_seqlens: expected.*\(0,\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 1, 3])}, "cu_seqlens: expected int32 or int64.*float32"),
+        ({"preference": torch.ones(2)}, r"preference: expected shape \(1,\).*\(2,\)"),
+        ({"kl": torch.zeros(2)}, r"kl: expected shape \(3,\), one per token, got \(2,\)"),
+        ({"weights": torch.ones(3, 1)}, r"weights: expected shape \(3,\)"),
+        ({"weights": torch.ones(3, dtype=torch.int64)}, "weights: expected floating.*int64"),
+        ({"importance": torch.ones(4)}, r"importance: expected shape \(3,\)"),
+        ({"collision_entropy": torch.ones(4)}, r"collision_entropy: expected shape \(3,\)"),
+    ],
+)
+def test_tokens_name_the_wrong_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokens(1, 2, **changes)
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+def test_cat_of_tokens_puts_all_chosen_responses_first(offsets):
+    first = tokens(1, 2, 1, 0, preference=torch.tensor([0.1, 0.2]))
+    second = tokens(2, 1, logps=torch.tensor([-10.0, -20, -30]), preference=torch.tensor([0.3]))
+    parts = [
+        dataclasses.replace(part, cu_seqlens=part.cu_seqlens.to(offsets), kl=10 * part.logps)
+        for part in (first, tokens(preference=torch.zeros(0)), second)
+    ]
+    whole = TokenLogps.cat(iter(parts))
+    assert whole.logps.tolist() == [-1, -2, -3, -10, -20, -4, -30]
+    assert whole.cu_seqlens.tolist() == [0, 1, 3, 5, 6, 6, 7] and whole.cu_seqlens.dtype == offsets
+    assert torch.equal(whole.kl, 10 * whole.logps) and whole.weights is None
+    assert torch.equal(whole.preference, torch.tensor([0.1, 0.2, 0.3]))
+    one = TokenLogps.cat([first])
+    assert torch.equal(one.logps, first.logps) and torch.equal(one.cu_seqlens, first.cu_seqlens)
+
+
+def test_cat_of_tokens_refuses_a_column_of_some_parts():
+    for name in ("weights", "kl", "importance", "collision_entropy"):
+        with pytest.raises(ValueError, match=f"{name}: expected for every part or for none"):
+            TokenLogps.cat([tokens(1, 2), tokens(1, 2, **{name: torch.ones(3)})])
+
+
+def test_cat_and_detach_of_tokens_keep_and_drop_the_graph():
+    grown = torch.tensor([-1.0, -2, -3], requires_grad=True)
+    one = tokens(1, 2, logps=grown, kl=grown.square(), weights=torch.ones(3))
+    both = TokenLogps.cat([one, one])
+    assert both.logps.requires_grad and both.kl.requires_grad
+    detached = one.detach()
+    assert not detached.logps.requires_grad and not detached.kl.requires_grad
+    assert torch.equal(detached.kl, one.kl) and detached.weights is one.weights
+    assert tokens(1, 2).detach().kl is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.logps = grown
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+def test_segment_positions_count_from_the_start_of_each_segment(offsets):
+    owners, places = segment_positions(torch.tensor([0, 2, 2, 5], dtype=offsets), 5)
+    assert owners.tolist() == [0, 0, 2, 2, 2] and places.tolist() == [0, 1, 0, 1, 2]
+    owners, places = segment_positions(torch.tensor([0], dtype=offsets), 0)
+    assert owners.shape == places.shape == (0,)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -28,19 +28,24 @@ Function = Callable[[Inputs], Tensor]
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> (T,)
 
 BETA = 0.1  # of DPO
+LEAST_CHUNK = 4 << 20  # of "least memory"; products of so few rows take longer
 _CACHES = {"cpu": "fastpref.cpu", "triton": "fastpref_kernels.linear_logps"}  # have CACHE_BYTES
 PACKAGES = {"torch": "torch", "liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A callable per op it has; `products` are those of its yardstick where not the problem's."""
+    """A callable per op it has; `products` are those of its yardstick where not the problem's.
+
+    `budgets`: (module, name, bytes) that hold while it runs, forward and backward.
+    """
 
     name: str
     family: str  # fastpref, or a key of PACKAGES
     functions: dict[str, Function]
     heads: tuple[str, ...] = ("frozen", "trained")
     products: str | None = None
+    budgets: tuple[tuple[str, str, int], ...] = ()
 
     def serves(self, problem: Problem) -> bool:
         return problem.op in self.functions and problem.head in self.heads
@@ -80,7 +85,10 @@ def prepare(
 
     def run() -> Tensor:
         inputs.hidden.grad = inputs.weight.grad = None
-        with setting("fastpref.chunked", "CHUNK_BYTES", problem.chunk_bytes):
+        with ExitStack() as budgets:
+            budgets.enter_context(setting("fastpref.chunked", "CHUNK_BYTES", problem.chunk_bytes))
+            for budget in implementation.budgets:
+                budgets.enter_context(setting(*budget))
             result = function(inputs)
             if problem.differentiable:
                 _objective(result, inputs).backward()
@@ -186,15 +194,17 @@ def _ours(impl: str) -> list[Implementation]:
         Implementation(f"fastpref {impl}", "fastpref", functions),
         Implementation(f"fastpref {impl}, all statistics", "fastpref", statistics),
     ]
+    alone = {"linear_logps": functions["linear_logps"]}
+    no_cache = (_CACHES.get(impl, ""), "CACHE_BYTES", 0)
     if impl in _CACHES:
-
-        def uncached(x: Inputs) -> Tensor:
-            with setting(_CACHES[impl], "CACHE_BYTES", 0):
-                return logps(x.hidden, x.weight, x.labels)
-
         name = f"fastpref {impl}, no cache"
         made.append(
-            Implementation(name, "fastpref", {"linear_logps": uncached}, ("trained",), "LHLW")
+            Implementation(name, "fastpref", alone, ("trained",), "LHLW", budgets=(no_cache,))
+        )
+    if impl == "cpu":
+        budgets = (no_cache, ("fastpref.chunked", "CHUNK_BYTES", LEAST_CHUNK))
+        made.append(
+            Implementation("fastpref cpu, least memory", "fastpref", alone, budgets=budgets)
         )
     return made
 

@@ -139,8 +139,9 @@ def problems(device: str, quick: bool) -> list[Problem]:
         for head in ("frozen", "trained")
     ]
     forward = Problem("forward", "frozen", *CPU_SHAPES[0], DTYPE[device])
-    others = shape_problems(((256, 128, 8192),), device, ("dpo", "linear_kl", "score_geometry"))
-    return [*heads, forward, *others, *sweeps(device, quick)]
+    dpo = shape_problems(CPU_SHAPES, device, ("dpo",))
+    others = shape_problems(((256, 128, 8192),), device, ("linear_kl", "score_geometry"))
+    return [*heads, forward, *dpo, *others, *sweeps(device, quick)]
 
 
 def shape_problems(

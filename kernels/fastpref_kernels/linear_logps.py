@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .configs import IGNORE_INDEX
 from .delta import linear_delta, softmax_delta
 from .forward import linear_softmax_fwd
 from .launch import aligned_rows, dense_rows, launching_on
@@ -84,7 +85,7 @@ def linear_logps_fwd(
 
 def linear_logps_bwd(
     gain: Tensor,  # (T,) the upstream gradient, 0 where ignored
-    hidden: Tensor,  # (T, D), 0 where ignored
+    hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (T,)
     bias: Tensor | None,  # (V,)
@@ -97,7 +98,8 @@ def linear_logps_bwd(
 ) -> None:
     """Gradients of a trained head, from deltas kept or made again."""
     hidden, weight = dense_rows(hidden), dense_rows(weight)
-    scaled = scale_rows(hidden, gain)
+    # An ignored row may hold NaN, which a gain of zero would not silence.
+    scaled = scale_rows(hidden, gain).masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)
 
     def recompute(part: slice, panel: Tensor) -> Tensor:
         return linear_delta(
