@@ -14,7 +14,6 @@ from fastpref.logps import (
     UnpairedLogps,
     mean_logps,
     segment_positions,
-    segment_sum,
 )
 
 
