@@ -1,0 +1,115 @@
+"""Preference training in a plain PyTorch loop: any objective, no logits.
+
+    python examples/plain_pytorch.py                         # a tiny random model, seconds on a CPU
+    python examples/plain_pytorch.py --loss stapo --steps 50
+    python examples/plain_pytorch.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
+
+Generated pairs stand in for data: replace `pairs` by your own prompt, chosen and rejected texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.data import bpe
+from fastpref.fused import FusedPreferenceLoss
+
+WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """Questions with two answers, of which the alphabetically first one is preferred."""
+    made = []
+    for i in range(count):
+        first, second = sorted((WORDS[i % 10], WORDS[(3 * i + 1) % 10]))
+        prompt = f"User: {second} or {first}?\nAssistant:"
+        made.append({"prompt": prompt, "chosen": f" {first}", "rejected": f" {second}, please"})
+    return made
+
+
+def load(path: str | None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer; without a path, tiny ones made on the spot."""
+    if path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tokenizer
+    torch.manual_seed(0)
+    tokenizer = bpe.train((text for pair in pairs(40) for text in pair.values()), 384)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def collate(batch: Sequence[dict[str, str]], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """All chosen and then all rejected sequences, padded; labels of the responses alone."""
+    ids, labels = [], []
+    for response in ("chosen", "rejected"):
+        for pair in batch:
+            prompt = tokenizer(pair["prompt"])["input_ids"]
+            whole = tokenizer(pair["prompt"] + pair[response] + tokenizer.eos_token)["input_ids"]
+            ids.append(torch.tensor(whole))
+            labels.append(torch.tensor([-100] * len(prompt) + whole[len(prompt) :]))
+    mask = [torch.ones_like(x) for x in ids]
+    columns = {"input_ids": (ids, tokenizer.pad_token_id), "labels": (labels, -100)}
+    columns["attention_mask"] = (mask, 0)
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+        for name, (values, padding) in columns.items()
+    }
+
+
+def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The decoder's last hidden states (2B, L, D): the model without its head."""
+    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    states: torch.Tensor = model.base_model(ids, attention_mask=mask).last_hidden_state
+    return states
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Train and return the loss of each step."""
+    parser = argparse.ArgumentParser(description="Preference training in a plain PyTorch loop.")
+    parser.add_argument("--model", help="folder or Hub name; a tiny random model by default")
+    parser.add_argument("--loss", default="dpo", help="one of `fastpref losses`")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args(arguments)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load(options.model)
+    model.to(device)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    preference_loss = FusedPreferenceLoss(options.loss, softcap=softcap)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
+    data, losses = pairs(64), []
+    for step in range(options.steps):
+        batch = collate([data[(8 * step + i) % len(data)] for i in range(8)], tokenizer)
+        with torch.no_grad():
+            ref_hidden = hidden_states(reference, batch)
+        head, ref_head = model.get_output_embeddings(), reference.get_output_embeddings()
+        loss, metrics = preference_loss(
+            hidden_states(model, batch), head.weight, batch["labels"],  # labels stay on the CPU
+            attention_mask=batch["attention_mask"], bias=head.bias, shift=True,
+            ref_hidden=ref_hidden, ref_weight=ref_head.weight, ref_bias=ref_head.bias,
+        )  # fmt: skip
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        print(f"step {step + 1:3d}  loss {losses[-1]:.4f}  "
+              f"accuracy {metrics['rewards/accuracies'].item():.2f}  "
+              f"margin {metrics['rewards/margins'].item():+.3f}")  # fmt: skip
+    return losses
+
+
+if __name__ == "__main__":
+    main()

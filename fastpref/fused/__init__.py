@@ -1,0 +1,26 @@
+"""Losses for other people's training loops: hidden states and the head's weight in, a loss out.
+
+`FusedPreferenceLoss` takes any pairwise objective. The `FusedLinear*Loss` classes stand in for
+liger-kernel's of the same name with `Liger` before it. `fastpref.fused.trl` is for TRL's trainer.
+"""
+
+from fastpref.fused.liger import (
+    FusedLinearCPOLoss,
+    FusedLinearDPOLoss,
+    FusedLinearKTOLoss,
+    FusedLinearORPOLoss,
+    FusedLinearSimPOLoss,
+)
+from fastpref.fused.loss import FusedPreferenceLoss
+from fastpref.fused.tokens import ScoredTokens, autocast_operands
+
+__all__ = [
+    "FusedLinearCPOLoss",
+    "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
+    "FusedLinearORPOLoss",
+    "FusedLinearSimPOLoss",
+    "FusedPreferenceLoss",
+    "ScoredTokens",
+    "autocast_operands",
+]

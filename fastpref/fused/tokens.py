@@ -1,0 +1,129 @@
+"""Which tokens of a batch are scored, in padded and in packed batches, and how to pick them out.
+
+S sequences of L positions, T scored or packed tokens. Labels are vocabulary indices, or
+`ignore_index` where nothing is scored. `labels[t]` is the token that `hidden[t]` predicts, which
+is the one after position t; with `shift` it is the token at position t itself, as in the labels of
+Hugging Face models, and the first label of each sequence counts nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastpref import ops
+from fastpref.ops import IGNORE_INDEX
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTokens:
+    """Labels of T tokens, sequence after sequence, and where their hidden states are.
+
+    labels: (T,), on the device of the hidden states; -100 is possible in a packed batch only.
+    cu_seqlens: (S + 1,) offsets of the sequences among the T tokens.
+    lengths: (S,) int64 number of scored tokens.
+    positions: (T,) rows of the flattened hidden states, or None where these are the T rows.
+    """
+
+    labels: Tensor
+    cu_seqlens: Tensor
+    lengths: Tensor
+    positions: Tensor | None = None
+
+    @classmethod
+    def padded(
+        cls,
+        labels: Tensor,  # (S, L)
+        device: torch.device,
+        *,
+        attention_mask: Tensor | None = None,  # (S, L), 0 where there is padding
+        shift: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> ScoredTokens:
+        """The scored tokens of a padded batch, for hidden states (S, L, D) on `device`.
+
+        How many there are is read from `labels`, and on a GPU that waits for the GPU; leave the
+        labels on the CPU and it does not.
+        """
+        labels = _with_our_index(labels, ignore_index)
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(labels.device)
+            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        if shift:
+            labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if shift and attention_mask is not None:  # left padding does not predict the first token
+            labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        scored = labels != IGNORE_INDEX
+        lengths = scored.sum(1)
+        positions = scored.flatten().nonzero().squeeze(1)
+        kept = labels.flatten().index_select(0, positions)
+        moved = [x.to(device, non_blocking=True) for x in (kept, lengths, positions)]
+        return cls(moved[0], pad(moved[1].cumsum(0), (1, 0)), moved[1], moved[2])
+
+    @classmethod
+    def packed(
+        cls,
+        labels: Tensor,  # (T,)
+        cu_seqlens: Tensor,  # (S + 1,)
+        *,
+        shift: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> ScoredTokens:
+        """The tokens of a packed batch, all of them: what is ignored costs as much as the rest."""
+        labels = _with_our_index(labels, ignore_index)
+        if shift and len(labels):
+            last = (cu_seqlens[1:].long() - 1).remainder(len(labels))
+            labels = labels.roll(-1).index_fill(0, last, IGNORE_INDEX)
+        scored = (labels != IGNORE_INDEX).double()
+        return cls(labels, cu_seqlens, ops.segment_sum(scored, cu_seqlens).long())
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Hidden states (T, D) of the tokens, out of (S, L, D) or a packed (T, D)."""
+        if self.positions is None:
+            return hidden
+        return hidden.flatten(0, -2).index_select(0, self.positions)
+
+    def logps(
+        self,
+        rows: Tensor,  # (T, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None = None,  # (V,)
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        impl: str = "auto",
+    ) -> Tensor:  # (S,)
+        """Summed log-prob of each sequence; under autocast in the dtype a linear layer would use.
+
+        Raises ValueError as `ops.linear_logps` does.
+        """
+        rows, weight, bias = autocast_operands(rows, weight, bias)
+        token_logps = ops.linear_logps(
+            rows,
+            weight,
+            self.labels,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            impl=impl,
+        )
+        return ops.segment_sum(token_logps, self.cu_seqlens)
+
+
+def autocast_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as autocast gives them to a linear layer; unchanged where it is off."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _with_our_index(labels: Tensor, ignore_index: int) -> Tensor:
+    if ignore_index == IGNORE_INDEX:
+        return labels
+    return labels.masked_fill(labels == ignore_index, IGNORE_INDEX)
