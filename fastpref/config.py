@@ -26,7 +26,6 @@ from pydantic import (
 
 from fastpref import losses
 from fastpref.errors import UserError
-from fastpref.losses import PairwiseLoss
 
 
 class ConfigError(UserError):
@@ -116,7 +115,12 @@ class Adapter(Section):
 
 
 class Data(Section):
-    train: str = Field(description="JSON, JSONL, Parquet or Arrow file, or a Hub name.")
+    train: str = Field(
+        description="JSON, JSONL, Parquet or Arrow file, or a Hub name. Columns for pairwise "
+        "objectives: `prompt, chosen, rejected` or `chosen, rejected`, optional `p`; for pointwise "
+        "ones: `prompt, completion, label` or those of pairs, which are taken apart; for groupwise "
+        "ones: `prompt, completions, scores`."
+    )
     eval: str | None = Field(None, description="Held-out data in the same formats.")
     max_length: Annotated[int, Field(ge=2)] = Field(
         2048, description="Longest prompt + response, in tokens; longer ones are cut."
@@ -124,7 +128,7 @@ class Data(Section):
     truncation: Literal["keep_start", "keep_end"] = Field(
         "keep_start",
         description="`keep_start` cuts the end of a response; `keep_end` first cuts the start of "
-        "the prompt, equally for both responses.",
+        "the prompt, equally for all responses.",
     )
     add_eos: bool = Field(
         True,
@@ -132,8 +136,8 @@ class Data(Section):
     )
     soft_labels: bool = Field(
         True,
-        description="Use the column `p`, the probability that `chosen` is preferred, where the "
-        "data has it; `false` takes `chosen` as preferred for certain.",
+        description="Use the column `p` of pairs, the probability that `chosen` is preferred, "
+        "where the data has it; `false` takes `chosen` as preferred for certain.",
     )
     cache: str = Field(
         "~/.cache/fastpref",
@@ -179,7 +183,8 @@ class Training(Section):
         None, description="Optimizer steps; takes as many epochs as needed."
     )
     batch_size: PositiveInt = Field(
-        32, description="Pairs per optimizer step, over all micro-batches."
+        32,
+        description="Pairs, single responses or groups per optimizer step, over all micro-batches.",
     )
     max_tokens: PositiveInt = Field(
         16384,
@@ -212,8 +217,9 @@ class Config(Section):
     adapter: Adapter | None = Field(None, description="Train adapters instead of all weights.")
     data: Data = Field(description="Preference data.")
     loss: dict[str, Any] = Field(
-        description="The objective: `{name: dpo, beta: 0.1}`, or the name alone. "
-        "`fastpref losses` lists names and options."
+        description="The objective: `{name: dpo, beta: 0.1}`, or the name alone. Pairwise, "
+        "pointwise (`kto`, `bco`, …) or groupwise (`info_nca`, …), which decides the columns that "
+        "the data needs. `fastpref losses` lists names and options."
     )
     reference: ReferenceMode | None = Field(
         None,
@@ -261,7 +267,8 @@ class Config(Section):
             raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")
         return self
 
-    def build_loss(self) -> PairwiseLoss:
+    def build_loss(self) -> Any:
+        """The objective, of whichever kind."""
         return losses.build(**self.loss)
 
     @property

@@ -1,7 +1,17 @@
 """What a run measures and where it goes: names, windows of steps, files and trackers.
 
 `logps/*` are summed log-probs in nats; rewards are beta·(log pi − log pi_ref), or beta·log pi for
-objectives without a reference. Metrics of pairs are means over pairs, whatever the micro-batches.
+objectives without a reference. Each metric is a mean over what it counts, whatever the
+micro-batches, and is left out where it counts nothing:
+
+| metric | pairs | single responses | groups with unequal scores |
+|---|---|---|---|
+| `…/chosen` | chosen | desirable | the best, by its score |
+| `…/rejected` | rejected | undesirable | the worst |
+| `rewards/accuracies` | chosen above rejected | the sign of the label | the best above all worse |
+| `rewards/margins` | difference | difference of the two means | difference |
+
+The loss is a mean over all pairs, responses or groups.
 """
 
 from __future__ import annotations
@@ -17,10 +27,10 @@ from torch import Tensor
 
 from fastpref.errors import UserError, first_line
 from fastpref.files import replacing
-from fastpref.logps import SequenceLogps
-from fastpref.losses import LossOutput
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.losses import GroupwiseOutput, Logps, LossOutput, Output, PointwiseOutput
 
-PAIR_METRICS = (
+PAIR_METRICS = (  # of all kinds, where they are counted as stated above
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -33,6 +43,33 @@ PREFERENCE_METRICS = ("preference/accuracy", "preference/mean_kl", "preference/p
 TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")  # all else repeats bit for bit on CPU
 
 Metrics = dict[str, float]
+
+
+def sums_and_counts(output: Output, policy: Logps, soft_labels: bool = False) -> Tensor:
+    """Sums of PAIR_METRICS and how many each is a sum of, (2, 7) fp64, without host sync.
+
+    With `soft_labels`, for pairs, PREFERENCE_METRICS follow: (2, 10).
+    """
+    if isinstance(output, PointwiseOutput):
+        assert isinstance(policy, UnpairedLogps)
+        return _response_sums(output, policy)
+    if isinstance(output, GroupwiseOutput):
+        assert isinstance(policy, GroupedLogps)
+        return _group_sums(output, policy)
+    assert isinstance(policy, SequenceLogps)
+    sums = pair_sums(output, policy)
+    if soft_labels:
+        sums = torch.cat([sums, preference_sums(policy)])
+    return torch.stack([sums, torch.full_like(sums, output.loss.numel())])
+
+
+def means(sums: Tensor, names: tuple[str, ...] = PAIR_METRICS) -> Metrics:
+    """Means of the metrics that were counted; (2, M) sums and counts, with one host sync."""
+    found = {name: s / n for name, s, n in zip(names, *sums.tolist(), strict=True) if n}
+    sides = ("rewards/chosen", "rewards/rejected")
+    if "rewards/margins" not in found and all(side in found for side in sides):
+        found["rewards/margins"] = found[sides[0]] - found[sides[1]]
+    return found
 
 
 def pair_sums(output: LossOutput, policy: SequenceLogps) -> Tensor:
@@ -48,6 +85,48 @@ def pair_sums(output: LossOutput, policy: SequenceLogps) -> Tensor:
         policy.rejected,
     )
     return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def _response_sums(output: PointwiseOutput, policy: UnpairedLogps) -> Tensor:
+    good, rewards = policy.desirable, output.rewards
+    every = torch.ones_like(good)
+    columns = (
+        (output.loss, every),
+        (rewards, good),
+        (rewards, ~good),
+        (torch.where(good, rewards, -rewards) > 0, every),
+        (rewards, ~every),  # margins are those of the means
+        (policy.logps, good),
+        (policy.logps, ~good),
+    )
+    return torch.stack([_masked(*column) for column in columns], dim=1)
+
+
+def _group_sums(output: GroupwiseOutput, policy: GroupedLogps) -> Tensor:
+    position = torch.arange(policy.logps.numel(), device=policy.logps.device)
+    members = (policy.cu_groups[:-1, None] <= position) & (position < policy.cu_groups[1:, None])
+    best = torch.where(members, policy.scores, -math.inf).argmax(1)
+    worst = torch.where(members, policy.scores, math.inf).argmin(1)
+    scores, rewards, logps = policy.scores, output.rewards, policy.logps
+    unequal = scores[best] > scores[worst]
+    worse = members & (scores < scores[best][:, None])
+    rival = torch.where(worse, rewards, -math.inf).amax(1)
+    columns = (
+        (output.loss, torch.ones_like(unequal)),
+        (rewards[best], unequal),
+        (rewards[worst], unequal),
+        (rewards[best] > rival, unequal),
+        (rewards[best] - rewards[worst], unequal),
+        (logps[best], unequal),
+        (logps[worst], unequal),
+    )
+    return torch.stack([_masked(*column) for column in columns], dim=1)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values where the mask is true, and how many they are, (2,) fp64."""
+    kept = torch.where(mask, values.detach().double(), 0.0)
+    return torch.stack([kept.sum(), mask.double().sum()])
 
 
 def preference_sums(policy: SequenceLogps) -> Tensor:
@@ -77,6 +156,9 @@ class NonFinite(NamedTuple):
     value: float
 
 
+_WIDTH = 1 + 2 * len(PAIR_METRICS)
+
+
 class Window:
     """Sums of the optimizer steps since the last line of metrics, kept on the device.
 
@@ -85,37 +167,32 @@ class Window:
 
     def __init__(self) -> None:
         self._steps: list[int] = []
-        self._rows: list[Tensor] = []  # each (2 + len(PAIR_METRICS),): pairs, gradient norm, sums
+        self._rows: list[Tensor] = []  # each (_WIDTH,): gradient norm, sums, counts
 
-    def add(self, step: int, pairs: int, grad_norm: Tensor, sums: Tensor) -> None:
-        head = torch.stack([torch.full_like(grad_norm, pairs), grad_norm]).to(sums)
+    def add(self, step: int, grad_norm: Tensor, sums: Tensor) -> None:
+        """Take in a step's gradient norm () and its `sums_and_counts` (2, 7)."""
         self._steps.append(step)
-        self._rows.append(torch.cat([head, sums]))
+        self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
     def first_non_finite(self) -> NonFinite | None:
         """The first step whose loss or gradient norm is NaN or infinite."""
         if not self._rows:
             return None
         for step, row in zip(self._steps, self.state()[1].tolist(), strict=True):
-            for metric, value in (("loss", row[2]), ("grad_norm", row[1])):
+            for metric, value in (("loss", row[1]), ("grad_norm", row[0])):
                 if not math.isfinite(value):
                     return NonFinite(step, metric, value)
         return None
 
     def flush(self) -> Metrics:
-        """Means over the pairs of the window and the mean gradient norm; empties the window."""
+        """Means over the window and the mean gradient norm; empties the window."""
         rows = self.state()[1]
-        totals = rows.sum(0)
-        means = (totals[2:] / totals[0]).tolist()
         self._steps, self._rows = [], []
-        return {
-            **dict(zip(PAIR_METRICS, means, strict=True)),
-            "grad_norm": rows[:, 1].mean().item(),
-        }
+        return {**means(rows[:, 1:].sum(0).view(2, -1)), "grad_norm": rows[:, 0].mean().item()}
 
     def state(self) -> tuple[list[int], Tensor]:
         """Steps and their rows on the host, for a checkpoint."""
-        empty = torch.zeros(0, 2 + len(PAIR_METRICS), dtype=torch.float64)
+        empty = torch.zeros(0, _WIDTH, dtype=torch.float64)
         return self._steps, torch.stack([row.cpu() for row in self._rows]) if self._rows else empty
 
     def restore(self, steps: list[int], rows: Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -12,20 +14,37 @@ from fastpref import checkpoint
 from fastpref.config import Config, ConfigError
 from fastpref.data import bpe
 from fastpref.data.batches import Plan
-from fastpref.data.formats import read_pairs
-from fastpref.data.tokens import PairDataset, load_pairs
+from fastpref.data.formats import DataError, read_groups
+from fastpref.data.mismatched import Mismatched
+from fastpref.data.tokens import GroupDataset, Groups, load_groups
+from fastpref.losses import Loss, PairwiseLoss
+from fastpref.losses.groupwise import PROS
+from fastpref.losses.pointwise import KTO
 from fastpref.model import ModelError, Policy, context_length, load_policy, load_tokenizer
 from fastpref.progress import Display
-from fastpref.reference_logps import Reference, reference_for
+from fastpref.reference_logps import (
+    FrozenReference,
+    Reference,
+    cached_reference,
+    no_reference,
+)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """A data set, the order in which it is visited, and its reference log-probs."""
+class Visits:
+    """Groups, the order in which they are visited, and their reference log-probs."""
 
-    dataset: PairDataset
+    groups: Groups
     plan: Plan
     reference: Reference
+
+
+@dataclass(frozen=True)
+class Split(Visits):
+    """The data of training or of evaluation; for KTO also its mismatched responses."""
+
+    groups: GroupDataset
+    mismatched: Visits | None = None  # in the steps of `plan` and the same order
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,8 @@ class Prepared:
     checkpoint: Path | None  # to continue from
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # as loaded; not yet restored from the checkpoint
-    train: Pairs
-    eval: Pairs | None = None
+    train: Split
+    eval: Split | None = None
 
 
 def prepare(config: Config, display: Display) -> Prepared:
@@ -46,44 +65,114 @@ def prepare(config: Config, display: Display) -> Prepared:
     folder = Path(config.training.output)
     found = _claim(folder, config)
     tokenizer = _tokenizer(config)
-    train = load_pairs(config.data.train, tokenizer, config.data)
-    display.note(f"train: {train.summary()}")
-    held_out = None
-    if config.data.eval is not None:
-        held_out = load_pairs(config.data.eval, tokenizer, config.data, "test")
-        display.note(f"eval: {held_out.summary()}")
-    _check_labels(config, train, *([] if held_out is None else [held_out]))
+    loss, data = config.build_loss(), config.data
+    datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
+    if data.eval is not None:
+        datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
+    for name, dataset in zip(("train", "eval"), datasets, strict=False):
+        display.note(f"{name}: {dataset.summary()}")
+        _check_labels(loss, dataset)
+    _check_scores(loss, datasets[0])
+    _advise_on_weights(loss, datasets[0], display)
+    mismatched = [Mismatched(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
     policy = load_policy(config, tokenizer, device_of(config.training.device))
-    t, cache = config.training, Path(config.data.cache).expanduser()
+    seeds = (config.training.seed, None)  # held-out data is visited in its own order
     # Every budget is checked before the reference takes its time.
-    plans = []
-    for dataset, seed in ((train, t.seed), (held_out, None)):
-        if dataset is not None:
-            _check_context(dataset, policy)
-            plans.append((dataset, Plan(dataset.padded_lengths, t.batch_size, t.max_tokens, seed)))
-    pairs: list[Pairs] = []
-    for dataset, plan in plans:
-        if config.reference_mode == "cached":
-            display.phase("reference", len(dataset))
-        shared = pairs[0].reference if pairs and config.reference_mode == "frozen" else None
-        reference = shared or reference_for(
-            config.reference_mode, policy, dataset, plan, cache, display
-        )
-        pairs.append(Pairs(dataset, plan, reference))
-    return Prepared(folder, found, tokenizer, policy, *pairs)
+    plans = [
+        _plan(config, policy, groups, seed) for groups, seed in zip(datasets, seeds, strict=False)
+    ]
+    others = [
+        _plan(config, policy, groups, seed) for groups, seed in zip(mismatched, seeds, strict=False)
+    ]
+    reference = _references(config, policy, display)
+    visits = [
+        Visits(groups, plan, reference(groups, plan))
+        for groups, plan in zip(mismatched, others, strict=True)
+    ]
+    splits = [
+        Split(dataset, plan, reference(dataset, plan), other)
+        for dataset, plan, other in zip_longest(datasets, plans, visits)
+    ]
+    return Prepared(folder, found, tokenizer, policy, *splits)
 
 
-def _check_labels(config: Config, *datasets: PairDataset) -> None:
-    loss = config.build_loss()
-    if not loss.soft_labels and any(dataset.has_preferences for dataset in datasets):
+def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
+    _check_context(groups, policy)
+    t = config.training
+    return Plan.of(groups, t.batch_size, t.max_tokens, seed)
+
+
+def _references(
+    config: Config, policy: Policy, display: Display
+) -> Callable[[Groups, Plan], Reference]:
+    """Makes the reference for groups and their plan; a frozen copy is made once for all."""
+    mode, cache = config.reference_mode, Path(config.data.cache).expanduser()
+    if mode == "none":
+        return lambda groups, plan: no_reference
+    if mode == "frozen":
+        frozen = FrozenReference(policy)
+        return lambda groups, plan: frozen
+    return lambda groups, plan: cached_reference(policy, groups, plan, cache, display)
+
+
+def _check_labels(loss: Loss, dataset: GroupDataset) -> None:
+    if isinstance(loss, PairwiseLoss) and not loss.soft_labels and dataset.has_preferences:
         raise ConfigError(
             f"loss: {loss.name} does not take soft labels, and the data has them; set "
             f"data.soft_labels=false or choose another objective"
         )
 
 
-def _check_context(dataset: PairDataset, policy: Policy) -> None:
-    longest, context = int(dataset.padded_lengths.max()), context_length(policy)
+def _check_scores(loss: Loss, dataset: GroupDataset) -> None:
+    """Refuse an alpha at or below which PRO-S may have no optimum for some group."""
+    if not isinstance(loss, PROS):
+        return
+    scores, offsets = torch.tensor(dataset.label_values()), torch.tensor(dataset.offsets)
+
+    def required(first: int, last: int) -> float:
+        cu_groups = offsets[first : last + 1]
+        part = scores[cu_groups[0] : cu_groups[-1]]
+        return loss.required_alpha(part, cu_groups - cu_groups[0]).item()
+
+    size = 64  # the matrices of required_alpha grow with its square
+    starts = range(0, len(dataset), size)
+    start = max(starts, key=lambda k: required(k, min(k + size, len(dataset))))
+    worst = max(range(start, min(start + size, len(dataset))), key=lambda k: required(k, k + 1))
+    bound = required(worst, worst + 1)
+    if loss.alpha <= bound:
+        first, last = dataset.offsets[worst : worst + 2]
+        spread = (scores[first:last] - scores[first:last].mean()).abs().max().item()
+        raise ConfigError(
+            f"loss.alpha: must be > {bound:.4g} for these scores, got {loss.alpha:g}; at or below "
+            f"it pro_s may have no optimum (row {dataset[worst].row} of {dataset.source}, whose "
+            f"{last - first} scores lie up to {spread:.4g} from their mean); raise it or scale the "
+            "scores down"
+        )
+
+
+def _advise_on_weights(loss: Loss, dataset: GroupDataset, display: Display) -> None:
+    """A note where KTO's classes weigh more unequally than is advised (see `KTO`)."""
+    if not isinstance(loss, KTO):
+        return
+    desirable = int(dataset.label_values().sum())
+    undesirable = len(dataset) - desirable
+    if not desirable or not undesirable:
+        missing = "undesirable" if desirable else "desirable"
+        display.note(f"note: there is no {missing} response; kto is meant for both classes")
+        return
+    weights = (loss.desirable_weight * desirable, loss.undesirable_weight * undesirable)
+    ratio = weights[0] / weights[1]
+    if not 1 <= ratio <= 4 / 3:
+        low = loss.undesirable_weight * undesirable / desirable
+        display.note(
+            f"note: desirable responses weigh {ratio:.2f} times as much as undesirable ones; "
+            f"between 1 and 1.33 is advised, e.g. loss.desirable_weight from {low:.3g} to "
+            f"{low * 4 / 3:.3g}"
+        )
+
+
+def _check_context(groups: Groups, policy: Policy) -> None:
+    longest, context = int(groups.padded_lengths.max()), context_length(policy)
     if context is not None and longest > context:
         raise ConfigError(
             f"data.max_length: the longest response ends at position {longest:,} but the model "
@@ -118,7 +207,12 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
             "in model.tokenizer)"
         )
     try:
-        return bpe.train(bpe.texts_of(read_pairs(config.data.train)), size)
+        groups = read_groups(
+            config.data.train, config.build_loss().kind, soft_labels=config.data.soft_labels
+        )
+        return bpe.train(bpe.texts_of(groups), size)
+    except DataError:
+        raise
     except ValueError as error:
         raise ModelError(f"model.config.{error}") from None
 

@@ -98,11 +98,11 @@ class Display:
 
 def status(record: dict[str, Any]) -> str:
     """Loss, margin, accuracy, speed and memory of a line of metrics, for one line of text."""
-    parts = [
-        f"loss {record['loss']:.4f}",
-        f"margin {record['rewards/margins']:+.3f}",
-        f"accuracy {record['rewards/accuracies']:.2f}",
-    ]
+    parts = [f"loss {record['loss']:.4f}"]
+    if "rewards/margins" in record:  # not where all responses were of one class
+        parts.append(f"margin {record['rewards/margins']:+.3f}")
+    if "rewards/accuracies" in record:
+        parts.append(f"accuracy {record['rewards/accuracies']:.2f}")
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if "peak_memory_gib" in record:
@@ -113,12 +113,13 @@ def status(record: dict[str, Any]) -> str:
 def evaluation(record: dict[str, Any]) -> str:
     """One line of text for an evaluation's metrics."""
     parts = [f"eval at step {record['step']:,}", f"loss {record['eval_loss']:.4f}"]
-    parts.append(f"margin {record['eval_rewards/margins']:+.3f}")
+    if "eval_rewards/margins" in record:
+        parts.append(f"margin {record['eval_rewards/margins']:+.3f}")
     if "eval_preference/mean_kl" in record:
         parts.append(f"accuracy {record['eval_preference/accuracy']:.3f}")
         parts.append(f"KL to p {record['eval_preference/mean_kl']:.3f}")
         parts.append(f"PCI {record['eval_preference/pci']:.3f}")
-    else:
+    elif "eval_rewards/accuracies" in record:
         parts.append(f"accuracy {record['eval_rewards/accuracies']:.3f}")
     return "  ".join(parts)
 

@@ -19,21 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import files, ops
-from fastpref.config import ReferenceMode
 from fastpref.data.batches import Batch, Plan, micro_batch
-from fastpref.data.tokens import PairDataset
-from fastpref.logps import SequenceLogps
+from fastpref.data.tokens import Groups
 from fastpref.model import Policy
 from fastpref.progress import Display
 
-_VERSION = "1"  # raise it when the same weights and tokens give other log-probs
-Progress = Callable[[int], None]  # pairs done
+_VERSION = "2"  # raise it when the same weights and tokens give other log-probs, or the layout
+Progress = Callable[[int], None]  # groups done
 
 
 class Reference(Protocol):
-    """Gives the reference log-probs of a batch; None for objectives without a reference."""
+    """Gives the reference log-probs (S,) of a batch; None for objectives without a reference."""
 
-    def __call__(self, batch: Batch) -> SequenceLogps | None: ...
+    def __call__(self, batch: Batch) -> Tensor | None: ...
 
 
 def no_reference(batch: Batch) -> None:
@@ -47,57 +45,48 @@ class FrozenReference:
         self._copy = copy.deepcopy(policy).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> SequenceLogps:
-        return SequenceLogps.from_sequences(self._copy(batch).logps, batch.lengths)
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._copy(batch).logps
 
 
 class CachedReference:
-    """Log-probs computed before training, looked up by the pairs' position in the data."""
+    """Log-probs computed before training, looked up by the responses' position in the data."""
 
     def __init__(self, logps: Tensor) -> None:
-        self.logps = logps  # (N, 2): chosen, rejected
+        self.logps = logps  # of all responses
 
-    def __call__(self, batch: Batch) -> SequenceLogps:
-        values = self.logps[batch.index]
-        return SequenceLogps.from_sequences(torch.cat([values[:, 0], values[:, 1]]), batch.lengths)
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.logps[batch.responses]
 
 
-def reference_for(
-    mode: ReferenceMode,
-    policy: Policy,
-    dataset: PairDataset,
-    plan: Plan,
-    cache: Path,
-    display: Display,
-) -> Reference:
+def cached_reference(
+    policy: Policy, groups: Groups, plan: Plan, cache: Path, display: Display
+) -> CachedReference:
     """The reference for one data set; call it before the policy's first update."""
-    if mode == "none":
-        return no_reference
-    if mode == "frozen":
-        return FrozenReference(policy)
-    given = dataset.given_reference_logps()
+    given = groups.given_reference_logps()
     if given is not None:
-        display.note(f"reference log-probs of {dataset.source}: those that come with the data")
+        display.note(f"reference log-probs of {groups.source}: those that come with the data")
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
-        return CachedReference(torch.from_numpy(given).to(policy.device, dtype))
-    path = cache / "reference" / f"{_key(policy, dataset)}.safetensors"
+        return CachedReference(torch.tensor(given, dtype=dtype, device=policy.device))
+    path = cache / "reference" / f"{_key(policy, groups)}.safetensors"
     if not path.exists():
-        logps = _compute(policy, dataset, plan, display.advance)
+        display.phase("reference", len(groups))
+        logps = _compute(policy, groups, plan, display.advance)
         with files.replacing(path) as temporary:
             save_file({"logps": logps.cpu().contiguous()}, temporary)
     return CachedReference(load_file(path)["logps"].to(policy.device))
 
 
 @torch.no_grad()
-def _compute(policy: Policy, dataset: PairDataset, plan: Plan, progress: Progress) -> Tensor:
-    """(N, 2) summed log-probs of all pairs under the policy as it is now."""
+def _compute(policy: Policy, groups: Groups, plan: Plan, progress: Progress) -> Tensor:
+    """Summed log-probs of all responses under the policy as it is now."""
     dtype = torch.promote_types(policy.compute_dtype, torch.float32)
-    logps = torch.empty(len(dataset), 2, dtype=dtype, device=policy.device)
+    logps = torch.empty(int(groups.offsets[-1]), dtype=dtype, device=policy.device)
     was_training, done = policy.training, 0
     policy.eval()
     for indices in _micro_batches(plan):
-        for batch in micro_batch(dataset, indices, policy.device):
-            logps[batch.index] = policy(batch).logps.view(2, -1).T
+        for batch in micro_batch(groups, indices, policy.device):
+            logps[batch.responses] = policy(batch).logps
         done += len(indices)
         progress(done)
     policy.train(was_training)
@@ -109,7 +98,7 @@ def _micro_batches(plan: Plan) -> Iterator[list[int]]:
         yield from step
 
 
-def _key(policy: Policy, dataset: PairDataset) -> str:
+def _key(policy: Policy, groups: Groups) -> str:
     like = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
     arithmetic = {
         "version": _VERSION,
@@ -119,7 +108,7 @@ def _key(policy: Policy, dataset: PairDataset) -> str:
         "attention": policy.base.config._attn_implementation,
         "config": _architecture(policy),
     }
-    return files.sha256(weights_sha256(policy), json.dumps(arithmetic), dataset.fingerprint)
+    return files.sha256(weights_sha256(policy), json.dumps(arithmetic), groups.fingerprint)
 
 
 def _architecture(policy: Policy) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The training loop: plan → forward → objective → backward → clip → step → metrics.
 
-    loss of a step = sum over its pairs of the per-pair losses / number of its pairs
+    loss of a step = sum of the losses of its pairs, responses or groups / their number
 
 is the only normalisation, so micro-batches and accumulation do not change the result.
 """
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from fastpref import checkpoint, interrupts, metrics, model_card, progress
 from fastpref.config import Config, ConfigError
-from fastpref.data.batches import Batch, micro_batch
+from fastpref.data.batches import Batch, join, micro_batch
 from fastpref.errors import UserError
 from fastpref.files import replacing
-from fastpref.logps import SequenceLogps
-from fastpref.losses import LossOutput
+from fastpref.losses import Logps, Output
 from fastpref.model import export
 from fastpref.optim import learning_rate, make_optimizer
-from fastpref.prepare import Pairs, prepare
+from fastpref.prepare import Split, prepare
+from fastpref.reference_point import reference_point
 
 
 class Diverged(UserError):
@@ -53,6 +53,7 @@ class Trainer:
         self.run = prepare(config, display)
         self.policy, self.plan = self.run.policy, self.run.train.plan
         self.loss = config.build_loss()
+        self.point = reference_point(self.loss, self.policy)
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self._trained)
         self.window = metrics.Window()
@@ -104,58 +105,58 @@ class Trainer:
     def _train_step(self, with_entropy: bool) -> Tensor | None:
         """One optimizer step; returns (sum of token entropies, tokens) where it is asked for."""
         micro_batches = self.plan.step(self.step)
-        pairs = sum(map(len, micro_batches))
+        count = sum(map(len, micro_batches))
+        point = self.point.of_step(self.run.train, self.step)
         rate = learning_rate(self.config.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         sums, entropies = [], []
         for indices in micro_batches:
-            batches = micro_batch(self.run.train.dataset, indices, self.policy.device)
-            policy, output, entropy = self._forward(batches, self.run.train, with_entropy)
-            (output.loss.sum() / pairs).backward()
-            sums.append(metrics.pair_sums(output, policy))
+            batches = micro_batch(self.run.train.groups, indices, self.policy.device)
+            policy, output, entropy = self._forward(batches, self.run.train, point, with_entropy)
+            (output.loss.sum() / count).backward()
+            self.point.see(policy, output)
+            sums.append(metrics.sums_and_counts(output, policy))
             entropies.append(entropy)
             self.tokens += sum(batch.tokens for batch in batches)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.optim.max_grad_norm or math.inf)
         self.optimizer.step()
+        self.point.end_step()
         self.step += 1
-        self.window.add(self.step, pairs, norm, torch.stack(sums).sum(0))
+        self.window.add(self.step, norm, torch.stack(sums).sum(0))
         return torch.stack(entropies).sum(0) if with_entropy else None  # type: ignore[arg-type]
 
     def _forward(
-        self, batches: list[Batch], pairs: Pairs, with_entropy: bool
-    ) -> tuple[SequenceLogps, LossOutput, Tensor | None]:
+        self, batches: list[Batch], split: Split, point: Tensor | None, with_entropy: bool
+    ) -> tuple[Logps, Output, Tensor | None]:
         """Log-probs, losses and entropy of one micro-batch, in one or more forward passes."""
         results = [self.policy(batch, with_entropy) for batch in batches]
-        policy = SequenceLogps.cat(
-            SequenceLogps.from_sequences(result.logps, batch.lengths, batch.preference)
-            for result, batch in zip(results, batches, strict=True)
-        )
-        known = [pairs.reference(batch) for batch in batches]
-        reference = SequenceLogps.cat(k for k in known if k is not None) if known[0] else None
+        policy = join(batches, [result.logps for result in results])
+        known = [logps for batch in batches if (logps := split.reference(batch)) is not None]
+        reference = join(batches, known) if known else None
+        output = self.loss(policy, reference, *([] if point is None else [point]))
         entropy = torch.stack([r.entropy for r in results]).sum(0) if with_entropy else None
-        return policy, self.loss(policy, reference), entropy
+        return policy, output, entropy
 
     @torch.no_grad()
-    def _evaluate(self, pairs: Pairs) -> None:
-        """Metrics over the held-out pairs, under names that begin with `eval_`."""
+    def _evaluate(self, split: Split) -> None:
+        """Metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        soft = pairs.dataset.has_preferences
+        soft = split.groups.has_preferences
         sums, entropies = [], []
-        for step in pairs.plan.epoch():
+        for number, step in enumerate(split.plan.epoch()):
+            point = self.point.of_step(split, number)
             for indices in step:
-                batches = micro_batch(pairs.dataset, indices, self.policy.device)
-                policy, output, entropy = self._forward(batches, pairs, with_entropy=True)
-                parts = [metrics.pair_sums(output, policy)]
-                parts += [metrics.preference_sums(policy)] if soft else []
-                sums.append(torch.cat(parts))
+                batches = micro_batch(split.groups, indices, self.policy.device)
+                policy, output, entropy = self._forward(batches, split, point, with_entropy=True)
+                sums.append(metrics.sums_and_counts(output, policy, soft))
                 entropies.append(entropy)
         self.policy.train()
         names = metrics.PAIR_METRICS + (metrics.PREFERENCE_METRICS if soft else ())
-        means = (torch.stack(sums).sum(0) / len(pairs.dataset)).tolist()
+        means = metrics.means(torch.stack(sums).sum(0), names)
         record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
-        record |= {f"eval_{name}": value for name, value in zip(names, means, strict=True)}
+        record |= {f"eval_{name}": value for name, value in means.items()}
         record["eval_entropy"] = _mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
         self._track(record)
         self.display.note(progress.evaluation(record))
@@ -186,7 +187,7 @@ class Trainer:
         if found is None:
             return
         indices = [index for part in self.plan.step(found.step - 1) for index in part]
-        rows = sorted(self.run.train.dataset[index].row for index in indices)
+        rows = sorted({self.run.train.groups[index].row for index in indices})
         report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
         path = self.run.folder / "nonfinite.json"
         path.write_text(json.dumps({**report, "rows": rows}, indent=1))
@@ -197,7 +198,8 @@ class Trainer:
 
     def _save(self) -> None:
         steps, rows = self.window.state()
-        position = {"tokens": self.tokens, "window": steps, "plan": self._plan_key}
+        position: dict[str, Any] = {"tokens": self.tokens, "window": steps}
+        position |= {"plan": self._plan_key, "reference_point": self.point.state()}
         root, keep = self.run.folder / "checkpoints", self.config.training.keep_checkpoints
         checkpoint.save(root, self.step, self.policy, self.optimizer, position, rows, keep)
 
@@ -210,6 +212,7 @@ class Trainer:
             )
         rows = checkpoint.restore(folder, self.policy, self.optimizer)
         self.window.restore(position["window"], rows)
+        self.point.restore(position["reference_point"])
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 
@@ -230,7 +233,7 @@ class Trainer:
 
     @property
     def _plan_key(self) -> list[Any]:
-        dataset = self.run.train.dataset
+        dataset = self.run.train.groups
         return [dataset.fingerprint, dataset.labels, self.plan.batch_size, self.plan.seed]
 
     @property

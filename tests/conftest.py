@@ -54,6 +54,28 @@ def rows(count: int, soft: bool = False) -> list[dict[str, Any]]:
     return made
 
 
+def labelled(count: int) -> list[dict[str, Any]]:
+    """Single responses with labels, two of three desirable."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["rejected" if i % 3 == 2 else "chosen"],
+            "label": i % 3 != 2,
+        }
+        for i, row in enumerate(rows(count))
+    ]
+
+
+def scored(count: int) -> list[dict[str, Any]]:
+    """Groups of one to four responses; the scores of every fifth are equal."""
+    made = []
+    for i, row in enumerate(rows(count)):
+        completions = [row["chosen"], row["rejected"], " neither", " both of them"][: 1 + i % 4]
+        scores = [1.0 if i % 5 == 4 else round((k * 3 + i) % 7 / 7, 4) for k in range(1 + i % 4)]
+        made.append({"prompt": row["prompt"], "completions": completions, "scores": scores})
+    return made
+
+
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from fastpref.data.batches import Plan, collate, pack
+from fastpref.data.batches import Batch, Plan, collate, join, pack
 from fastpref.data.formats import DataError
-from fastpref.data.tokens import TokenPair
+from fastpref.data.tokens import TokenGroup
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, size=101)
+PAIRS = np.full(101, 2)
 
 
-def pair(prompt: list[int], chosen: list[int], rejected: list[int], index: int = 0) -> TokenPair:
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], index: int = 0) -> TokenGroup:
     ids = (np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected))
-    return TokenPair(index, index + 1, *ids, preference=None)
+    prompt, *both = ids
+    return TokenGroup(index, index + 1, prompt, tuple(both), first=2 * index)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 @pytest.mark.parametrize("seed", [0, 7, None])
 def test_an_epoch_visits_every_pair_once(epoch: int, seed: int | None) -> None:
-    plan = Plan(LENGTHS, batch_size=8, max_tokens=300, seed=seed)
+    plan = Plan(LENGTHS, PAIRS, batch_size=8, max_tokens=300, seed=seed)
     steps = list(plan.epoch(epoch))
     assert len(steps) == plan.steps_per_epoch == 13
     assert sorted(i for step in steps for part in step for i in part) == list(range(101))
@@ -29,7 +34,7 @@ def test_an_epoch_visits_every_pair_once(epoch: int, seed: int | None) -> None:
 
 
 def test_micro_batches_keep_the_budget_and_the_step_its_pairs() -> None:
-    small, large = (Plan(LENGTHS, 8, tokens, seed=3) for tokens in (120, 10_000))
+    small, large = (Plan(LENGTHS, PAIRS, 8, tokens, seed=3) for tokens in (120, 10_000))
     for number in range(small.steps_per_epoch):
         parts = small.step(number)
         assert all(2 * len(part) * LENGTHS[part].max() <= 120 for part in parts)
@@ -38,7 +43,7 @@ def test_micro_batches_keep_the_budget_and_the_step_its_pairs() -> None:
 
 
 def test_the_plan_is_a_function_of_the_seed_and_the_step() -> None:
-    plan, twin, other = (Plan(LENGTHS, 8, 300, seed) for seed in (1, 1, 2))
+    plan, twin, other = (Plan(LENGTHS, PAIRS, 8, 300, seed) for seed in (1, 1, 2))
     assert [plan.step(k) for k in range(30)] == [twin.step(k) for k in range(30)]
     assert plan.step(0) != other.step(0)
     assert plan.step(0) != plan.step(plan.steps_per_epoch), "epochs are shuffled anew"
@@ -47,12 +52,12 @@ def test_the_plan_is_a_function_of_the_seed_and_the_step() -> None:
 def test_a_budget_below_the_longest_pair_is_refused() -> None:
     cost = 2 * int(LENGTHS.max())
     with pytest.raises(DataError, match=rf"training.max_tokens: {cost - 1} cannot hold .*{cost} "):
-        Plan(LENGTHS, 8, cost - 1, seed=0)
-    Plan(LENGTHS, 8, cost, seed=0)
+        Plan(LENGTHS, PAIRS, 8, cost - 1, seed=0)
+    Plan(LENGTHS, PAIRS, 8, cost, seed=0)
 
 
 def test_a_pair_over_the_budget_is_packed_alone() -> None:
-    assert pack([0, 1, 2], np.array([100, 3, 3]), max_tokens=12) == [[0], [1, 2]]
+    assert pack([0, 1, 2], np.array([100, 3, 3]), PAIRS, max_tokens=12) == [[0], [1, 2]]
 
 
 def test_collate() -> None:
@@ -61,15 +66,68 @@ def test_collate() -> None:
     assert batch.labels.tolist() == [3, 7, 8, 9, 4, 5, 10]
     assert batch.cu_seqlens.tolist() == [0, 1, 4, 6, 7]
     assert batch.lengths.tolist() == [1, 3, 2, 1]
-    assert batch.index.tolist() == [9, 4]
+    assert batch.responses.tolist() == [18, 8, 19, 9]
+    assert batch.cu_groups.tolist() == [0, 2, 4] and batch.targets is None
     assert batch.tokens == 3 + 4 + 4 + 2
     # The token after each position is the label that its hidden state predicts.
     following = batch.input_ids.flatten()[batch.positions + 1]
     assert torch.equal(following, batch.labels)
 
 
-def test_soft_labels() -> None:
-    soft = TokenPair(0, 1, *(np.array([1], dtype=np.int32),) * 3, preference=0.7)
-    batch = collate([soft, soft])
-    assert batch.preference is not None and batch.preference.tolist() == [0.7, 0.7]
-    assert collate([pair([1], [2], [3])]).preference is None
+def group(sizes: list[int], labels: list[float] | None, first: int = 0) -> TokenGroup:
+    """A prompt of two tokens and responses of the given lengths."""
+    responses = tuple(np.full(size, 5 + size, dtype=np.int32) for size in sizes)
+    prompt = np.array([1, 2], dtype=np.int32)
+    return TokenGroup(0, 1, prompt, responses, None if labels is None else tuple(labels), first)
+
+
+def test_groups_of_many_sizes_keep_the_budget() -> None:
+    sizes = np.random.default_rng(1).integers(1, 6, size=101)
+    plan = Plan(LENGTHS, sizes, 16, 300, seed=3)
+    steps = list(plan.epoch())
+    assert sorted(i for step in steps for part in step for i in part) == list(range(101))
+    for step in steps:
+        costs = [sizes[part].sum() * LENGTHS[part].max() for part in step]
+        assert max(costs) <= 300
+        # The first group of a micro-batch had no room in the one before.
+        for before, part, cost in zip(step, step[1:], costs, strict=False):
+            assert cost + sizes[part[0]] * LENGTHS[before].max() > 300
+    largest = int((sizes * LENGTHS).max())
+    with pytest.raises(DataError, match=rf"cannot hold the longest group \({largest} padded"):
+        Plan(LENGTHS, sizes, 16, largest - 1, seed=3, unit="group")
+
+
+def test_collate_keeps_the_responses_of_a_group_together() -> None:
+    parts = [group([1, 3], [0.5, 2.0], first=7), group([2], [1.0], first=3)]
+    batch = collate(parts, "groupwise")
+    assert batch.lengths.tolist() == [1, 3, 2]
+    assert batch.labels.tolist() == [6, 8, 8, 8, 7, 7]
+    assert (batch.cu_groups.tolist(), batch.responses.tolist()) == ([0, 2, 3], [7, 8, 3])
+    assert torch.equal(batch.input_ids.flatten()[batch.positions + 1], batch.labels)
+
+
+def test_views_are_what_objectives_take() -> None:
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    soft = collate([group([1, 1], [0.7]), group([1, 2], [0.2])]).view(logps)
+    assert isinstance(soft, SequenceLogps) and soft.preference is not None
+    assert (soft.rejected.tolist(), soft.preference.tolist()) == ([-3.0, -4.0], [0.7, 0.2])
+    hard = collate([group([1, 1], None)]).view(logps[:2])
+    assert isinstance(hard, SequenceLogps) and hard.preference is None
+    single = collate([group([1], [1.0]), group([2], [0.0])], "pointwise").view(logps[:2])
+    assert isinstance(single, UnpairedLogps) and single.desirable.tolist() == [True, False]
+    scored = collate([group([1, 1, 4], [3, 1, 2])], "groupwise").view(logps[:3])
+    assert isinstance(scored, GroupedLogps) and scored.scores.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("pairwise", [0.7]), ("pointwise", [1.0]), ("groupwise", [3.0, 1.0, 2.0])]
+)
+def test_joined_passes_equal_one(kind: Any, labels: list[float]) -> None:
+    count = {"pairwise": 2, "pointwise": 1, "groupwise": 3}[kind]
+    parts = [group(list(range(1 + k, 1 + k + count)), labels) for k in range(3)]
+    batches = [collate([part], kind) for part in parts]
+    logps = [torch.randn(count) for _ in parts]
+    whole: Batch = collate(parts, kind)
+    order = torch.stack(logps).T.flatten() if kind == "pairwise" else torch.cat(logps)
+    expected, found = vars(whole.view(order)), vars(join(batches, logps))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

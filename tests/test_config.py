@@ -49,6 +49,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("loss", {"name": "dpo", "gamma": 1}, "loss.gamma: not a parameter of dpo"),
         ("loss", [{"name": "dpo"}], "loss: must be a mapping"),
         ("reference", "none", "reference: none, but dpo needs reference log-probs"),
+        ("loss", {"name": "kto", "desirable_weight": 0}, "loss.desirable_weight: must be > 0, got"),
+        ("loss", {"name": "pro_b", "alpha": 1}, "loss.alpha: must be > 1, got 1"),
         ("reference", "sometimes", "reference: must be 'cached', 'frozen' or 'none'"),
         ("optim.alpha", 0.9, "optim: alpha is not an option of adamw; remove it"),
         ("adapter.rank", 4, "adapter.rank: unknown key; known: name, r, alpha"),
@@ -70,6 +72,14 @@ def test_defaults_and_short_forms() -> None:
     assert config.reference_mode == "cached"
     assert parse({**MINIMAL, "loss": "simpo"}).reference_mode == "none"
     assert parse({**MINIMAL, "loss": {"name": "pmo", "beta": 0.0}}).reference_mode == "none"
+
+
+@pytest.mark.parametrize("name", ["kto", "bco", "info_nca", "pro_s"])
+def test_objectives_of_every_kind(name: str) -> None:
+    config = parse({**MINIMAL, "loss": name})
+    assert config.build_loss().name == name and config.reference_mode == "cached"
+    with pytest.raises(ConfigError, match=f"reference: none, but {name} needs reference"):
+        parse({**MINIMAL, "loss": name, "reference": "none"})
 
 
 @pytest.mark.parametrize("reference", ["cached", "frozen"])

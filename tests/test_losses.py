@@ -12,12 +12,12 @@ import torch
 from pairs import batch
 
 from fastpref import losses
-from fastpref.logps import SequenceLogps
-from fastpref.losses import anchored, base, batchwise, margin, normalized
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.losses import anchored, base, batchwise, groupwise, margin, normalized, pointwise
 from fastpref.losses.margin import DPO, PMO
 from fastpref.losses.normalized import SimPO
 
-OBJECTIVES = [losses.build(name) for name in losses.names()]
+OBJECTIVES = [losses.build(name) for name in losses.names("pairwise")]
 NEEDS_REFERENCE = [objective for objective in OBJECTIVES if objective.needs_reference]
 REFERENCE_FREE = [objective for objective in OBJECTIVES if not objective.needs_reference]
 REFERENCE_FREE.append(PMO(alpha=0.5, beta=0))
@@ -100,6 +100,22 @@ def test_incentives_work_under_no_grad_and_leave_the_batch_alone():
     assert not d_w.requires_grad and not policy.chosen.requires_grad
 
 
+def test_incentives_of_every_kind():
+    """Closed forms at t = 0: beta / 2 for DPO; w * y * beta / 4 for KTO; beta * (q - 1/N)."""
+    zeros, ones = torch.zeros(2, dtype=torch.float64), torch.ones(2)
+    pairs = SequenceLogps(zeros, zeros, ones, ones)
+    d_w, d_l = losses.incentives(losses.build("dpo", beta=0.5), pairs, pairs)
+    assert d_w.tolist() == d_l.tolist() == [0.25, 0.25]
+    single = UnpairedLogps(zeros, ones, torch.tensor([True, False]))
+    kto = losses.build("kto", beta=0.5, undesirable_weight=2.0)
+    d = losses.incentives(kto, single, single, torch.tensor(0.0))
+    assert d.tolist() == [0.125, -0.25]
+    scores = torch.tensor([1.0, 0.0])
+    group = GroupedLogps(zeros, ones, torch.tensor([0, 2]), scores)
+    d = losses.incentives(losses.build("info_nca", beta=0.5), group, group)
+    assert d.tolist() == [0.25, -0.25]
+
+
 FAMILY = {
     margin: (
         *("dpo", "cdpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "r_dpo", "pmo"),
@@ -114,12 +130,17 @@ FAMILY = {
         *("ipo_avg", "dpo_norm", "simpo", "slic_hf", "rrhf", "cpo", "cpo_simpo", "orpo"),
         *("simper", "stapo", "stapo_ref", "sft"),
     ),
+    pointwise: ("kto", "kto_simple", "bco", "ddro_unpaired", "pro_b"),
+    groupwise: ("info_nca", "nca", "pro_s"),
 }
 
 
 def test_names_are_listed_module_by_module():
     assert losses.names() == tuple(name for names in FAMILY.values() for name in names)
-    assert len(set(losses.names())) == 40
+    assert len(set(losses.names())) == 48
+    assert len(losses.names("pairwise")) == 40
+    assert losses.names("pointwise") == FAMILY[pointwise]
+    assert losses.names("groupwise") == FAMILY[groupwise]
 
 
 @pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
@@ -141,7 +162,9 @@ def test_describe_states_everything(name):
     description = losses.describe(name)
     assert description.name == name
     assert description.summary.endswith(".") and ":" in description.summary
-    assert description.formula and "d_w" in description.incentives and description.source
+    assert description.kind == losses.build(name).kind
+    incentive = {"pairwise": "d_w", "pointwise": "d = ", "groupwise": "d_i = "}[description.kind]
+    assert description.formula and incentive in description.incentives and description.source
     assert "\n" not in description.formula + description.incentives + description.source
     assert losses.build(name, **description.defaults) == losses.build(name)
     assert description.needs_reference == losses.build(name).needs_reference
@@ -151,6 +174,7 @@ def test_describe_joins_continued_lines():
     assert losses.describe("pmo").source.endswith("Eq. 5 (anonymous submission, no arXiv id)")
     assert losses.describe("dpo") == losses.Description(
         name="dpo",
+        kind="pairwise",
         summary="Direct preference optimization: logistic loss on the margin of the implicit "
         "rewards.",
         formula="-LS(u), u = beta * (tw - tl)",
@@ -203,6 +227,17 @@ def test_defaults():
         "stapo": {"beta": 2.0, "left_margin": 0.6, "right_margin": 0.8},
         "stapo_ref": {"beta": 0.1, "left_margin": 12.0, "right_margin": 16.0},
         "sft": {"responses": "chosen", "average": True},
+        "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        "kto_simple": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
+        "bco": {"beta": 0.01},
+        "ddro_unpaired": {},
+        "pro_b": {
+            **{"beta": 0.003, "alpha": 2.5},
+            **{"desirable_weight": 1.0, "undesirable_weight": 1.0},
+        },
+        "info_nca": {"beta": 0.01, "tau": 0.0001},
+        "nca": {"beta": 0.01, "tau": 0.0001},
+        "pro_s": {"beta": 0.003, "alpha": 2.5},
     }
 
 
@@ -276,8 +311,10 @@ def test_importing_the_losses_loads_nothing_else():
         "fastpref.losses.anchored",
         "fastpref.losses.base",
         "fastpref.losses.batchwise",
+        "fastpref.losses.groupwise",
         "fastpref.losses.margin",
         "fastpref.losses.normalized",
         "fastpref.losses.numerics",
+        "fastpref.losses.pointwise",
         "fastpref.version",
     ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastpref import losses, metrics
-from fastpref.logps import SequenceLogps
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.losses import GroupwiseOutput, PointwiseOutput
 
 
 def logps(margins: list[float], p: list[float]) -> SequenceLogps:
@@ -61,11 +62,77 @@ def test_pair_sums_are_sums_over_pairs() -> None:
     assert values["logps/rejected"] == -2
 
 
+def test_pairs_are_counted_all_alike() -> None:
+    policy = logps([1.0, -2.0, 3.0], [0.9, 0.9, 0.2])
+    output = losses.build("simpo")(policy)
+    sums, counts = metrics.sums_and_counts(output, policy)
+    assert torch.equal(sums, metrics.pair_sums(output, policy)) and counts.tolist() == [3] * 7
+    soft = metrics.sums_and_counts(output, policy, soft_labels=True)
+    assert torch.equal(soft[0, 7:], metrics.preference_sums(policy))
+    names = metrics.PAIR_METRICS + metrics.PREFERENCE_METRICS
+    assert metrics.means(soft, names)["preference/accuracy"] == pytest.approx(1 / 3)
+
+
+def vector(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def responses(rewards: list[float], desirable: list[bool]) -> torch.Tensor:
+    """Sums for responses whose loss is twice and whose log-prob ten times the reward."""
+    rewards_ = vector(*rewards)
+    labels = torch.tensor(desirable)
+    policy = UnpairedLogps(10 * rewards_, torch.ones_like(rewards_), labels)
+    return metrics.sums_and_counts(PointwiseOutput(2 * rewards_, rewards_), policy)
+
+
+def test_responses_are_counted_by_their_class() -> None:
+    parts = [responses([1.0, -3.0, 0.0], [True, False, True]), responses([5.0], [False])]
+    assert metrics.means(sum(parts, torch.zeros(2, 7))) == {
+        "loss": 2 * 3 / 4,
+        "rewards/chosen": 0.5,
+        "rewards/rejected": 1.0,
+        "rewards/accuracies": 2 / 4,  # a reward of 0 has no sign
+        "rewards/margins": -0.5,
+        "logps/chosen": 5.0,
+        "logps/rejected": 10.0,
+    }
+
+
+def test_a_class_that_is_missing_has_no_metrics() -> None:
+    found = metrics.means(responses([1.0, -3.0], [True, True]))
+    assert set(found) == {"loss", "rewards/chosen", "rewards/accuracies", "logps/chosen"}
+
+
+def test_groups_are_measured_by_their_best_and_worst() -> None:
+    """Best above all worse ones; a worse one above the best; equal scores; one; two best."""
+    policy = GroupedLogps(
+        logps=vector(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12),
+        lengths=torch.ones(12),
+        cu_groups=torch.tensor([0, 3, 6, 8, 9, 12]),
+        scores=vector(0.5, 0.9, 0.1, 3, 2, 1, 7, 7, 4, 1, 1, 0),
+    )
+    rewards = vector(1, 5, 2, 1, 2, 0, 9, 9, 9, 1, 8, 0.5)
+    output = GroupwiseOutput(vector(1, 2, 3, 4, 5), rewards)
+    assert metrics.means(metrics.sums_and_counts(output, policy)) == {
+        "loss": 3.0,
+        "rewards/chosen": (5 + 1 + 1) / 3,
+        "rewards/rejected": (2 + 0 + 0.5) / 3,
+        "rewards/accuracies": 2 / 3,
+        "rewards/margins": (3 + 1 + 0.5) / 3,
+        "logps/chosen": (-2 - 4 - 10) / 3,
+        "logps/rejected": (-3 - 6 - 12) / 3,
+    }
+
+
+def counted(sums: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.stack([sums, torch.full_like(sums, count)])
+
+
 def test_a_window_weighs_steps_by_their_pairs() -> None:
     window = metrics.Window()
     sums = torch.arange(7, dtype=torch.float64)
-    window.add(1, 2, torch.tensor(3.0), sums)
-    window.add(2, 6, torch.tensor(5.0), sums)
+    window.add(1, torch.tensor(3.0), counted(sums, 2))
+    window.add(2, torch.tensor(5.0), counted(sums, 6))
     found = window.flush()
     assert found["logps/rejected"] == pytest.approx(12 / 8)
     assert found["grad_norm"] == 4
@@ -84,7 +151,7 @@ def test_a_window_finds_the_first_step_that_is_not_finite(
         sums = torch.ones(7, dtype=torch.float64)
         if bad and column == 1:
             sums[0] = value
-        window.add(step, 2, norm, sums)
+        window.add(step, norm, counted(sums, 2))
     found = window.first_non_finite()
     assert found is not None and (found.step, found.metric) == (3, metric)
 

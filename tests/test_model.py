@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fastpref import model as module
 from fastpref.config import Config
 from fastpref.data.batches import collate
-from fastpref.data.tokens import TokenPair, load_pairs
+from fastpref.data.tokens import TokenGroup, load_groups
 from fastpref.model import ModelError, Policy, load_policy, load_tokenizer
 
 CPU = torch.device("cpu")
 
 
-def plain_logps(causal_lm: nn.Module, pair: TokenPair) -> list[float]:
+def plain_logps(causal_lm: nn.Module, pair: TokenGroup) -> list[float]:
     """Log-softmax over the full fp64 logits of each response, one sequence at a time."""
     values = []
-    for response in (pair.chosen, pair.rejected):
+    for response in pair.responses:
         ids = torch.from_numpy(np.concatenate([pair.prompt, response]).astype(np.int64))
         with torch.no_grad():
             logits = causal_lm(input_ids=ids[None]).logits[0].double()
@@ -34,16 +34,12 @@ def plain_logps(causal_lm: nn.Module, pair: TokenPair) -> list[float]:
     return values
 
 
-def hand_made(vocabulary: int) -> list[TokenPair]:
+def hand_made(vocabulary: int) -> list[TokenGroup]:
     """Uneven lengths, one-token responses, a one-token prompt."""
     generator = np.random.default_rng(0)
     sizes = [(5, 7, 3), (1, 1, 9), (12, 1, 1), (3, 20, 2)]
-    return [
-        TokenPair(
-            i, i, *(generator.integers(0, vocabulary, n).astype(np.int32) for n in triple), None
-        )
-        for i, triple in enumerate(sizes)
-    ]
+    ids = [[generator.integers(0, vocabulary, n).astype(np.int32) for n in s] for s in sizes]
+    return [TokenGroup(i, i, prompt, tuple(both)) for i, (prompt, *both) in enumerate(ids)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
@@ -56,7 +52,7 @@ def test_logps_equal_those_of_plain_logits(
     assert tokenizer is not None and config.model.path is not None
     policy = load_policy(config, tokenizer, CPU)
     wide = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
-    dataset = load_pairs(config.data.train, tokenizer, config.data)
+    dataset = load_groups(config.data.train, tokenizer, config.data)
     assert dataset.counts["chosen_cut"] > 0
     pairs = [*(dataset[i] for i in range(len(dataset))), *hand_made(384)]
     with torch.no_grad():
@@ -73,7 +69,7 @@ def test_a_merged_token_is_scored(
     path.write_text('{"prompt": "User: tea?\\nAssistant: t", "chosen": "ea", "rejected": "he"}\n')
     config = make_config(model__dtype="float64", data__train=str(path))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    pair = load_pairs(str(path), tokenizer, config.data)[0]
+    pair = load_groups(str(path), tokenizer, config.data)[0]
     assert len(pair.prompt) < len(tokenizer("User: tea?\nAssistant: t")["input_ids"])
     policy = load_policy(config, tokenizer, CPU)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
     assert epochs[-1] < epochs[2] < epochs[0]
     assert lines[-1]["rewards/accuracies"] > 0.8
 
-    dataset = trainer.run.train.dataset
+    dataset = trainer.run.train.groups
     pairs = [dataset[i] for i in range(8)]
     with torch.no_grad():
         ours = [trainer.policy(collate([pair])).logps for pair in pairs]
@@ -61,3 +61,37 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
             plain = torch.stack([part.mean() for part in logps.split(batch.lengths.tolist())])
             torch.testing.assert_close(value / batch.lengths, plain, rtol=0, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ({"name": "kto"}, "alpacaeval_binary"),
+        ({"name": "kto"}, "hh_harmless_pairs"),
+        ({"name": "bco", "beta": 0.1}, "alpacaeval_binary"),
+        ({"name": "info_nca", "beta": 0.1}, "alpacaeval_scalar"),
+        ({"name": "pro_s", "alpha": 4.0}, "alpacaeval_scalar"),
+    ],
+)
+def test_other_kinds(
+    loss: dict[str, Any], name: str, real_data: Path, tmp_path: Path, display: Display
+) -> None:
+    """Zero rewards at first and a falling loss over six epochs of 16 rows, some taken apart."""
+    data = tmp_path / f"{name}.jsonl"
+    rows = (real_data / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:16]))
+    values: dict[str, Any] = {
+        "model": {"init": "random", "dtype": "float32", "config": LLAMA},
+        "data": {"train": str(data), "max_length": 256, "cache": str(tmp_path / "cache")},
+        "loss": loss,
+        "optim": {"lr": 1e-3},
+        "training": {"epochs": 6, "batch_size": 8, "log_every": 1, "output": str(tmp_path / "run")},
+    }
+    trainer = Trainer(parse(values), display)
+    trainer.loop([])
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert all(lines[0][key] == 0 for key in lines[0] if key.startswith("rewards/"))
+    epoch = trainer.plan.steps_per_epoch
+    first, last = (sum(x["loss"] for x in part) for part in (lines[:epoch], lines[-epoch:]))
+    assert last < first
+    assert lines[-1]["rewards/margins"] > 0

@@ -104,7 +104,7 @@ def test_log_probs_that_come_with_the_data_are_used(
     given = [{**r, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for r in rows(9)]
     path = write_jsonl(tmp_path / "given.jsonl", given)
     logps = logps_of(ready(data__train=str(path)))
-    assert logps.tolist() == [[-3.0, -4.0]] * 9
+    assert logps.tolist() == [-3.0, -4.0] * 9
     assert computed == []
 
 
@@ -120,11 +120,11 @@ def test_a_frozen_copy_gives_the_same_log_probs(ready: Callable[..., Prepared]) 
     from fastpref.data.batches import collate
 
     cached, frozen = ready(), ready(reference="frozen")
-    dataset = cached.train.dataset
+    dataset = cached.train.groups
     batch = collate([dataset[i] for i in range(5)])
     first, second = cached.train.reference(batch), frozen.train.reference(batch)
     assert first is not None and second is not None
-    torch.testing.assert_close(first.chosen, second.chosen, rtol=0, atol=1e-4)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
     with torch.no_grad():
         now = frozen.policy(batch).logps
-    assert torch.equal(torch.cat([second.chosen, second.rejected]), now)
+    assert torch.equal(second, now)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import rows, write_jsonl
+from conftest import labelled, rows, scored, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from fastpref.config import Data
 from fastpref.data import tokens as module
-from fastpref.data.formats import DataError, to_pair
-from fastpref.data.tokens import PairDataset, load_pairs, tokenize
+from fastpref.data.formats import DataError, to_groups
+from fastpref.data.tokens import GroupDataset, load_groups, tokenize
 
 
 def data(tmp_path: Path, records: list[dict[str, Any]], **options: Any) -> Data:
@@ -28,9 +28,9 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     records: list[dict[str, Any]],
     **options: Any,
-) -> PairDataset:
+) -> GroupDataset:
     config = data(tmp_path, records, **options)
-    return load_pairs(config.train, tokenizer, config)
+    return load_groups(config.train, tokenizer, config)
 
 
 def one(
@@ -38,8 +38,9 @@ def one(
 ) -> tuple[dict[str, Any], Counter[str]]:
     counts: Counter[str] = Counter()
     config = Data(train="x", **options)
-    (made,) = tokenize([(1, to_pair(row))], "x", tokenizer, config, counts)
-    return made, counts
+    (made,) = tokenize([(1, *to_groups(row))], "x", tokenizer, config, "pairwise", counts)
+    chosen, rejected = made.pop("responses")
+    return {**made, "chosen": chosen, "rejected": rejected}, counts
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_text(
@@ -128,7 +129,7 @@ def test_keep_start_cuts_both_responses_at_the_same_length(
     assert made["prompt"] == full["prompt"]
     assert made["chosen"] == full["chosen"][:room]  # EOS is cut off, not moved
     assert made["rejected"] == full["rejected"]
-    assert (counts["chosen_cut"], counts["rejected_cut"], counts["prompt_cut"]) == (1, 0, 0)
+    assert (counts["chosen_cut"], counts["rejected_cut"], counts["prompts_cut"]) == (1, 0, 0)
 
 
 def test_keep_end_cuts_the_prompt_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -137,7 +138,7 @@ def test_keep_end_cuts_the_prompt_for_both(tokenizer: PreTrainedTokenizerFast) -
     made, counts = one(tokenizer, row, max_length=20, truncation="keep_end")
     assert (made["chosen"], made["rejected"]) == (full["chosen"], full["rejected"])
     assert made["prompt"] == full["prompt"][-(20 - len(full["chosen"])) :]
-    assert counts["prompt_cut"] == 1 and counts["chosen_cut"] == 0
+    assert counts["prompts_cut"] == 1 and counts["chosen_cut"] == 0
 
 
 def test_rows_without_a_completion_are_dropped_and_counted(
@@ -162,11 +163,11 @@ def test_soft_labels_are_kept_or_ignored(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     records = rows(3, soft=True)
-    assert load(tmp_path, tokenizer, records)[1].preference == records[1]["p"]
+    assert load(tmp_path, tokenizer, records)[1].labels == (records[1]["p"],)
     mixed = load(tmp_path, tokenizer, [{**records[0], "p": None}, *records[1:]])
-    assert (mixed[0].preference, mixed[1].preference) == (1.0, records[1]["p"])
+    assert (mixed[0].labels, mixed[1].labels) == ((1.0,), (records[1]["p"],))
     hard = load(tmp_path, tokenizer, records, soft_labels=False)
-    assert hard[1].preference is None and not hard.has_preferences
+    assert hard[1].labels is None and not hard.has_preferences
 
 
 def test_the_cache_is_used_until_something_that_matters_changes(
@@ -181,7 +182,7 @@ def test_the_cache_is_used_until_something_that_matters_changes(
     again = load(tmp_path, tokenizer, rows(5))
     assert len(written) == 1
     assert first.fingerprint == again.fingerprint
-    assert all(np.array_equal(first[i].chosen, again[i].chosen) for i in range(5))
+    assert all(np.array_equal(first[i].responses[0], again[i].responses[0]) for i in range(5))
     load(tmp_path, tokenizer, rows(5), max_length=12)
     load(tmp_path, tokenizer, rows(6))
     changed = PreTrainedTokenizerFast(
@@ -203,7 +204,7 @@ def test_a_crash_while_writing_leaves_no_cache(
 def test_reference_logps_of_the_data(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     given = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2} for row in rows(3)]
     found = load(tmp_path, tokenizer, given).given_reference_logps()
-    assert found is not None and found.tolist() == [[-1.5, -2.0]] * 3
+    assert found is not None and found.tolist() == [-1.5, -2.0] * 3
     assert load(tmp_path, tokenizer, rows(3)).given_reference_logps() is None
     with pytest.raises(DataError, match="cannot be used, 1 rows have none"):
         load(tmp_path, tokenizer, [*given[:2], rows(3)[2]]).given_reference_logps()
@@ -242,14 +243,132 @@ def test_a_default_system_prompt_is_not_scored(tokenizer: PreTrainedTokenizerFas
     assert with_system.decode(made["chosen"]) == "tea<|im_end|>\n"
 
 
+def kinds(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    records: list[dict[str, Any]],
+    kind: Any,
+    **options: Any,
+) -> GroupDataset:
+    config = data(tmp_path, records, **options)
+    return load_groups(config.train, tokenizer, config, kind)
+
+
+def test_labelled_and_scored_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Every response goes on from the prompt and ends; labels and offsets are in place."""
+    eos = tokenizer.eos_token_id
+    single = kinds(tmp_path, tokenizer, labelled(9), "pointwise")
+    assert single.offsets.tolist() == list(range(10)) and not single.has_preferences
+    for i, row in enumerate(labelled(9)):
+        group = single[i]
+        whole = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        assert [*group.prompt, *group.responses[0]] == [*whole, eos]
+        assert (group.labels, group.first) == ((float(row["label"]),), i)
+    groups = kinds(tmp_path, tokenizer, scored(9), "groupwise")
+    assert groups.offsets.tolist() == [0, 1, 3, 6, 10, 11, 13, 16, 20, 21]
+    for i, row in enumerate(scored(9)):
+        group = groups[i]
+        assert (group.labels, group.first) == (tuple(row["scores"]), groups.offsets[i])
+        for text, response in zip(row["completions"], group.responses, strict=True):
+            assert [*group.prompt, *response] == [
+                *tokenizer(row["prompt"] + text)["input_ids"],
+                eos,
+            ]
+        longest = max(len(group.prompt) + len(response) for response in group.responses)
+        assert groups.padded_lengths[i] == longest
+    assert groups.label_values().tolist() == [s for row in scored(9) for s in row["scores"]]
+    assert [*groups.prompt_bytes()] == [groups[i].prompt.tobytes() for i in range(9)]
+
+
+def test_a_group_shares_one_start(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The second response merges with the prompt's end, so that the first begins there too."""
+    row = {"prompt": "User: tea?\nAssistant: t", "completions": ["he", "ea"], "scores": [0, 1]}
+    group = kinds(tmp_path, tokenizer, [row], "groupwise")[0]
+    alone = kinds(tmp_path, tokenizer, [{**row, "completions": ["he", " x"]}], "groupwise")[0]
+    assert len(group.prompt) < len(alone.prompt)
+    assert tokenizer.decode(group.responses[1]) == " tea</s>"
+    assert tokenizer.decode(group.responses[0]) == " the</s>"
+
+
+def test_dropped_and_cut_responses_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    full = kinds(tmp_path, tokenizer, scored(12), "groupwise")
+    room = int(full.padded_lengths.max()) - 1
+    cut = kinds(tmp_path, tokenizer, scored(12), "groupwise", max_length=room)
+    assert cut.counts["responses_cut"] == sum(
+        len(group.prompt) + len(response) > room
+        for group in map(full.__getitem__, range(12))
+        for response in group.responses
+    )
+    empty = {"prompt": "tea", "completions": [" a", ""], "scores": [1, 0]}
+    some = kinds(tmp_path, tokenizer, [*scored(3), empty], "groupwise", add_eos=False)
+    assert some.summary().startswith("3 of 4 groups from ")
+    assert some.summary().endswith(
+        "dropped 1 (no completion left: 1); cut to max_length: 0 responses, 0 prompts"
+    )
+    single = kinds(tmp_path, tokenizer, labelled(6), "pointwise")
+    assert single.summary().endswith("0 responses, 0 prompts; 4 desirable, 2 undesirable")
+    long = {"prompt": "tea " * 50, "completion": " a", "label": True}
+    with pytest.raises(DataError, match="no response is left to train on"):
+        kinds(tmp_path, tokenizer, [long], "pointwise", max_length=8)
+
+
+def test_kinds_do_not_share_what_is_cached(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairs = load(tmp_path, tokenizer, rows(4))
+    apart = kinds(tmp_path, tokenizer, rows(4), "pointwise")
+    assert (len(pairs), len(apart)) == (4, 8)
+    assert pairs.fingerprint != apart.fingerprint
+    again = load(tmp_path, tokenizer, rows(4))
+    assert (again.fingerprint, again.labels) == (pairs.fingerprint, pairs.labels)
+
+
+def test_changed_labels_change_their_hash_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base = kinds(tmp_path, tokenizer, labelled(4), "pointwise")
+    flipped = [{**row, "label": not row["label"]} for row in labelled(4)]
+    other = kinds(tmp_path, tokenizer, flipped, "pointwise")
+    assert other.fingerprint == base.fingerprint and other.labels != base.labels
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "labels"),
+    [("alpacaeval_binary", "pointwise", 1610), ("alpacaeval_scalar", "groupwise", 3220)],
+)
+def test_real_responses(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    real_data: Path,
+    name: str,
+    kind: Any,
+    labels: int,
+) -> None:
+    """Every real response spells the original text; rows are long, so 40 of them."""
+    lines = (real_data / f"{name}.jsonl").read_text().splitlines()
+    originals = [json.loads(line) for line in lines]
+    assert sum(len(row.get("scores", [0])) for row in originals) == labels
+    dataset = kinds(tmp_path, tokenizer, originals[:40], kind, max_length=100_000)
+    assert len(dataset) == 40 and dataset.counts["responses_cut"] == 0
+    for i, row in enumerate(originals[:40]):
+        group = dataset[i]
+        texts = row["completions"] if kind == "groupwise" else [row["completion"]]
+        for text, response in zip(texts, group.responses, strict=True):
+            decoded = tokenizer.decode([*group.prompt, *response])
+            assert decoded == row["prompt"] + text + "</s>"
+        assert group.labels == tuple(row["scores"] if kind == "groupwise" else [row["label"]])
+
+
 def test_real_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, real_data: Path) -> None:
     """Every real row gives a prompt and two responses that spell the original text."""
     config = Data(train=str(real_data / "hh_harmless_pairs.jsonl"), cache=str(tmp_path))
-    dataset = load_pairs(config.train, tokenizer, config)
-    assert dataset.counts["rows"] == 1200
+    dataset = load_groups(config.train, tokenizer, config)
+    assert dataset.counts["found"] == 1200
     lines = Path(config.train).read_text().splitlines()
     for i in range(0, len(dataset), 97):
         pair = dataset[i]
         text = json.loads(lines[pair.row - 1])["chosen"]
-        decoded = tokenizer.decode([*pair.prompt, *pair.chosen]).removesuffix("</s>")
+        decoded = tokenizer.decode([*pair.prompt, *pair.responses[0]]).removesuffix("</s>")
         assert text.startswith(decoded)

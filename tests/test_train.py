@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpref import losses, metrics
 from fastpref.config import Config, ConfigError
 from fastpref.data.batches import collate
-from fastpref.data.tokens import load_pairs
+from fastpref.data.tokens import load_groups
 from fastpref.interrupts import Interrupted
 from fastpref.model import Policy, load_policy
 from fastpref.progress import Display
@@ -47,7 +47,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", losses.names("pairwise"))
 @pytest.mark.parametrize("soft", [True, False])
 def test_every_objective_trains(
     make_config: MakeConfig, display: Display, tmp_path: Path, name: str, soft: bool
@@ -139,7 +139,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_pairs(
     trainer = run(config, display)
     fresh = load_policy(config, trainer.run.tokenizer, torch.device("cpu"))
     indices = [i for part in trainer.plan.step(0) for i in part]
-    batch = collate([trainer.run.train.dataset[i] for i in indices])
+    batch = collate([trainer.run.train.groups[i] for i in indices])
     from fastpref.logps import SequenceLogps
 
     logps = SequenceLogps.from_sequences(fresh(batch).logps, batch.lengths)
@@ -323,7 +323,7 @@ def test_a_non_finite_step_stops_the_run_and_names_its_rows(
         trainer.loop([])
     report = json.loads((trainer.run.folder / "nonfinite.json").read_text())
     indices = [i for part in trainer.plan.step(4) for i in part]
-    assert report["rows"] == sorted(trainer.run.train.dataset[i].row for i in indices)
+    assert report["rows"] == sorted(trainer.run.train.groups[i].row for i in indices)
     assert (report["step"], report["metric"]) == (5, metric)
     assert not (trainer.run.folder / "checkpoints").exists()
 
@@ -346,14 +346,14 @@ def test_the_export_loads_in_transformers_with_the_same_log_probs(
     config = make_config(training__steps=3, **change)
     trainer = Trainer(config, display)
     trainer.loop([])
-    dataset = trainer.run.train.dataset
+    dataset = trainer.run.train.groups
     batch = collate([dataset[i] for i in range(6)])
     with torch.no_grad():
         ours = trainer.policy(batch).logps
     folder = trainer.export()
     exported = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert load_pairs(config.data.train, tokenizer, config.data).fingerprint == dataset.fingerprint
+    assert load_groups(config.data.train, tokenizer, config.data).fingerprint == dataset.fingerprint
     with torch.no_grad():
         logits = exported(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
     logps = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]

@@ -1,6 +1,7 @@
-"""The deterministic plan of which pairs meet in which step, and the tensors of one forward pass.
+"""The deterministic plan of which groups meet in which step, and the tensors of one forward pass.
 
-Step k is a function of (data, batch_size, seed, k) alone: resuming needs no more than k.
+A group is a pair, a labelled response or several scored ones. Step k is a function of (data,
+batch_size, seed, k) alone: resuming needs no more than k.
 """
 
 from __future__ import annotations
@@ -14,29 +15,36 @@ import torch
 from torch import Tensor
 
 from fastpref.data.formats import DataError
-from fastpref.data.tokens import PairDataset, TokenPair
+from fastpref.data.tokens import UNITS, Groups, Lengths, TokenGroup
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.losses import Kind, Logps
 
 Indices = list[int]
-Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimizer steps of `batch_size` pairs, each split into micro-batches of `max_tokens`."""
+    """Optimizer steps of `batch_size` groups, each split into micro-batches of `max_tokens`."""
 
-    lengths: Lengths  # (N,) tokens of each pair's longer side
+    lengths: Lengths  # (N,) tokens of each group's longest prompt + response
+    sizes: Lengths  # (N,) responses of each group
     batch_size: int
     max_tokens: int
     seed: int | None  # None: in the order of the data
+    unit: str = "pair"  # what a group is called in messages
 
     def __post_init__(self) -> None:
-        longest = int(np.argmax(self.lengths))
-        cost = 2 * int(self.lengths[longest])
+        cost = int((self.sizes * self.lengths).max())
         if cost > self.max_tokens:
             raise DataError(
-                f"training.max_tokens: {self.max_tokens:,} cannot hold the longest pair "
+                f"training.max_tokens: {self.max_tokens:,} cannot hold the longest {self.unit} "
                 f"({cost:,} padded tokens); raise it, or lower data.max_length"
             )
+
+    @classmethod
+    def of(cls, groups: Groups, batch_size: int, max_tokens: int, seed: int | None) -> Plan:
+        sizes = np.diff(groups.offsets)
+        return cls(groups.padded_lengths, sizes, batch_size, max_tokens, seed, UNITS[groups.kind])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,10 +55,10 @@ class Plan:
         epoch, position = divmod(number, self.steps_per_epoch)
         order = self._order(epoch)
         chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
-        return pack(map(int, chosen), self.lengths, self.max_tokens)
+        return pack(map(int, chosen), self.lengths, self.sizes, self.max_tokens)
 
     def epoch(self, number: int = 0) -> Iterator[list[Indices]]:
-        """All steps of one epoch; every pair comes exactly once."""
+        """All steps of one epoch; every group comes exactly once."""
         first = number * self.steps_per_epoch
         return (self.step(first + k) for k in range(self.steps_per_epoch))
 
@@ -60,36 +68,42 @@ class Plan:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
 
 
-def pack(indices: Iterable[int], lengths: Lengths, max_tokens: int) -> list[Indices]:
-    """Groups of pairs whose padded tokens fit the budget; a longer pair goes alone.
+def pack(
+    indices: Iterable[int], lengths: Lengths, sizes: Lengths, max_tokens: int
+) -> list[Indices]:
+    """Micro-batches of groups whose padded tokens fit the budget; a larger group goes alone.
 
-    Longest first, so that pairs of like length share a group and its padding.
+    Longest first, so that groups of like length share a micro-batch and its padding.
     """
-    groups: list[Indices] = []
-    room = 0
+    micro_batches: list[Indices] = []
+    room = 0  # responses that still fit
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if room == 0:
-            groups.append([])
-            room = max(1, max_tokens // (2 * int(lengths[index])))
-        groups[-1].append(index)
-        room -= 1
-    return groups
+        if sizes[index] > room:
+            micro_batches.append([])
+            room = max_tokens // int(lengths[index])
+        micro_batches[-1].append(index)
+        room -= int(sizes[index])
+    return micro_batches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs as 2B right-padded sequences: chosen_0 … chosen_{B-1}, rejected_0 … rejected_{B-1}.
+    """G groups as S right-padded sequences, one for each response.
 
-    A causal model needs no mask for padding on the right: no token sees what follows it.
+    The responses of a group are next to each other, except that pairs come as chosen_0 …
+    chosen_{B-1}, rejected_0 … rejected_{B-1}. A causal model needs no mask for padding on the
+    right: no token sees what follows it.
     """
 
-    input_ids: Tensor  # (2B, L) int64
-    positions: Tensor  # (T,) int64, flat positions in (2B · L) whose hidden state predicts a label
+    input_ids: Tensor  # (S, L) int64
+    positions: Tensor  # (T,) int64, flat positions in (S · L) whose hidden state predicts a label
     labels: Tensor  # (T,) int64, the completion tokens of all sequences, in order
-    cu_seqlens: Tensor  # (2B + 1,) int64, sequence s owns labels[cu_seqlens[s]:cu_seqlens[s+1]]
-    lengths: Tensor  # (2B,) int64, completion tokens of each sequence
-    preference: Tensor | None  # (B,) fp64, probability that chosen is preferred
-    index: Tensor  # (B,) int64, position of each pair in the data set
+    cu_seqlens: Tensor  # (S + 1,) int64, sequence s owns labels[cu_seqlens[s]:cu_seqlens[s+1]]
+    lengths: Tensor  # (S,) int64, completion tokens of each sequence
+    cu_groups: Tensor  # (G + 1,) int64, offsets of the groups' responses
+    targets: Tensor | None  # fp64: p of each pair (B,) or None; label or score of responses (S,)
+    responses: Tensor  # (S,) int64, position of each sequence among all responses of the data
+    kind: Kind
     tokens: int  # unpadded tokens of all sequences
 
     def to(self, device: torch.device) -> Batch:
@@ -98,10 +112,22 @@ class Batch:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **tensors})
 
+    def view(self, logps: Tensor) -> Logps:
+        """Log-probs of the sequences, (S,), as objectives of this kind take them."""
+        if self.kind == "pairwise":
+            return SequenceLogps.from_sequences(logps, self.lengths, self.targets)
+        assert self.targets is not None
+        if self.kind == "pointwise":
+            return UnpairedLogps(logps, self.lengths, self.targets.bool())
+        return GroupedLogps(logps, self.lengths, self.cu_groups, self.targets)
 
-def collate(pairs: Sequence[TokenPair]) -> Batch:
-    """Tensors of one forward pass over the pairs."""
-    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+
+def collate(groups: Sequence[TokenGroup], kind: Kind = "pairwise") -> Batch:
+    """Tensors of one forward pass over the groups."""
+    members = [(group, k) for group in groups for k in range(len(group.responses))]
+    if kind == "pairwise":
+        members.sort(key=lambda member: member[1])  # stable: all chosen, then all rejected
+    sequences = [(group.prompt, group.responses[k]) for group, k in members]
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
     positions = []
@@ -110,25 +136,36 @@ def collate(pairs: Sequence[TokenPair]) -> Batch:
         input_ids[s, :end] = np.concatenate([prompt, response])
         first = s * width + len(prompt) - 1
         positions.append(np.arange(first, first + len(response)))
-    lengths = torch.tensor([len(response) for _, response in sequences])
-    preference = [p.preference for p in pairs if p.preference is not None]  # of all or of none
+    targets = [label for group in groups for label in group.labels or ()]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(np.concatenate(positions)),
         labels=torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64)),
-        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-        lengths=lengths,
-        preference=torch.tensor(preference, dtype=torch.float64) if preference else None,
-        index=torch.tensor([p.index for p in pairs]),
+        cu_seqlens=_offsets([len(response) for _, response in sequences]),
+        lengths=torch.tensor([len(response) for _, response in sequences]),
+        cu_groups=_offsets([len(group.responses) for group in groups]),
+        targets=torch.tensor(targets, dtype=torch.float64) if targets else None,
+        responses=torch.tensor([group.first + k for group, k in members]),
+        kind=kind,
         tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )
 
 
-def micro_batch(dataset: PairDataset, indices: Indices, device: torch.device) -> list[Batch]:
+def _offsets(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0)
+
+
+def micro_batch(groups: Groups, indices: Indices, device: torch.device) -> list[Batch]:
     """The forward passes of one micro-batch.
 
-    On CUDA one pass over all pairs. On CPU one pass for each pair: no padding between pairs, and
-    a pair's log-probs do not depend, to the last bit, on the pairs that it happens to meet.
+    On CUDA one pass over all groups. On CPU one pass for each group: no padding between groups,
+    and a group's log-probs do not depend, to the last bit, on the groups that it happens to meet.
     """
-    groups = [[index] for index in indices] if device.type == "cpu" else [indices]
-    return [collate([dataset[i] for i in group]).to(device) for group in groups]
+    parts = [[index] for index in indices] if device.type == "cpu" else [indices]
+    return [collate([groups[i] for i in part], groups.kind).to(device) for part in parts]
+
+
+def join(batches: Sequence[Batch], logps: Sequence[Tensor]) -> Logps:
+    """The log-probs of all forward passes of a micro-batch, as objectives take them."""
+    views: list[Any] = [batch.view(part) for batch, part in zip(batches, logps, strict=True)]
+    return type(views[0]).cat(views)

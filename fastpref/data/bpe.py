@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpref.data.formats import Messages, TextPair
+from fastpref.data.formats import Messages, TextGroup
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _TURN, _END_OF_TURN = "<|im_start|>", "<|im_end|>"
@@ -48,10 +48,10 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def texts_of(pairs: Iterable[tuple[int, TextPair]]) -> Iterator[str]:
-    """All text of the pairs, prompts and both responses, for training a tokenizer."""
-    for _, pair in pairs:
-        for part in (pair.prompt, pair.chosen, pair.rejected):
+def texts_of(groups: Iterable[tuple[int, TextGroup]]) -> Iterator[str]:
+    """All text of the groups, prompts and every response, for training a tokenizer."""
+    for _, group in groups:
+        for part in (group.prompt, *group.responses):
             yield part if isinstance(part, str) else _contents(part)
 
 

@@ -1,15 +1,18 @@
 """Read preference data from files or the Hub, in the formats that people keep it in.
 
-A row becomes a `TextPair`: what the model is shown, and two full texts that continue it.
+A row becomes a `TextGroup`: what the model is shown, and the responses that continue it.
 
-| format | columns |
+| kind | columns |
 |---|---|
-| paired | `prompt`, `chosen`, `rejected` |
-| implicit prompt | `chosen`, `rejected`; the prompt is what they begin with in common |
-| conversational | the same columns as lists of `{"role", "content"}`; optional `tools` |
+| pairwise | `prompt`, `chosen`, `rejected`; or no `prompt`: what both begin with in common |
+| pointwise | `prompt`, `completion`, `label`, true or 1 for a desirable completion |
+| groupwise | `prompt`, `completions`, `scores`, two lists of the same length, at least 1 |
 
-Optional columns: `p`, the probability that `chosen` is preferred, and `ref_chosen_logps`,
-`ref_rejected_logps`, summed reference log-probs in nats. Other columns are left alone.
+Prompts and responses are plain text or lists of `{"role", "content"}` messages, then with an
+optional column `tools`. Pairs may have `p`, the probability that `chosen` is preferred, and
+`ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats. Other columns are
+left alone. Where single responses are wanted, a pair is taken apart: `chosen` is desirable,
+`rejected` is not.
 """
 
 from __future__ import annotations
@@ -27,11 +30,18 @@ import pyarrow.parquet as pq
 
 from fastpref import files
 from fastpref.errors import UserError, first_line
+from fastpref.losses import Kind
 
-FORMATS = (
-    "prompt, chosen, rejected | chosen, rejected (prompt implicit); "
-    "each plain text or a list of {role, content} messages"
-)
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "pairwise": ("chosen", "rejected"),
+    "pointwise": ("prompt", "completion", "label"),
+    "groupwise": ("prompt", "completions", "scores"),
+}
+_ACCEPTED: dict[Kind, str] = {
+    "pairwise": "prompt, chosen, rejected | chosen, rejected (prompt implicit)",
+    "pointwise": "prompt, completion, label | pairs, which are taken apart",
+    "groupwise": "prompt, completions, scores",
+}
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
 
@@ -40,13 +50,14 @@ class DataError(UserError):
     """Data that cannot be trained on, with the file and the row."""
 
 
-class TextPair(NamedTuple):
+class TextGroup(NamedTuple):
+    """Responses to one prompt: the two of a pair, a labelled one, or several scored ones."""
+
     prompt: str | Messages
-    chosen: str | Messages  # the response alone
-    rejected: str | Messages
-    tools: list[Any] | None
-    preference: float | None
-    reference_logps: tuple[float, float] | None  # summed, (chosen, rejected)
+    responses: tuple[str | Messages, ...]  # each alone; those of a pair are chosen, rejected
+    tools: list[Any] | None = None
+    labels: tuple[float, ...] | None = None  # (p,) of a pair; (0 or 1,) of one; scores of several
+    reference_logps: tuple[float, ...] | None = None  # summed, one for each response
 
     @property
     def conversational(self) -> bool:
@@ -152,44 +163,128 @@ def content_hash(source: str, default_split: str = "train") -> str:
     return str(_hub_rows(source, default_split)._fingerprint)
 
 
-def read_pairs(source: str, default_split: str = "train") -> Iterator[tuple[int, TextPair]]:
-    """Rows as text pairs; raises DataError for the first row that is none."""
+def read_groups(
+    source: str, kind: Kind = "pairwise", default_split: str = "train", soft_labels: bool = True
+) -> Iterator[tuple[int, TextGroup]]:
+    """The groups of all rows with the rows' numbers; DataError for the first row that is none."""
     for number, row in read_rows(source, default_split):
         try:
-            yield number, to_pair(row)
+            groups = to_groups(row, kind, soft_labels)
         except DataError as error:
             raise DataError(f"{source}, row {number}: {error}") from None
+        yield from ((number, group) for group in groups)
 
 
-def to_pair(row: Row) -> TextPair:
-    """One row of any accepted format; DataError says what is wrong with it."""
-    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
+def to_groups(row: Row, kind: Kind = "pairwise", soft_labels: bool = True) -> list[TextGroup]:
+    """What objectives of a kind train on in one row: one group, or the two responses of a pair.
+
+    Without `soft_labels` the column `p` is checked and left out. Raises DataError, which says what
+    is wrong with the row.
+    """
+    takes_apart = kind == "pointwise" and "completion" not in row and _has(row, "pairwise")
+    if kind == "pairwise" or takes_apart:
+        pair = _pair(row, soft_labels)
+        return _apart(pair) if takes_apart else [pair]
+    return [_labelled(row) if kind == "pointwise" else _scored(row)]
+
+
+def _has(row: Row, kind: Kind) -> bool:
+    return all(row.get(name) is not None for name in COLUMNS[kind])
+
+
+def _require(row: Row, kind: Kind) -> None:
+    missing = [name for name in COLUMNS[kind] if row.get(name) is None]
     if missing:
+        others = [f"a {other}" for other in COLUMNS if other != kind and _has(row, other)]
+        hint = f"; this row is for {' or '.join(others)} objective" if others else ""
         raise DataError(
             f"no {' and no '.join(missing)}; columns found: {', '.join(map(str, row)) or 'none'}; "
-            f"formats accepted: {FORMATS}"
+            f"formats accepted for a {kind} objective: {_ACCEPTED[kind]}, each plain text or "
+            f"lists of {{role, content}} messages{hint}"
         )
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+
+
+def _pair(row: Row, soft_labels: bool) -> TextGroup:
+    _require(row, "pairwise")
+    responses = {name: row[name] for name in ("chosen", "rejected")}
+    prompt, both = _split(row.get("prompt"), responses)
+    p = _preference(row)
+    labels = (p,) if p is not None and soft_labels else None
+    return TextGroup(prompt, both, _tools(row.get("tools")), labels, _reference(row))
+
+
+def _apart(pair: TextGroup) -> list[TextGroup]:
+    """The two responses of a pair, each with its label."""
+    if pair.labels is not None:
+        raise DataError(
+            "pointwise objectives do not take p, a soft label; set data.soft_labels=false to take "
+            "chosen as desirable and rejected as undesirable for certain"
+        )
+    given = pair.reference_logps or (None, None)
+    return [
+        pair._replace(
+            responses=(response,),
+            labels=(label,),
+            reference_logps=None if logp is None else (logp,),
+        )
+        for response, label, logp in zip(pair.responses, (1.0, 0.0), given, strict=True)
+    ]
+
+
+def _labelled(row: Row) -> TextGroup:
+    _require(row, "pointwise")
+    label = row["label"]
+    if label not in (0, 1):
+        raise DataError(f"label must be true or false, or 1 or 0, got {label!r}")
+    prompt, responses = _split(row["prompt"], {"completion": row["completion"]})
+    return TextGroup(prompt, responses, _tools(row.get("tools")), (float(label),))
+
+
+def _scored(row: Row) -> TextGroup:
+    _require(row, "groupwise")
+    completions, scores = row["completions"], row["scores"]
+    for name, values in (("completions", completions), ("scores", scores)):
+        if not isinstance(values, list):
+            raise DataError(f"{name} must be a list, got {_kind(values)}")
+    if not completions or len(completions) != len(scores):
+        raise DataError(
+            "completions and scores must be lists of the same length, at least 1, got "
+            f"{len(completions)} and {len(scores)}"
+        )
+    for position, score in enumerate(scores):
+        if not _is_number(score):
+            raise DataError(f"scores[{position}] must be a finite number, got {score!r}")
+    responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
+    prompt, texts = _split(row["prompt"], responses)
+    return TextGroup(prompt, texts, _tools(row.get("tools")), tuple(map(float, scores)))
+
+
+def _split(
+    prompt: Any, responses: dict[str, Any]
+) -> tuple[str | Messages, tuple[str | Messages, ...]]:
+    """Prompt and responses of one form, text or messages, each response without the prompt."""
+    values = list(responses.values())
+    if all(isinstance(value, str) for value in values):
+        for name, text in {"prompt": prompt, **responses}.items():
             _check_text(name, text)
         if prompt is None:
-            prompt, chosen, rejected = _split_text(chosen, rejected)
-        elif not isinstance(prompt, str):
-            raise DataError("prompt is a list of messages but chosen and rejected are text")
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected)
-    else:
-        raise DataError(
-            "chosen and rejected must both be text or both be lists of messages, "
-            f"got {_kind(chosen)} and {_kind(rejected)}"
-        )
-    return TextPair(
-        prompt, chosen, rejected, _tools(row.get("tools")), _preference(row), _reference(row)
+            return _split_text(*values)
+        if not isinstance(prompt, str):
+            raise DataError(f"prompt must be text like {_columns(responses)}, got {_kind(prompt)}")
+        return prompt, tuple(values)
+    if all(isinstance(value, list) for value in values):
+        return _split_messages(prompt, responses)
+    found = " and ".join(dict.fromkeys(map(_kind, values)))
+    raise DataError(
+        f"{_columns(responses)} must be text, or be lists of messages, all alike, got {found}"
     )
 
 
-def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+def _columns(responses: dict[str, Any]) -> str:
+    return " and ".join(dict.fromkeys(name.partition("[")[0] for name in responses))
+
+
+def _split_text(chosen: str, rejected: str) -> tuple[str, tuple[str, str]]:
     """Split off the implicit prompt of two transcripts.
 
     `Human:`/`Assistant:` transcripts are cut after the last `Assistant:` they share; other text at
@@ -202,34 +297,32 @@ def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
         prompt = prompt[: position + len(marker)]
     elif len(prompt) < max(len(chosen), len(rejected)):
         prompt = prompt[: max(0, *(prompt.rfind(space) for space in " \n\t"))]
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
 
 
 def _split_messages(
-    prompt: Any, chosen: Messages, rejected: Messages
-) -> tuple[Messages, Messages, Messages]:
-    """Bring conversations to (prompt messages, chosen messages, rejected messages)."""
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+    prompt: Any, responses: dict[str, Messages]
+) -> tuple[Messages, tuple[Messages, ...]]:
+    """Bring conversations to prompt messages and the messages of each response."""
+    for name, messages in responses.items():
         _check_messages(name, messages)
+    conversations = list(responses.values())
     if prompt is None:
-        shared = common_prefix(chosen, rejected)
-        if shared == min(len(chosen), len(rejected)):
+        shared = common_prefix(*conversations)
+        if shared == min(map(len, conversations)):
             shared -= 1  # one conversation continues the other, or they are equal
-        prompt = chosen[:shared]
+        prompt = conversations[0][:shared]
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         _check_messages("prompt", prompt)
-        # Some data sets repeat the prompt at the start of both conversations.
-        if chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
-            shared = len(prompt)
-        else:
-            shared = 0
-    chosen, rejected = chosen[shared:], rejected[shared:]
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[0].get("role") in ("system", "user"):
+        # Some data sets repeat the prompt at the start of every conversation.
+        repeated = all(messages[: len(prompt)] == prompt for messages in conversations)
+        shared = len(prompt) if repeated else 0
+    for name, messages in responses.items():
+        if not messages[shared:] or messages[shared].get("role") in ("system", "user"):
             raise DataError(f"{name} must go on from the prompt with an assistant message")
-    return prompt, chosen, rejected
+    return prompt, tuple(messages[shared:] for messages in conversations)
 
 
 def _check_messages(name: str, messages: Any) -> None:
@@ -267,7 +360,7 @@ def _preference(row: Row) -> float | None:
     return float(value)
 
 
-def _reference(row: Row) -> tuple[float, float] | None:
+def _reference(row: Row) -> tuple[float, ...] | None:
     values = [row.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
     if values == [None, None]:
         return None

@@ -1,8 +1,8 @@
-"""Text pairs → token ids, once: cut to length, stored as Arrow, mapped into memory.
+"""Groups of text → token ids, once: cut to length, stored as Arrow, mapped into memory.
 
-The response starts at the longest common token prefix of (prompt, prompt + chosen,
-prompt + rejected), each tokenised whole, so that a token that merges across the boundary is scored
-and is the token that the model will see.
+The responses of a group start at the longest common token prefix of the prompt and of prompt +
+response for each of them, all tokenised whole, so that a token that merges across the boundary is
+scored and is the token that the model will see.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,118 +24,171 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import files
 from fastpref.config import Data
-from fastpref.data.formats import DataError, TextPair, common_prefix, content_hash, read_pairs
+from fastpref.data.formats import DataError, TextGroup, common_prefix, content_hash, read_groups
 from fastpref.errors import first_line
+from fastpref.losses import Kind
 
 T = TypeVar("T")
-_VERSION = "1"  # raise it when the same text gives other tokens
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
+UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
+_PARTS: dict[Kind, tuple[str, ...]] = {  # the responses of a group, as they are counted
+    "pairwise": ("chosen", "rejected"),
+    "pointwise": ("responses",),
+    "groupwise": ("responses",),
+}
+_VERSION = "2"  # raise it when the same text gives other tokens, or they are stored otherwise
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
         "prompt": pa.list_(pa.int32()),
-        "chosen": pa.list_(pa.int32()),
-        "rejected": pa.list_(pa.int32()),
-        "p": pa.float64(),
-        "ref_chosen": pa.float64(),
-        "ref_rejected": pa.float64(),
+        "responses": pa.list_(pa.list_(pa.int32())),
+        "labels": pa.list_(pa.float64()),
+        "reference": pa.list_(pa.float64()),
     }
 )
 
 
 @dataclass(frozen=True, eq=False)
-class TokenPair:
-    """Token ids; the prompt has at least one, each response too."""
+class TokenGroup:
+    """Token ids of one prompt and of its responses; each has at least one."""
 
     index: int  # position in the data set
     row: int  # row of the source, from 1
-    prompt: np.ndarray[Any, np.dtype[np.int32]]
-    chosen: np.ndarray[Any, np.dtype[np.int32]]
-    rejected: np.ndarray[Any, np.dtype[np.int32]]
-    preference: float | None  # probability that chosen is preferred
+    prompt: Ids
+    responses: tuple[Ids, ...]  # of a pair: chosen, rejected
+    labels: tuple[float, ...] | None = None  # as in TextGroup
+    first: int = 0  # position of its first response among all responses of the data set
 
 
-class PairDataset:
-    """Tokenised pairs: a folder with an Arrow file, read through a memory map, and its counts."""
+class Groups(Protocol):
+    """What the plan, the batches and the reference read of a data set of N groups."""
+
+    source: str
+    kind: Kind
+    fingerprint: str  # hash of the token ids alone
+    offsets: Lengths  # (N + 1,) group g owns the responses offsets[g] to offsets[g + 1] - 1
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
+    @property
+    def padded_lengths(self) -> Lengths:
+        """Tokens of the longest prompt + response of each group, (N,)."""
+
+    def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """Reference log-probs of all responses that came with the data, or None."""
+
+
+class GroupDataset:
+    """Tokenised groups: a folder with an Arrow file, read through a memory map, and its counts."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.source = source
-        table = pa.ipc.open_file(pa.memory_map(str(folder / "pairs.arrow"))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "groups.arrow"))).read_all()
         self._columns = {name: table[name] for name in table.column_names}
         about = json.loads((folder / "about.json").read_text())
+        self.kind: Kind = about["kind"]
         self.counts: dict[str, int] = about["counts"]
-        self.fingerprint: str = about["token_ids"]  # hash of the token ids alone
-        self.labels: str = about["labels"]  # hash of p and of the given reference log-probs
-        p = self._columns["p"]
-        self.has_preferences: bool = p.null_count < len(p)
-        self.lengths = {
-            name: pc.list_value_length(table[name]).to_numpy().astype(np.int64)
-            for name in ("prompt", "chosen", "rejected")
-        }
+        self.fingerprint: str = about["token_ids"]
+        self.labels: str = about["labels"]  # hash of labels and of given reference log-probs
+        sizes, self.prompt_lengths = (_sizes(table[name]) for name in ("responses", "prompt"))
+        self.response_lengths = _sizes(pc.list_flatten(table["responses"]))  # of all responses
+        self.offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self.lengths["prompt"])
+        return len(self.prompt_lengths)
 
-    def __getitem__(self, index: int) -> TokenPair:
-        columns = self._columns
-        prompt, chosen, rejected = (
-            columns[name][index].values.to_numpy() for name in ("prompt", "chosen", "rejected")
+    def __getitem__(self, index: int) -> TokenGroup:
+        columns = {name: column[index] for name, column in self._columns.items()}
+        responses = tuple(response.values.to_numpy() for response in columns["responses"].values)
+        labels = columns["labels"].as_py()
+        if labels is None and self.has_preferences:
+            labels = [1.0]  # beside soft labels, none means certain
+        return TokenGroup(
+            index,
+            columns["row"].as_py(),
+            columns["prompt"].values.to_numpy(),
+            responses,
+            None if labels is None else tuple(labels),
+            int(self.offsets[index]),
         )
-        row, p = columns["row"][index].as_py(), columns["p"][index].as_py()
-        if p is None and self.has_preferences:
-            p = 1.0  # beside soft labels, none means certain
-        return TokenPair(index, row, prompt, chosen, rejected, p)
 
     @cached_property
-    def padded_lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of the longer prompt + response of each pair, (N,)."""
-        return self.lengths["prompt"] + np.maximum(self.lengths["chosen"], self.lengths["rejected"])
+    def has_preferences(self) -> bool:
+        """Whether pairs have soft labels."""
+        return self.kind == "pairwise" and self._columns["labels"].null_count < len(self)
+
+    @cached_property
+    def padded_lengths(self) -> Lengths:
+        longest = np.maximum.reduceat(self.response_lengths, self.offsets[:-1])
+        return self.prompt_lengths + longest
+
+    def label_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The labels of all groups, one after the other."""
+        return pc.list_flatten(self._columns["labels"]).to_numpy()
+
+    def prompt_bytes(self) -> Iterator[bytes]:
+        """The token ids of each prompt, to compare prompts by."""
+        for chunk in self._columns["prompt"].chunks:
+            values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+            yield from (values[a:b].tobytes() for a, b in pairwise(offsets))
 
     def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(N, 2) reference log-probs (chosen, rejected) that came with the data, or None.
+        """Reference log-probs of all responses that came with the data, or None.
 
         Raises DataError if only some rows have them, or if responses were cut since.
         """
-        columns = [self._columns[name] for name in ("ref_chosen", "ref_rejected")]
-        missing = columns[0].null_count
+        missing = self._columns["reference"].null_count
         if missing == len(self):
             return None
-        cut = self.counts["chosen_cut"] + self.counts["rejected_cut"] + self.counts["prompt_cut"]
+        cut = sum(count for name, count in self.counts.items() if name.endswith("_cut"))
         if missing or cut:
             reason = f"{missing:,} rows have none" if missing else "some rows are cut to max_length"
             raise DataError(
                 f"{self.source}: ref_chosen_logps and ref_rejected_logps cannot be used, {reason}; "
                 "complete or remove the columns, or raise data.max_length"
             )
-        return np.stack([column.to_numpy() for column in columns], axis=1)
+        return pc.list_flatten(self._columns["reference"]).to_numpy()
 
     def summary(self) -> str:
-        c = self.counts
-        dropped = c["rows"] - c["kept"]
-        return (
-            f"{c['kept']:,} of {c['rows']:,} pairs from {self.source}; dropped {dropped:,} "
-            f"(no completion left: {c['no_completion']:,}); cut to max_length: "
-            f"{c['chosen_cut']:,} chosen, {c['rejected_cut']:,} rejected, "
-            f"{c['prompt_cut']:,} prompts"
-        )
+        c, unit = self.counts, UNITS[self.kind]
+        cut = ", ".join(f"{c[f'{name}_cut']:,} {name}" for name in (*_PARTS[self.kind], "prompts"))
+        parts = [
+            f"{c['kept']:,} of {c['found']:,} {unit}s from {self.source}; dropped "
+            f"{c['found'] - c['kept']:,} (no completion left: {c['no_completion']:,}); "
+            f"cut to max_length: {cut}"
+        ]
+        if self.kind == "pointwise":
+            desirable = int(self.label_values().sum())
+            parts.append(f"{desirable:,} desirable, {len(self) - desirable:,} undesirable")
+            rows = self._columns["row"].to_numpy()
+            if (rows[1:] == rows[:-1]).any():
+                parts.append("pairs are taken apart: chosen is desirable, rejected is not")
+        return "; ".join(parts)
 
 
-def load_pairs(
-    source: str, tokenizer: PreTrainedTokenizerBase, data: Data, default_split: str = "train"
-) -> PairDataset:
+def load_groups(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    kind: Kind = "pairwise",
+    default_split: str = "train",
+) -> GroupDataset:
     """Tokenise a source, or map the result of an earlier call with the same content.
 
-    Raises DataError for unreadable data, or if no pair is left.
+    Raises DataError for data that is unreadable or of another kind, or if no group is left.
     """
     content = content_hash(source, default_split)
-    options = json.dumps([data.max_length, data.truncation, data.add_eos, data.soft_labels])
+    options = json.dumps([kind, data.max_length, data.truncation, data.add_eos, data.soft_labels])
     key = files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
     folder = Path(data.cache).expanduser() / "tokens" / key
     if not folder.exists():
         with files.replacing(folder) as temporary:
-            _write(temporary, source, tokenizer, data, default_split)
-    dataset = PairDataset(folder, source)
+            _write(temporary, source, tokenizer, data, kind, default_split)
+    dataset = GroupDataset(folder, source)
     if len(dataset) == 0:
-        raise DataError(f"{source}: no pair is left to train on ({dataset.summary()})")
+        unit = UNITS[kind]
+        raise DataError(f"{source}: no {unit} is left to train on ({dataset.summary()})")
     return dataset
 
 
@@ -148,86 +201,93 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _write(
-    folder: Path, source: str, tokenizer: PreTrainedTokenizerBase, data: Data, split: str
+    folder: Path,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    kind: Kind,
+    split: str,
 ) -> None:
-    counts = Counter({name: 0 for name in ("rows", "kept", "no_completion")})
-    counts.update({name: 0 for name in ("prompt_cut", "chosen_cut", "rejected_cut")})
-    ids, labels = hashlib.sha256(), hashlib.sha256()
+    counts = Counter({name: 0 for name in ("found", "kept", "no_completion")})
+    counts.update({f"{name}_cut": 0 for name in (*_PARTS[kind], "prompts")})
+    ids, labels = hashlib.sha256(kind.encode()), hashlib.sha256()
     folder.mkdir()
     with (
-        pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
+        pa.OSFile(str(folder / "groups.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        for numbered in chunks(read_pairs(source, split), 512):
-            rows = list(tokenize(numbered, source, tokenizer, data, counts))
+        groups = read_groups(source, kind, split, data.soft_labels)
+        for numbered in chunks(groups, 512):
+            rows = list(tokenize(numbered, source, tokenizer, data, kind, counts))
             for row in rows:
-                values = [row["p"], row["ref_chosen"], row["ref_rejected"]]
-                labels.update(json.dumps(values).encode())
-                for name in ("prompt", "chosen", "rejected"):
-                    ids.update(np.asarray([len(row[name]), *row[name]], dtype="<i4").tobytes())
+                labels.update(json.dumps([row["labels"], row["reference"]]).encode())
+                sequences = [row["prompt"], *row["responses"]]
+                ids.update(np.asarray([len(sequences)], dtype="<i4").tobytes())
+                for tokens in sequences:
+                    ids.update(np.asarray([len(tokens), *tokens], dtype="<i4").tobytes())
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-    about = {"counts": counts, "token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
+    about: dict[str, Any] = {"kind": kind, "counts": counts}
+    about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
     (folder / "about.json").write_text(json.dumps(about))
 
 
 def tokenize(
-    numbered: list[tuple[int, TextPair]],
+    numbered: list[tuple[int, TextGroup]],
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
+    kind: Kind,
     counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `_SCHEMA` for the pairs that keep a completion; `counts` is kept up to date."""
+    """Rows of `_SCHEMA` for the groups whose responses all keep a token; `counts` is kept."""
     texts: list[str] = []
     special: list[bool] = []
-    for number, pair in numbered:
+    for number, group in numbered:
         try:
-            rendered = _render(pair, tokenizer)
+            rendered = _render(group, tokenizer)
         except Exception as error:  # a chat template may raise anything
             raise DataError(
                 f"{source}, row {number}: chat template failed: {first_line(error)}"
             ) from None
         texts.extend(rendered)
         bos = tokenizer.bos_token
-        special.append(not pair.conversational and not (bos and rendered[0].startswith(bos)))
-    ids = _encode(texts, [s for s in special for _ in range(3)], tokenizer)
-    for (number, pair), triple in zip(numbered, chunks(ids, 3), strict=True):
-        counts["rows"] += 1
-        tokens = _split_and_cut(triple, pair.conversational, tokenizer, data)
+        add = not group.conversational and not (bos and rendered[0].startswith(bos))
+        special.extend([add] * len(rendered))
+    ids = iter(_encode(texts, special, tokenizer))
+    for number, group in numbered:
+        counts["found"] += 1
+        encoded = list(islice(ids, 1 + len(group.responses)))
+        tokens = _split_and_cut(encoded, group.conversational, tokenizer, data)
         if tokens is None:
             counts["no_completion"] += 1
             continue
         counts["kept"] += 1
-        counts.update(tokens.cut)
-        reference = pair.reference_logps or (None, None)
+        counts["prompts_cut"] += tokens.prompt_cut
+        for name, cut in zip(cycle(_PARTS[kind]), tokens.cut, strict=False):
+            counts[f"{name}_cut"] += cut
         yield {
             "row": number,
             "prompt": tokens.prompt,
-            "chosen": tokens.chosen,
-            "rejected": tokens.rejected,
-            "p": pair.preference if data.soft_labels else None,
-            "ref_chosen": reference[0],
-            "ref_rejected": reference[1],
+            "responses": tokens.responses,
+            "labels": group.labels,
+            "reference": group.reference_logps,
         }
 
 
-def _render(pair: TextPair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """Prompt, prompt + chosen, prompt + rejected as the texts that are tokenised."""
-    if isinstance(pair.prompt, str):
-        return pair.prompt, pair.prompt + str(pair.chosen), pair.prompt + str(pair.rejected)
+def _render(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prompt, and prompt + response for each response, as the texts that are tokenised."""
+    if isinstance(group.prompt, str):
+        return [group.prompt, *(group.prompt + str(response) for response in group.responses)]
     if tokenizer.chat_template is None:
         raise ValueError("the data is conversational but the tokenizer has no chat template")
 
     def apply(messages: list[dict[str, Any]], opening: bool) -> str:
         return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            messages, tools=pair.tools, tokenize=False, add_generation_prompt=opening
+            messages, tools=group.tools, tokenize=False, add_generation_prompt=opening
         )
 
-    return (
-        apply(pair.prompt, True),
-        apply([*pair.prompt, *pair.chosen], False),
-        apply([*pair.prompt, *pair.rejected], False),
-    )
+    wholes = [apply([*group.prompt, *response], False) for response in group.responses]
+    return [apply(group.prompt, True), *wholes]
 
 
 def _encode(
@@ -246,21 +306,21 @@ def _encode(
 
 class _Tokens(NamedTuple):
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    cut: Counter[str]
+    responses: list[list[int]]
+    prompt_cut: bool
+    cut: list[bool]  # of each response
 
 
 def _split_and_cut(
-    ids: list[list[int]],  # prompt, prompt + chosen, prompt + rejected
+    ids: list[list[int]],  # prompt, then prompt + response for each response
     conversational: bool,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
 ) -> _Tokens | None:
-    """Common prefix, EOS, context and truncation; None where no completion is left."""
-    prompt, chosen, rejected = ids
-    start = common_prefix(prompt, chosen, rejected)
-    responses = [chosen[start:], rejected[start:]]
+    """Common prefix, EOS, context and truncation; None where a response has no token left."""
+    prompt, *wholes = ids
+    start = common_prefix(prompt, *wholes)
+    responses = [whole[start:] for whole in wholes]
     eos = tokenizer.eos_token_id
     if data.add_eos and not conversational and eos is not None:
         responses = [r if r and r[-1] == eos else [*r, eos] for r in responses]
@@ -270,20 +330,23 @@ def _split_and_cut(
         if opener is None:
             return None
         context = [opener]
-    cut: Counter[str] = Counter()
+    prompt_cut = False
     if data.truncation == "keep_end":
         excess = len(context) + max(map(len, responses)) - data.max_length
         if excess > 0 and len(context) > 1:
             keep = max(1, len(context) - excess)
             first = context[:1] if context[0] == tokenizer.bos_token_id else []
             context = first + context[len(context) - keep + len(first) :]
-            cut["prompt_cut"] += 1
+            prompt_cut = True
     room = data.max_length - len(context)
     if room < 1 or not all(responses):
         return None
-    for name, response in zip(("chosen_cut", "rejected_cut"), responses, strict=True):
-        cut[name] += len(response) > room
-    return _Tokens(context, responses[0][:room], responses[1][:room], cut)
+    cut = [len(response) > room for response in responses]
+    return _Tokens(context, [response[:room] for response in responses], prompt_cut, cut)
+
+
+def _sizes(lists: pa.ChunkedArray) -> Lengths:
+    return pc.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -8,30 +8,48 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastpref.losses import anchored, batchwise, margin, normalized
-from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, incentives
+from torch import Tensor
+
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.losses import anchored, base, batchwise, groupwise, margin, normalized, pointwise
+from fastpref.losses.base import Kind, Loss, LossOutput, PairwiseLoss
+from fastpref.losses.groupwise import GroupwiseLoss, GroupwiseOutput
+from fastpref.losses.pointwise import PointwiseLoss, PointwiseOutput
 
 __all__ = [
     "NOTATION",
     "Description",
+    "GroupwiseLoss",
+    "GroupwiseOutput",
+    "Kind",
+    "Logps",
     "Loss",
     "LossOutput",
+    "Output",
     "PairwiseLoss",
+    "PointwiseLoss",
+    "PointwiseOutput",
     "build",
     "describe",
     "incentives",
     "names",
 ]
 
+# What objectives of the three kinds take, and what they give.
+Logps = SequenceLogps | UnpairedLogps | GroupedLogps
+Output = LossOutput | PointwiseOutput | GroupwiseOutput
+
 NOTATION = (
     "z, r: summed log-probs under policy and reference; t = z - r; a = z / tokens; "
-    "w chosen, l rejected; S logistic function, LS its logarithm, S' its derivative; "
+    "pairs: w chosen, l rejected; single responses: y is 1 if desirable, else -1, w the weight of "
+    "that class; groups: responses i, j of N; S logistic function, LS its logarithm, S' its "
+    "derivative; K(x) = -(LS(x) + LS(-x)) / 2 - log 2; "
     "[...] is 1 where the condition holds, else 0"
 )
 
-_BY_NAME = {
+_BY_NAME: dict[str, type[Loss]] = {
     objective.name: objective
-    for module in (margin, anchored, batchwise, normalized)
+    for module in (margin, anchored, batchwise, normalized, pointwise, groupwise)
     for objective in module.OBJECTIVES
 }
 
@@ -41,6 +59,7 @@ class Description:
     """What there is to know about an objective, as plain text and its default parameters."""
 
     name: str
+    kind: Kind
     summary: str
     formula: str
     incentives: str
@@ -49,15 +68,16 @@ class Description:
     needs_reference: bool
 
 
-def names() -> tuple[str, ...]:
-    """The names that `build` and a config's `loss: {name: ...}` accept."""
-    return tuple(_BY_NAME)
+def names(kind: Kind | None = None) -> tuple[str, ...]:
+    """The names that `build` and a config's `loss: {name: ...}` accept; those of one kind alone."""
+    return tuple(name for name, objective in _BY_NAME.items() if kind in (None, objective.kind))
 
 
-def build(name: str, **parameters: Any) -> PairwiseLoss:
+def build(name: str, **parameters: Any) -> Any:
     """The objective called `name`; parameters that are left out keep their defaults.
 
-    Raises ValueError for an unknown name, an unknown parameter or a value out of range.
+    It is a PairwiseLoss, PointwiseLoss or GroupwiseLoss, as its `kind` says. Raises ValueError for
+    an unknown name, an unknown parameter or a value out of range.
     """
     objective = _find(name)
     accepted = [field.name for field in fields(objective)]
@@ -80,6 +100,7 @@ def describe(name: str) -> Description:
     stated = {label: " ".join(text.split()) for label, text in labelled.items()}
     return Description(
         name=objective.name,
+        kind=objective.kind,
         summary=doc.partition("\n")[0],
         formula=stated.get("loss", ""),
         incentives=stated.get("incentives", ""),
@@ -89,7 +110,25 @@ def describe(name: str) -> Description:
     )
 
 
-def _find(name: str) -> type[PairwiseLoss]:
+def incentives(
+    objective: Loss, policy: Any, reference: Any = None, reference_point: Tensor | None = None
+) -> Any:
+    """The scalars by which an objective scales the scores of the responses, by autograd.
+
+    With s the gradient of a response's log-prob, -grad L is the sum of d_w * s_w - d_l * s_l over
+    pairs and of d * s over single responses and over those of groups. Pairwise: (d_w, d_l), each
+    (B,); pointwise and groupwise: d, (S,). Only pointwise objectives take a reference point.
+    Source: the incentive-score decomposition, arXiv:2604.18239.
+    """
+    if isinstance(objective, PointwiseLoss):
+        return pointwise.pointwise_incentives(objective, policy, reference, reference_point)
+    if isinstance(objective, GroupwiseLoss):
+        return groupwise.groupwise_incentives(objective, policy, reference)
+    assert isinstance(objective, PairwiseLoss)
+    return base.incentives(objective, policy, reference)
+
+
+def _find(name: str) -> type[Loss]:
     if isinstance(name, str) and name in _BY_NAME:
         return _BY_NAME[name]
     nearest = difflib.get_close_matches(str(name).lower(), _BY_NAME) or list(_BY_NAME)

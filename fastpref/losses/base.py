@@ -18,12 +18,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastpref.logps import SequenceLogps
+
+Kind = Literal["pairwise", "pointwise", "groupwise"]
 
 
 def number(
@@ -81,6 +83,7 @@ class Loss(ABC):
     """A named objective: hyperparameters that are checked once, when it is made."""
 
     name: ClassVar[str]
+    kind: ClassVar[Kind]  # what it takes: pairs, single labelled responses, or scored groups
 
     def __post_init__(self) -> None:
         for parameter in fields(self):
@@ -108,6 +111,7 @@ class PairwiseLoss(Loss):
     is defined as 0 with zero gradient. The pair still trains its other response.
     """
 
+    kind: ClassVar[Kind] = "pairwise"
     # False where the loss of a pair depends on the rest of the batch: then it has no reversed pair.
     soft_labels: ClassVar[bool] = True
 

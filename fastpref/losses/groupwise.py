@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.logps import GroupedLogps
-from fastpref.losses.base import Loss, number
+from fastpref.losses.base import Kind, Loss, number
 from fastpref.losses.numerics import from_fair_coin
 
 
@@ -41,6 +41,7 @@ class GroupwiseLoss(Loss):
     response like any other to the rest of its group.
     """
 
+    kind: ClassVar[Kind] = "groupwise"
     needs_reference: ClassVar[bool] = True
     beta: float = number(0.01, above=0)
 

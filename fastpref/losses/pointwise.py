@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref.logps import UnpairedLogps
-from fastpref.losses.base import Loss, number
+from fastpref.losses.base import Kind, Loss, number
 from fastpref.losses.numerics import DDRO_RATIO_LIMIT, from_fair_coin, log1mexp
 
 
@@ -43,6 +43,7 @@ class PointwiseLoss(Loss):
     An empty response adds nothing: its loss, its reward and its incentive are 0.
     """
 
+    kind: ClassVar[Kind] = "pointwise"
     needs_reference: ClassVar[bool] = True
     needs_reference_point: ClassVar[bool] = False
 
@@ -174,9 +175,10 @@ class BCO(LogRatioPointwiseLoss):
     incentives: d = y * beta * S(-y * (beta * t - delta))
     source:     Jung et al. 2024, arXiv:2404.04656
 
-    Rewards are beta * t. delta is the mean of all rewards seen so far, those of this batch included
-    (`RunningMean`). The paper's optional weights of undesirable responses, by how far they lie
-    from the desirable ones, are left out. The default of beta is that of `bco_pair`.
+    Rewards are beta * t. delta is the mean of all rewards seen so far (`RunningMean`); that of TRL
+    takes in those of the batch at hand first, that of this project's trainer after the step. The
+    paper's optional weights of undesirable responses, by how far they lie from the desirable ones,
+    are left out. The default of beta is that of `bco_pair`.
     """
 
     name: ClassVar[str] = "bco"
