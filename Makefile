@@ -19,6 +19,7 @@ test: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m fastpref.config_reference > docs/config.md
+	$(BIN)/python -m fastpref.objectives_reference > docs/objectives.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/demo

@@ -148,18 +148,30 @@ def bench(
 
 
 @app.command()
-def losses() -> None:
-    """List the objectives: name, formula, defaults, needs a reference?"""
+def losses(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One objective, in full.")
+    ] = None,
+) -> None:
+    """List the objectives, or explain one: formula, incentives, defaults, source."""
     from rich.table import Table
 
     from fastpref import losses as family
+    from fastpref.objectives_reference import plain
 
-    table = Table("name", "loss of a pair", "defaults", "reference", show_lines=True)
+    if name is not None:
+        try:
+            print(plain(name))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return
+    table = Table("name", "kind", "loss", "defaults", "reference", show_lines=True)
     table.caption = family.NOTATION
-    for name in family.names():
-        about = family.describe(name)
+    for known in family.names():
+        about = family.describe(known)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())
-        table.add_row(name, about.formula, defaults, "yes" if about.needs_reference else "no")
+        needs = "yes" if about.needs_reference else "no"
+        table.add_row(known, about.kind, about.formula, defaults, needs)
     Console().print(table, markup=False)
 
 

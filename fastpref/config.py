@@ -6,7 +6,6 @@ written from these declarations (`python -m fastpref.config_reference`).
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import re
@@ -145,6 +144,27 @@ class Data(Section):
     )
 
 
+class Calibration(Section):
+    name: Literal["rc"] = Field("rc", description="Reward Calibration, arXiv:2604.18239.")
+    momentum: Fraction = Field(
+        0.98, description="Weight of the past in the averages of incentives and score norms."
+    )
+    scope: Literal["auto", "head", "last_adapter", "full"] = Field(
+        "auto",
+        description="Parameters whose scores are measured: the head's weight, the trained ones of "
+        "the last layer that has any, or all; `auto`: the head where it is trained, else "
+        "last_adapter. `head` is the cheap one.",
+    )
+
+
+class Monitor(Section):
+    band: PositiveInt | None = Field(
+        None,
+        description="Steps between measurements of the Disentanglement Band (scores of the head); "
+        "with calibration it is measured in every step.",
+    )
+
+
 class Optim(Section):
     name: Literal["adamw", "rmsprop"] = Field("adamw", description="Optimizer.")
     lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
@@ -216,8 +236,9 @@ class Config(Section):
     model: Model = Field(description="The policy, and before training the reference.")
     adapter: Adapter | None = Field(None, description="Train adapters instead of all weights.")
     data: Data = Field(description="Preference data.")
-    loss: dict[str, Any] = Field(
-        description="The objective: `{name: dpo, beta: 0.1}`, or the name alone. Pairwise, "
+    loss: dict[str, Any] | list[dict[str, Any]] = Field(
+        description="The objective: `{name: dpo, beta: 0.1}`, the name alone, or a list of "
+        "pairwise ones, each with a `weight`, to be added up. Pairwise, "
         "pointwise (`kto`, `bco`, …) or groupwise (`info_nca`, …), which decides the columns that "
         "the data needs. `fastpref losses` lists names and options."
     )
@@ -227,6 +248,16 @@ class Config(Section):
         "them on disk; `frozen` keeps a second copy of the model; `none`. Default: `cached` where "
         "the objective needs them, else `none`.",
     )
+    calibration: Calibration | None = Field(
+        None, description="Rescale the incentives of a pairwise objective; `rc` alone will do."
+    )
+    monitor: Monitor = Field(Monitor(), description="What is measured beside the usual metrics.")
+    update: Literal["gradient", "projected"] = Field(
+        "gradient",
+        description="`projected`: DPO-PG, the gradient of the chosen log-likelihood without what "
+        "would raise the rejected one; the objective is a metric alone, and adamw and rmsprop do "
+        "not keep the method's guarantees.",
+    )
     optim: Optim = Field(Optim(), description="Optimizer and schedule.")
     training: Training = Field(Training(), description="The loop.")
     resume: str | None = Field(
@@ -235,29 +266,32 @@ class Config(Section):
         "starts anew if there is none); or the folder of a checkpoint.",
     )
 
-    @field_validator("loss", "adapter", mode="before")
+    @field_validator("loss", "adapter", "calibration", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("loss")
     @classmethod
-    def _known_loss(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "name" not in value:
+    def _known_loss(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "name" not in value:
             raise ValueError("name is missing, e.g. loss: {name: dpo, beta: 0.1}")
-        losses.build(**value)
+        loss = losses.from_config(value)
+        if isinstance(loss, losses.TokenLevelLoss):
+            raise ValueError(f"name: {loss.name} looks at tokens, which training does not pass yet")
         return value
 
     @model_validator(mode="after")
     def _reference_where_needed(self) -> Config:
         if self.reference == "none" and self.build_loss().needs_reference:
             raise ValueError(
-                f"reference: none, but {self.loss['name']} needs reference log-probs; "
+                f"reference: none, but {self.build_loss().name} needs reference log-probs; "
                 "use reference: cached or frozen"
             )
         if self.reference in ("cached", "frozen") and not self.build_loss().needs_reference:
             raise ValueError(
-                f"reference: {self.reference}, but {self.loss['name']} uses no reference; remove it"
+                f"reference: {self.reference}, but {self.build_loss().name} uses no reference; "
+                "remove it"
             )
         return self
 
@@ -267,9 +301,24 @@ class Config(Section):
             raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")
         return self
 
+    @model_validator(mode="after")
+    def _incentives_are_of_pairs(self) -> Config:
+        asked = "calibration" if self.calibration else "monitor.band" if self.monitor.band else ""
+        asked = "update: projected" if self.update == "projected" else asked
+        if asked == "update: projected" and self.calibration:
+            raise ValueError(
+                "update: projected uses no incentives to calibrate; remove one of them"
+            )
+        loss = self.build_loss()
+        if asked and loss.kind != "pairwise":
+            raise ValueError(
+                f"{asked}: is for pairwise objectives, and {loss.name} is {loss.kind}; remove it"
+            )
+        return self
+
     def build_loss(self) -> Any:
         """The objective, of whichever kind."""
-        return losses.build(**self.loss)
+        return losses.from_config(self.loss)
 
     @property
     def reference_mode(self) -> ReferenceMode:
@@ -291,7 +340,7 @@ class Config(Section):
         """Every field with the value that it has in the run, in a form that `load` reads."""
         values = self.model_dump(mode="json")
         loss = self.build_loss()
-        values["loss"] = {"name": loss.name, **dataclasses.asdict(loss)}
+        values["loss"] = losses.config_of(loss)
         values["reference"] = self.reference_mode if loss.needs_reference else None
         del values["optim"][self.optim.foreign_option]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -361,7 +410,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = text
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key)
-        if isinstance(inner, str) and key in ("loss", "adapter") and depth == 0:
+        if isinstance(inner, str) and key in ("loss", "adapter", "calibration") and depth == 0:
             inner = {"name": inner}
         if inner is None:
             inner = {}
@@ -413,7 +462,9 @@ def _one_line(error: ValidationError) -> str:
             0
         ]  # "beta: must be …" about loss becomes "loss.beta: must be …"
         joint = "." if isinstance(got, dict) and option in got else ": "
-        return f"{path}{joint}{message}" if path else message
+        if not path or re.match(rf"{path}[:\[]", message):  # "loss[1].weight: …" says it all
+            return message
+        return f"{path}{joint}{message}"
     family = kind.split("_")[0]
     if family in _KINDS:
         return f"{path}: must be {_KINDS[family]}, got {got!r}"

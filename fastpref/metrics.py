@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -197,6 +198,21 @@ class Window:
 
     def restore(self, steps: list[int], rows: Tensor) -> None:
         self._steps, self._rows = list(steps), list(rows)
+
+
+def mean(sum_and_count: Tensor | None) -> float | None:
+    """The mean of a (2,) sum and count; None stays None."""
+    if sum_and_count is None:
+        return None
+    total, count = sum_and_count.tolist()
+    return total / count
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Tracker(Protocol):

@@ -33,6 +33,7 @@ class ModelError(UserError):
 class PolicyOutput(NamedTuple):
     logps: Tensor  # (S,) summed log-probs of the responses, nats, fp32 (fp64 for fp64 models)
     entropy: Tensor | None  # (2,) sum over completion tokens of the distributions' entropy, count
+    geometry: ops.ScoreGeometry | None = None  # (B,) of each pair's scores of the head's weight
 
 
 class Policy(nn.Module):
@@ -62,8 +63,13 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: Batch, with_entropy: bool = False) -> PolicyOutput:
-        """Log-probs (S,) of the batch's sequences; entropy costs one more pass over the head."""
+    def forward(
+        self, batch: Batch, with_entropy: bool = False, with_geometry: bool = False
+    ) -> PolicyOutput:
+        """Log-probs (S,) of the batch's sequences; entropy costs one more pass over the head.
+
+        The geometry, of batches of pairs and heads without a bias, costs one or two more.
+        """
         hidden = self._hidden(batch.input_ids).flatten(0, 1).index_select(0, batch.positions)
         head = self.base.get_output_embeddings()
         weight, bias = (self._compute(head.weight), self._compute(head.bias))
@@ -76,7 +82,12 @@ class Policy(nn.Module):
             entropy = torch.stack(
                 [stats.entropy.sum(), stats.entropy.new_tensor(len(batch.labels))]
             )
-        return PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), entropy)
+        geometry = None
+        if with_geometry:
+            geometry = ops.score_geometry(
+                hidden, weight, batch.labels, batch.cu_seqlens, per_pair=True, **self._options
+            )
+        return PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), entropy, geometry)
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states (S, L, D) after the final norm, in the compute dtype."""

@@ -18,7 +18,7 @@ def write(folder: Path, config: Config, metrics_file: Path) -> None:
         final |= {k: v for k, v in record.items() if isinstance(v, int | float)}
     header = {
         "library_name": "transformers" if config.adapter is None else "peft",
-        "tags": ["fastpref", "preference-training", config.loss["name"]],
+        "tags": ["fastpref", "preference-training", config.build_loss().name],
     }
     if config.adapter is not None and config.adapter.merge:
         header["library_name"] = "transformers"
@@ -29,8 +29,9 @@ def write(folder: Path, config: Config, metrics_file: Path) -> None:
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
         f"# {Path(config.training.output).name}\n\n"
-        f"Trained with `{config.loss['name']}` by fastpref {__version__} on `{config.data.train}`."
-        f"\n\n## Metrics of the last step\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+        f"Trained with `{config.build_loss().name}` by fastpref {__version__} "
+        f"on `{config.data.train}`.\n\n"
+        f"## Metrics of the last step\n\n| metric | value |\n|---|---|\n{rows}\n\n"
         f"## Config\n\n```yaml\n{settings}```\n",
         encoding="utf-8",
     )

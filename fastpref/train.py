@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import signal
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref import checkpoint, interrupts, metrics, model_card, progress
+from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
 from fastpref.data.batches import Batch, join, micro_batch
 from fastpref.errors import UserError
@@ -28,6 +28,7 @@ from fastpref.model import export
 from fastpref.optim import learning_rate, make_optimizer
 from fastpref.prepare import Split, prepare
 from fastpref.reference_point import reference_point
+from fastpref.update import Gradient, Projected
 
 
 class Diverged(UserError):
@@ -54,6 +55,8 @@ class Trainer:
         self.policy, self.plan = self.run.policy, self.run.train.plan
         self.loss = config.build_loss()
         self.point = reference_point(self.loss, self.policy)
+        self.balance = balance(config, self.loss, self.policy)
+        self.update = Projected(self._trained) if config.update == "projected" else Gradient()
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self._trained)
         self.window = metrics.Window()
@@ -115,14 +118,16 @@ class Trainer:
         for indices in micro_batches:
             batches = micro_batch(self.run.train.groups, indices, self.policy.device)
             policy, output, entropy = self._forward(batches, self.run.train, point, with_entropy)
-            (output.loss.sum() / count).backward()
+            self.update.backward(policy, output, count)
             self.point.see(policy, output)
             sums.append(metrics.sums_and_counts(output, policy))
             entropies.append(entropy)
             self.tokens += sum(batch.tokens for batch in batches)
+        self.update.finish()
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.optim.max_grad_norm or math.inf)
         self.optimizer.step()
         self.point.end_step()
+        self.balance.end_step()
         self.step += 1
         self.window.add(self.step, norm, torch.stack(sums).sum(0))
         return torch.stack(entropies).sum(0) if with_entropy else None  # type: ignore[arg-type]
@@ -131,11 +136,13 @@ class Trainer:
         self, batches: list[Batch], split: Split, point: Tensor | None, with_entropy: bool
     ) -> tuple[Logps, Output, Tensor | None]:
         """Log-probs, losses and entropy of one micro-batch, in one or more forward passes."""
-        results = [self.policy(batch, with_entropy) for batch in batches]
+        geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
+        results = [self.policy(batch, with_entropy, geometry) for batch in batches]
         policy = join(batches, [result.logps for result in results])
         known = [logps for batch in batches if (logps := split.reference(batch)) is not None]
         reference = join(batches, known) if known else None
-        output = self.loss(policy, reference, *([] if point is None else [point]))
+        calibrated = self.balance.calibrated(policy, reference, results, self.step)
+        output = self.loss(calibrated, reference, *([] if point is None else [point]))
         entropy = torch.stack([r.entropy for r in results]).sum(0) if with_entropy else None
         return policy, output, entropy
 
@@ -157,7 +164,7 @@ class Trainer:
         means = metrics.means(torch.stack(sums).sum(0), names)
         record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
         record |= {f"eval_{name}": value for name, value in means.items()}
-        record["eval_entropy"] = _mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
+        record["eval_entropy"] = metrics.mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
         self._track(record)
         self.display.note(progress.evaluation(record))
 
@@ -168,11 +175,14 @@ class Trainer:
             "step": self.step,
             "epoch": self._epoch,
             **self.window.flush(),
+            **self.balance.flush(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "entropy": _mean(entropy),  # of this step alone: it costs one more pass over the head
+            "entropy": metrics.mean(
+                entropy
+            ),  # of this step alone: it costs one more pass over the head
             "num_tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
-            "peak_memory_gib": _peak_memory(self.policy.device),
+            "peak_memory_gib": metrics.peak_memory(self.policy.device),
         }
         self._track(record)
         self.display.metrics(record, seconds_left=seconds * (1 - done) / done)
@@ -200,6 +210,7 @@ class Trainer:
         steps, rows = self.window.state()
         position: dict[str, Any] = {"tokens": self.tokens, "window": steps}
         position |= {"plan": self._plan_key, "reference_point": self.point.state()}
+        position |= {"balance": self.balance.state()}
         root, keep = self.run.folder / "checkpoints", self.config.training.keep_checkpoints
         checkpoint.save(root, self.step, self.policy, self.optimizer, position, rows, keep)
 
@@ -213,6 +224,7 @@ class Trainer:
         rows = checkpoint.restore(folder, self.policy, self.optimizer)
         self.window.restore(position["window"], rows)
         self.point.restore(position["reference_point"])
+        self.balance.restore(position["balance"])
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 
@@ -243,17 +255,3 @@ class Trainer:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _mean(sum_and_count: Tensor | None) -> float | None:
-    if sum_and_count is None:
-        return None
-    total, count = sum_and_count.tolist()
-    return total / count
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB at most so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

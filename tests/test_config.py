@@ -47,7 +47,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("loss", {"beta": 1}, "loss: name is missing"),
         ("loss", {"name": "dpo", "beta": -1}, "loss.beta: must be > 0, got -1"),
         ("loss", {"name": "dpo", "gamma": 1}, "loss.gamma: not a parameter of dpo"),
-        ("loss", [{"name": "dpo"}], "loss: must be a mapping"),
+        ("loss", 3, "loss: must be a mapping, got 3"),
+        ("loss", [], "loss: expected a list such as [{name: dpo, weight: 0.8}"),
+        ("loss", [{"weight": 1}], "loss[0].name: is missing"),
+        ("loss", [{"name": "kto"}], "loss[0].name: kto is not an objective on pairs"),
         ("reference", "none", "reference: none, but dpo needs reference log-probs"),
         ("loss", {"name": "kto", "desirable_weight": 0}, "loss.desirable_weight: must be > 0, got"),
         ("loss", {"name": "pro_b", "alpha": 1}, "loss.alpha: must be > 1, got 1"),
@@ -179,3 +182,31 @@ def test_every_field_is_described() -> None:
 @pytest.mark.parametrize("example", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")))
 def test_the_examples_are_valid(example: Path) -> None:
     load(example)
+
+
+def test_a_weighted_list_of_objectives() -> None:
+    base = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    items = [{"name": "dpo", "weight": 0.8}, {"name": "sft", "weight": 0.2}]
+    made = parse({**base, "loss": items})
+    assert made.build_loss().name == "0.8 dpo + 0.2 sft" and made.reference_mode == "cached"
+    again = parse(yaml.safe_load(made.to_yaml()))
+    assert again.build_loss() == made.build_loss()
+    with pytest.raises(ConfigError, match=r"^loss\[1\].weight"):
+        parse({**base, "loss": [items[0], {"name": "sft", "weight": -1}]})
+
+
+def test_options_of_many_objectives() -> None:
+    base = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    made = parse({**base, "loss": {"name": "ipo", "label_smoothing": 0.1}})
+    assert made.build_loss().name == "ipo(label_smoothing=0.1)"
+    assert parse(yaml.safe_load(made.to_yaml())).build_loss() == made.build_loss()
+    with pytest.raises(ConfigError, match=r"wpo.* looks at tokens, which training does not pass"):
+        parse({**base, "loss": {"name": "dpo", "wpo": True}})
+
+
+@pytest.mark.parametrize("section", [{"calibration": "rc"}, {"monitor": {"band": 5}}])
+def test_calibration_and_band_are_for_pairs(section: dict[str, Any]) -> None:
+    base = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    assert parse({**base, "loss": "dpo", **section}).build_loss().kind == "pairwise"
+    with pytest.raises(ConfigError, match="is for pairwise objectives, and kto is pointwise"):
+        parse({**base, "loss": "kto", **section})

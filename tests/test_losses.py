@@ -180,6 +180,8 @@ def test_describe_joins_continued_lines():
         formula="-LS(u), u = beta * (tw - tl)",
         incentives="d_w = d_l = beta * S(-u)",
         source="Rafailov et al. 2023, Eq. 7, arXiv:2305.18290",
+        notes="Rewards are beta * t. A soft label p moves the optimum from infinity to "
+        "u = logit(p).",
         defaults={"beta": 0.1},
         needs_reference=True,
     )
@@ -311,10 +313,13 @@ def test_importing_the_losses_loads_nothing_else():
         "fastpref.losses.anchored",
         "fastpref.losses.base",
         "fastpref.losses.batchwise",
+        "fastpref.losses.combined",
         "fastpref.losses.groupwise",
         "fastpref.losses.margin",
         "fastpref.losses.normalized",
         "fastpref.losses.numerics",
         "fastpref.losses.pointwise",
+        "fastpref.losses.token_level",
+        "fastpref.losses.wrappers",
         "fastpref.version",
     ]

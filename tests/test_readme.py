@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,13 +29,46 @@ def test_the_demo_table() -> None:
         assert re.search(rf"\| {stage.upper()}[^|]*\| {re.escape(row)} \|", README), row
 
 
+BENCH = json.loads((ROOT / "benchmarks/results/bench-cpu.json").read_text())["points"]
+COLUMNS = [("frozen", 2048), ("trained", 2048), ("frozen", 1024), ("trained", 1024)]
+
+
+def point(op: str, name: str, head: str, **sizes: int) -> dict[str, Any] | None:
+    for p in BENCH:
+        if (p["op"], p["implementation"], p["head"]) == (op, name, head) and "seconds" in p:
+            if all(p[size] == value for size, value in sizes.items()):
+                return p
+    return None
+
+
+@pytest.mark.parametrize(
+    ("label", "op", "name"),
+    [
+        ("fastpref", "linear_logps", "fastpref cpu"),
+        ("fastpref, no cache", "linear_logps", "fastpref cpu, no cache"),
+        ("fastpref, 4 MiB chunks, no cache", "linear_logps", "fastpref cpu, least memory"),
+        ("full logits", "linear_logps", "torch full logits"),
+        ("`F.linear_cross_entropy`", "linear_logps", "torch linear_cross_entropy"),
+        ("TRL chunked", "linear_logps", "trl chunked log-prob"),
+        ("DPO: fastpref", "dpo", "fastpref cpu"),
+        ("DPO: liger-kernel", "dpo", "liger DPO, eager"),
+    ],
+)
+def test_the_table_of_times(label: str, op: str, name: str) -> None:
+    cells = []
+    for head, tokens in COLUMNS:
+        p = point(op, name, head, T=tokens, D=512 if tokens == 2048 else 256)
+        memory = "" if p is None or p["extra_bytes"] is None else p["extra_bytes"] / 2**20
+        size = f", {memory:,.0f} MiB" if memory else ""
+        cells.append("–" if p is None else f"{p['seconds']['median']:.2f} s{size}")
+    assert f"| {label} | {' | '.join(cells)} |" in README
+
+
 def test_the_memory_figures() -> None:
-    points = json.loads((ROOT / "benchmarks/results/memory-cpu.json").read_text())["points"]
-    found = {(p["impl"], p["vocabulary"]): p["extra_mib"] for p in points if p["head"] == "frozen"}
     text = " ".join(README.split())
-    for impl, words in (
-        ("chunked", "take {:.0f} MiB beside inputs and gradients at a vocabulary of 262,144, "
-         "and {:.0f} MiB at 32,768"),
-        ("full", "full logits take {:,.0f} and {:,.0f} MiB"),
-    ):  # fmt: skip
-        assert words.format(found[impl, 262144], found[impl, 32768]) in text
+    for name, words in (
+        ("fastpref cpu", "it is {:.0f} MiB at V 32,768 and {:.0f} MiB at V 262,144"),
+        ("torch full logits", "full logits take {:,.0f} and {:,.0f} MiB"),
+    ):
+        points = [point("linear_logps", name, "frozen", T=1024, V=V) for V in (32768, 262144)]
+        assert words.format(*(p["extra_bytes"] / 2**20 for p in points if p)) in text

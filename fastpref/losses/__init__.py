@@ -11,10 +11,22 @@ from typing import Any
 from torch import Tensor
 
 from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
-from fastpref.losses import anchored, base, batchwise, groupwise, margin, normalized, pointwise
+from fastpref.losses import (
+    anchored,
+    base,
+    batchwise,
+    combined,
+    groupwise,
+    margin,
+    normalized,
+    pointwise,
+    wrappers,
+)
 from fastpref.losses.base import Kind, Loss, LossOutput, PairwiseLoss
+from fastpref.losses.combined import config_of
 from fastpref.losses.groupwise import GroupwiseLoss, GroupwiseOutput
 from fastpref.losses.pointwise import PointwiseLoss, PointwiseOutput
+from fastpref.losses.token_level import TokenLevelLoss
 
 __all__ = [
     "NOTATION",
@@ -29,8 +41,11 @@ __all__ = [
     "PairwiseLoss",
     "PointwiseLoss",
     "PointwiseOutput",
+    "TokenLevelLoss",
     "build",
+    "config_of",
     "describe",
+    "from_config",
     "incentives",
     "names",
 ]
@@ -64,6 +79,7 @@ class Description:
     formula: str
     incentives: str
     source: str
+    notes: str  # paragraphs: what the rewards are, where the optimum is, what differs elsewhere
     defaults: dict[str, Any]
     needs_reference: bool
 
@@ -76,16 +92,22 @@ def names(kind: Kind | None = None) -> tuple[str, ...]:
 def build(name: str, **parameters: Any) -> Any:
     """The objective called `name`; parameters that are left out keep their defaults.
 
-    It is a PairwiseLoss, PointwiseLoss or GroupwiseLoss, as its `kind` says. Raises ValueError for
-    an unknown name, an unknown parameter or a value out of range.
+    It is a PairwiseLoss, PointwiseLoss or GroupwiseLoss, as its `kind` says; options of many
+    objectives (`wrappers.OPTIONS`) are parameters, too, and those that look at tokens make it a
+    TokenLevelLoss. Raises ValueError for an unknown name, an unknown parameter, a value out of
+    range and an option that does not apply.
     """
-    objective = _find(name)
-    accepted = [field.name for field in fields(objective)]
-    for parameter in parameters:
-        if parameter not in accepted:
-            known = ", ".join(accepted) or "none"
-            raise ValueError(f"{parameter}: not a parameter of {name}, which accepts {known}")
-    return objective(**parameters)
+    return wrappers.build_with_options(_find(name), parameters)
+
+
+def from_config(value: dict[str, Any] | list[dict[str, Any]]) -> Any:
+    """The objective of a config: a mapping with its name, or a list of them to be added up.
+
+    Raises ValueError, naming the item of a list, as `build` does.
+    """
+    if isinstance(value, list):
+        return combined.build_combined(value, build)
+    return build(**value)
 
 
 def describe(name: str) -> Description:
@@ -105,6 +127,7 @@ def describe(name: str) -> Description:
         formula=stated.get("loss", ""),
         incentives=stated.get("incentives", ""),
         source=stated.get("source", ""),
+        notes=doc.partition("\nsource:")[2].partition("\n\n")[2],
         defaults={field.name: field.default for field in fields(objective)},
         needs_reference=objective().needs_reference,
     )

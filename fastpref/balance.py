@@ -1,0 +1,168 @@
+"""Reward Calibration and the band monitor inside the training loop: the calls of the trainer.
+
+Both need the scores of each pair. `head` takes those of the head's weight from the forward pass
+that is made anyway, and costs one or two passes over the head; `last_adapter` and `full` take the
+gradients of the log-probs with respect to trained parameters, by a partial backward pass for each
+response. On CUDA the scores of the head wait for the offsets of the batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastpref import losses
+from fastpref.band import band_metrics, band_sums, parameter_geometry
+from fastpref.calibration import RewardCalibration
+from fastpref.config import Config, ConfigError
+from fastpref.logps import SequenceLogps
+from fastpref.losses import Logps
+from fastpref.model import Policy, PolicyOutput
+from fastpref.ops import ScoreGeometry
+
+State = dict[str, list[float]]
+
+
+class Balance:
+    """That of a run which neither calibrates nor monitors."""
+
+    def wants_geometry(self, step: int) -> bool:
+        """Whether the forward passes of a training step must bring the geometry of the head."""
+        return False
+
+    def calibrated(
+        self, policy: Logps, reference: Logps | None, results: Sequence[PolicyOutput], step: int
+    ) -> Logps:
+        """What the objective is applied to: the same log-probs, with other gradients."""
+        return policy
+
+    def end_step(self) -> None:
+        """Take the pairs of the step, all micro-batches, into the averages."""
+
+    def flush(self) -> dict[str, float]:
+        """Metrics of the pairs measured since the last call."""
+        return {}
+
+    def state(self) -> State:
+        """What a checkpoint must hold, as numbers that JSON gives back exactly."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Continue from a result of `state`."""
+
+
+class Balancing(Balance):
+    """Calibrates, if asked to, and measures the band, every `every` steps."""
+
+    def __init__(
+        self,
+        loss: losses.PairwiseLoss,
+        calibration: RewardCalibration | None,
+        every: int,
+        parameters: list[nn.Parameter] | None,  # whose scores; None: the head's
+        device: torch.device,
+    ) -> None:
+        self.loss, self.calibration, self.every = loss, calibration, every
+        self.parameters = parameters
+        self._step = torch.zeros(8, dtype=torch.float64, device=device)
+        self._window = torch.zeros(8, dtype=torch.float64, device=device)
+        self._band = torch.zeros(16, dtype=torch.float64, device=device)
+
+    def wants_geometry(self, step: int) -> bool:
+        return self.parameters is None and self._measures(step)
+
+    def calibrated(
+        self, policy: Logps, reference: Logps | None, results: Sequence[PolicyOutput], step: int
+    ) -> Logps:
+        if not (self._measures(step) and torch.is_grad_enabled()):
+            return policy
+        assert isinstance(policy, SequenceLogps)
+        geometry = self._geometry(policy, results)
+        d_w, d_l = losses.incentives(self.loss, policy, reference)
+        if self.calibration is not None:
+            policy, factor, sums = self.calibration.calibrate(policy, (d_w, d_l), geometry)
+            d_w, d_l = d_w * factor, d_l / factor
+            self._step += sums
+        self._band += band_sums(d_w, d_l, geometry)
+        return policy
+
+    def end_step(self) -> None:
+        if self.calibration is not None:
+            self.calibration.update(self._step)
+            self._window += self._step
+            self._step.zero_()
+
+    def flush(self) -> dict[str, float]:
+        found = band_metrics(self._band)
+        if self.calibration is not None:
+            found |= self.calibration.metrics(self._window)
+        numbers = zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        self._band.zero_()
+        self._window.zero_()
+        return {name: value for name, value in numbers if value == value}  # NaN: no pair had it
+
+    def state(self) -> State:
+        averages = [] if self.calibration is None else self.calibration.averages.tolist()
+        return {
+            "averages": averages,
+            "window": self._window.tolist(),
+            "band": self._band.tolist(),
+        }
+
+    def restore(self, state: State) -> None:
+        self._window.copy_(torch.tensor(state["window"], dtype=torch.float64))
+        self._band.copy_(torch.tensor(state["band"], dtype=torch.float64))
+        if self.calibration is not None and state["averages"]:
+            averages = torch.tensor(state["averages"], dtype=torch.float64)
+            self.calibration.load_state_dict({"averages": averages})
+
+    def _measures(self, step: int) -> bool:
+        return self.calibration is not None or (step + 1) % self.every == 0
+
+    def _geometry(self, policy: SequenceLogps, results: Sequence[PolicyOutput]) -> ScoreGeometry:
+        if self.parameters is not None:
+            return parameter_geometry(policy, self.parameters)
+        parts = [result.geometry for result in results if result.geometry is not None]
+        return ScoreGeometry(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def balance(config: Config, loss: object, policy: Policy) -> Balance:
+    """What a config asks for. Raises ConfigError where the model has no such scores."""
+    rc, monitor = config.calibration, config.monitor
+    if rc is None and monitor.band is None:
+        return Balance()
+    assert isinstance(loss, losses.PairwiseLoss)  # the config has been checked
+    parameters = _parameters(policy, "head" if rc is None else rc.scope)
+    if rc is None:
+        return Balancing(loss, None, monitor.band or 1, parameters, policy.device)
+    calibration = RewardCalibration(rc.momentum, device=policy.device)
+    return Balancing(loss, calibration, 1, parameters, policy.device)
+
+
+def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
+    """The parameters of a scope; None for the head's weight."""
+    head = policy.base.get_output_embeddings()
+    if scope == "auto":
+        scope = "head" if head.weight.requires_grad else "last_adapter"
+    if scope == "head":
+        if head.bias is not None:
+            raise ConfigError(
+                f"calibration.scope: the head of {type(policy.base).__name__} has a bias, whose "
+                f"scores are not measured; use last_adapter or full"
+            )
+        return None
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if scope == "full":
+        return list(trained.values())
+    layers = {name: _layer(name) for name in trained}
+    last = max(layers.values())
+    return [trained[name] for name, layer in layers.items() if layer == last]
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a parameter's name holds, -1 if there is none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1

@@ -1,0 +1,61 @@
+"""`docs/objectives.md` and `fastpref losses NAME`, written from the objectives' docstrings.
+
+`python -m fastpref.objectives_reference > docs/objectives.md`
+"""
+
+from __future__ import annotations
+
+from fastpref import losses
+from fastpref.losses import Description
+
+_KINDS = {
+    "pairwise": "On pairs of a chosen and a rejected response",
+    "pointwise": "On single responses, desirable or not",
+    "groupwise": "On groups of scored responses to one prompt",
+}
+
+
+def markdown() -> str:
+    lines = [
+        "# Objectives",
+        "",
+        'In a config `loss: {name: dpo, beta: 0.1}`, in Python `losses.build("dpo", beta=0.1)`.',
+        "This page is generated: `python -m fastpref.objectives_reference > docs/objectives.md`.",
+        "",
+        f"Notation: {losses.NOTATION}.",
+    ]
+    for kind, title in _KINDS.items():
+        lines += ["", f"## {title}"]
+        for name in losses.names(kind):  # type: ignore[arg-type]
+            about = losses.describe(name)
+            lines += ["", f"### {name}", "", about.summary, "", "| | |", "|---|---|"]
+            lines += [f"| {label} | {_code(text)} |" for label, text in _rows(about)]
+            lines += ["", about.notes] if about.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def plain(name: str) -> str:
+    """The same for one objective and a terminal. Raises ValueError for an unknown name."""
+    about = losses.describe(name)
+    rows = "\n".join(f"{label + ':':12}{text}" for label, text in _rows(about))
+    parts = (f"{name}, {about.kind}: {about.summary}", rows, about.notes, losses.NOTATION)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(about: Description) -> list[tuple[str, str]]:
+    defaults = ", ".join(f"{key} {value}" for key, value in about.defaults.items())
+    return [
+        ("loss", about.formula),
+        ("incentives", about.incentives),
+        ("reference", "needed" if about.needs_reference else "not used"),
+        ("defaults", defaults or "no parameters"),
+        ("source", about.source),
+    ]
+
+
+def _code(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,26 @@
+"""The page of objectives is the docstrings, and is current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastpref import losses, objectives_reference
+
+PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == objectives_reference.markdown(), (
+        "run: python -m fastpref.objectives_reference > docs/objectives.md"
+    )
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_every_objective_is_explained_in_full(name: str) -> None:
+    text = objectives_reference.plain(name)
+    about = losses.describe(name)
+    for part in (about.summary, about.formula, about.incentives, about.source):
+        assert part and part in text
+    assert about.kind in text
