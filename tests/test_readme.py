@@ -35,9 +35,9 @@ COLUMNS = [("frozen", 2048), ("trained", 2048), ("frozen", 1024), ("trained", 10
 
 def point(op: str, name: str, head: str, **sizes: int) -> dict[str, Any] | None:
     for p in BENCH:
-        if (p["op"], p["implementation"], p["head"]) == (op, name, head) and "seconds" in p:
-            if all(p[size] == value for size, value in sizes.items()):
-                return p
+        wanted = {"op": op, "implementation": name, "head": head, **sizes}
+        if "seconds" in p and all(p[key] == value for key, value in wanted.items()):
+            return p
     return None
 
 
