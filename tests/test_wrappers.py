@@ -50,7 +50,7 @@ KINDS = {
     for module in (margin, anchored, batchwise, normalized, pointwise, token_level)
     for kind in module.OBJECTIVES
 }
-PAIRWISE = [losses.build(name) for name in losses.names()]
+PAIRWISE = [losses.build(name) for name in losses.names("pairwise")]
 SMOOTHABLE = [o for o in PAIRWISE if o.soft_labels and not hasattr(o, "label_smoothing")]
 DIVERGENCES = [
     {"f_divergence": "forward_kl"},
