@@ -113,6 +113,8 @@ class Balancing(Balance):
         }
 
     def restore(self, state: State) -> None:
+        if not state:  # of a run that neither calibrated nor monitored: begin here
+            return
         self._window.copy_(torch.tensor(state["window"], dtype=torch.float64))
         self._band.copy_(torch.tensor(state["band"], dtype=torch.float64))
         if self.calibration is not None and state["averages"]:
@@ -135,9 +137,10 @@ def balance(config: Config, loss: object, policy: Policy) -> Balance:
     if rc is None and monitor.band is None:
         return Balance()
     assert isinstance(loss, losses.PairwiseLoss)  # the config has been checked
-    parameters = _parameters(policy, "head" if rc is None else rc.scope)
     if rc is None:
-        return Balancing(loss, None, monitor.band or 1, parameters, policy.device)
+        _check_head(policy, "monitor.band", "leave it out")
+        return Balancing(loss, None, monitor.band or 1, None, policy.device)
+    parameters = _parameters(policy, rc.scope)
     calibration = RewardCalibration(rc.momentum, device=policy.device)
     return Balancing(loss, calibration, 1, parameters, policy.device)
 
@@ -148,11 +151,7 @@ def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
     if scope == "auto":
         scope = "head" if head.weight.requires_grad else "last_adapter"
     if scope == "head":
-        if head.bias is not None:
-            raise ConfigError(
-                f"calibration.scope: the head of {type(policy.base).__name__} has a bias, whose "
-                f"scores are not measured; use last_adapter or full"
-            )
+        _check_head(policy, "calibration.scope", "use last_adapter or full")
         return None
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if scope == "full":
@@ -160,6 +159,14 @@ def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
     layers = {name: _layer(name) for name in trained}
     last = max(layers.values())
     return [trained[name] for name, layer in layers.items() if layer == last]
+
+
+def _check_head(policy: Policy, field: str, remedy: str) -> None:
+    if policy.base.get_output_embeddings().bias is not None:
+        raise ConfigError(
+            f"{field}: the head of {type(policy.base).__name__} has a bias, whose scores are not "
+            f"measured; {remedy}"
+        )
 
 
 def _layer(name: str) -> int:

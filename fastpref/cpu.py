@@ -16,6 +16,8 @@ compiler; `missing` says what keeps it from being used.
 import ctypes
 import functools
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,13 +28,26 @@ from fastpref.reference import TokenStats
 
 LIBRARY = Path(__file__).with_name(f"_rows{sysconfig.get_config_var('EXT_SUFFIX')}")
 
-# The most memory that a trained head's deltas may take from forward to backward; 0 never keeps
-# them. They take no more than CACHE_CHUNKS chunks either, so that lowering `chunked.CHUNK_BYTES`
-# lowers all memory. A backward pass without products to repeat is 1.4 times as fast (D 64 to 512).
+# The most memory that a trained head's deltas may take from forward to backward, over as many calls
+# as `calls_alive` says; 0 never keeps them. They take no more than CACHE_CHUNKS chunks either, so
+# that lowering `chunked.CHUNK_BYTES` lowers all memory. A backward pass without products to repeat
+# is 1.4 times as fast (D 64 to 512).
 CACHE_BYTES = 2**30
 CACHE_CHUNKS = 4
+_calls = 1
 
 _VERSION = 1  # of the signatures below, as the library reports it
+
+
+@contextmanager
+def calls_alive(count: int) -> Iterator[None]:
+    """Within, `count` calls of about one size await their backward pass and share the cache."""
+    global _calls
+    before, _calls = _calls, max(1, count)
+    try:
+        yield
+    finally:
+        _calls = before
 
 
 @functools.cache
@@ -99,7 +114,7 @@ def _matrix(z: Tensor) -> tuple[int, int, int, int]:
 
 
 def _keeps_deltas(hidden: Tensor, weight: Tensor) -> bool:
-    deltas = hidden.itemsize * hidden.shape[0] * weight.shape[0]
+    deltas = _calls * hidden.itemsize * hidden.shape[0] * weight.shape[0]
     return deltas <= min(CACHE_BYTES, CACHE_CHUNKS * chunked.CHUNK_BYTES)
 
 

@@ -313,7 +313,11 @@ def _score_geometry(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ends = [min(max(end, 0), len(hidden)) for end in cu_seqlens.tolist()]
+    ends = cu_seqlens.tolist()
+    if ends[0] < 0 or ends[-1] > len(hidden) or sorted(ends) != ends:
+        raise ValueError(
+            f"cu_seqlens: must rise from 0 to at most {len(hidden)}, the rows of hidden, got {ends}"
+        )
     pairs = len(ends) // 2
     groups = [(slice(ends[0], ends[pairs]), slice(ends[pairs], ends[-1]))]
     if per_pair:

@@ -8,7 +8,7 @@ panel of the vocabulary at a time. For n and m tokens they cost, beyond the pass
 delta, 2 (n^2 + m^2 + n m) (V + D) and 2 (n + m) V D FLOPs, and the cheaper one is taken: with
 n = m, Gram up to n + m = 4/3 V D / (V + D) tokens.
 
-Extra memory: a panel of delta, and n^2 + m^2 + n m fp32 numbers or an fp32 (columns, D) pair.
+Extra memory: a panel of delta, and 2 (n^2 + m^2 + n m) fp32 numbers or an fp32 (columns, D) pair.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastpref import checkpoint, interrupts, metrics, model_card, progress
 from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
+from fastpref.cpu import calls_alive
 from fastpref.data.batches import Batch, join, micro_batch
 from fastpref.errors import UserError
 from fastpref.files import replacing
@@ -137,7 +138,8 @@ class Trainer:
     ) -> tuple[Logps, Output, Tensor | None]:
         """Log-probs, losses and entropy of one micro-batch, in one or more forward passes."""
         geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
-        results = [self.policy(batch, with_entropy, geometry) for batch in batches]
+        with calls_alive(len(batches)):
+            results = [self.policy(batch, with_entropy, geometry) for batch in batches]
         policy = join(batches, [result.logps for result in results])
         known = [logps for batch in batches if (logps := split.reference(batch)) is not None]
         reference = join(batches, known) if known else None

@@ -12,7 +12,7 @@ import torch
 from fastpref import metrics
 from fastpref.band import BAND_METRICS
 from fastpref.calibration import CALIBRATION_METRICS
-from fastpref.config import Config
+from fastpref.config import Config, ConfigError
 from fastpref.progress import Display
 from fastpref.train import Trainer
 
@@ -134,3 +134,30 @@ def test_adapters_are_measured_where_the_head_is_frozen(
     assert measured and all(".layers.1." in name and "lora" in name for name in measured)
     trainer.loop([])
     assert "calibration/factor" in records(config)[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"monitor": {"band": 1}}, "monitor.band: the head of PhiForCausalLM has a bias"),
+        ({"calibration": {"scope": "head"}}, "calibration.scope: .*use last_adapter or full"),
+    ],
+)
+def test_a_head_with_a_bias_is_refused(
+    make_config: MakeConfig, display: Display, tiny_llama: str, change, message
+) -> None:
+    phi = {
+        "model_type": "phi", "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4,
+    }  # fmt: skip
+    model = {"init": "random", "config": phi, "tokenizer": tiny_llama, "dtype": "float32"}
+    with pytest.raises(ConfigError, match=message):
+        Trainer(make_config(model=model, **change), display)
+
+
+def test_calibration_can_begin_at_a_checkpoint(make_config: MakeConfig, display: Display) -> None:
+    settings = {"training__epochs": 1, "training__checkpoint_every": 2}
+    run(make_config(**settings), display)
+    later = make_config(calibration="rc", resume="auto", training__epochs=2)
+    run(later, display)
+    assert "calibration/factor" in records(later)[-1]

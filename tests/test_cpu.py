@@ -259,6 +259,8 @@ def test_deltas_are_kept_only_where_they_fit(monkeypatch):
 
     assert keeps(3200, 2**20) and keeps(3200, 800)
     assert not keeps(3199, 2**20) and not keeps(3200, 799)
+    with cpu.calls_alive(3):
+        assert keeps(9600, 2**20) and not keeps(9599, 2**20)
 
 
 @built

@@ -276,6 +276,16 @@ def test_calibration_changes_gradients_and_nothing_else():
     assert not torch.allclose(scaled, plain)
 
 
+def test_the_averages_of_a_calibration_are_saved():
+    hidden, weight, labels = batch()
+    module = fused.FusedPreferenceLoss("simpo", calibration := RewardCalibration())
+    module(hidden.requires_grad_(), weight, labels)
+    again = fused.FusedPreferenceLoss("simpo", restored := RewardCalibration())
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(restored.averages, calibration.averages)
+    assert calibration.averages.isfinite().all()
+
+
 def test_calibration_rests_without_gradients_and_in_evaluation():
     hidden, weight, labels = batch()
     module = fused.FusedPreferenceLoss("simpo", calibration := RewardCalibration())

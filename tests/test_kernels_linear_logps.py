@@ -241,6 +241,17 @@ def test_backward_twice_and_inside_autocast() -> None:
     linear_logps(**inputs).mul_(2).sum().backward()  # the result is the caller's to overwrite
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_slope_of_a_softcap_at_a_label_far_below_the_rest(dtype) -> None:
+    """40 nats below, its exponential underflows in fp16, but its own entry of delta is near 1."""
+    inputs = make(4, 16, 40, dtype)
+    del inputs["bias"]
+    with torch.no_grad():
+        logits = inputs["hidden"].float() @ inputs["weight"].float().T
+        inputs["labels"].copy_(logits.argmin(1))
+    check(inputs, scale=3.0, softcap=30.0)
+
+
 def test_a_sequence_of_3000_tokens_an_empty_one_and_one_of_1() -> None:
     """Sums over a response are as good as its tokens, whatever its length."""
     inputs = make(3001, 16, 40)

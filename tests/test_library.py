@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from fastpref import cpu, library, ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = [
     pytest.param(
-        "cpu", marks=pytest.mark.skipif(bool(cpu.missing("cpu")), reason=cpu.missing("cpu"))
+        "cpu", marks=pytest.mark.skipif(bool(cpu.missing(DEVICE)), reason=cpu.missing(DEVICE))
     ),
     "chunked",
     "triton",
 ]
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 T, D, E, V = 6, 8, 5, 19
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(*trained: str) -> dict[str, Tensor]:

@@ -73,3 +73,10 @@ def test_the_cheaper_form_is_taken() -> None:
     """At Llama 3's sizes the forms cost the same at 4/3 V D / (V + D) = 5292 tokens a pair."""
     assert score_products.prefers_gram(2640, 2640, 4096, 128256)
     assert not score_products.prefers_gram(2650, 2650, 4096, 128256)
+
+
+@pytest.mark.parametrize("ends", [[0, 9, 20], [0, 9, 5], [-1, 5, 19]])
+def test_offsets_that_do_not_fit_are_named(ends) -> None:
+    hidden, weight, labels, _ = make()
+    with pytest.raises(ValueError, match=r"cu_seqlens: must rise from 0 to at most 19"):
+        ops.score_geometry(hidden, weight, labels, torch.tensor(ends), impl="chunked")

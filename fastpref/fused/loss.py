@@ -23,7 +23,7 @@ class FusedPreferenceLoss(nn.Module):
     loss: an objective, such as `losses.build("simpo", beta=2.5)`, or the name of one.
     calibration: `RewardCalibration()`; its scores are those of the head (`ops.score_geometry`).
     accumulation_steps: training calls per optimizer step; after as many, the calibration takes the
-        statistics of all their pairs, on all ranks, into its averages.
+        statistics of all their pairs, on all ranks, into its averages, which `state_dict` holds.
     impl, logit_scale, softcap: as in `ops.linear_logps`.
     ignore_index: the label of what is not scored; -100 means that too, whatever this is.
 
@@ -115,7 +115,7 @@ class FusedPreferenceLoss(nn.Module):
             )
         else:
             tokens = ScoredTokens.packed(labels, cu_seqlens, **options)
-        rows = tokens.rows(hidden)
+        rows, weight, bias = autocast_operands(tokens.rows(hidden), weight, bias)
         logps = tokens.logps(rows, weight, bias, **self.head_options)
         policy = SequenceLogps.from_sequences(logps, tokens.lengths, preference)
         reference = None
@@ -145,7 +145,6 @@ class FusedPreferenceLoss(nn.Module):
         weight: Tensor,  # (V, D)
         tokens: ScoredTokens,
     ) -> SequenceLogps:
-        rows, weight, _ = autocast_operands(rows, weight, None)
         geometry = ops.score_geometry(
             rows, weight, tokens.labels, tokens.cu_seqlens, per_pair=True, **self.head_options
         )
@@ -160,6 +159,14 @@ class FusedPreferenceLoss(nn.Module):
             calibration.update(total)
             self._statistics = []
         return made.policy
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The calibration's averages: part of `state_dict`."""
+        return {} if self.calibration is None else self.calibration.state_dict()
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.calibration is not None and state:
+            self.calibration.load_state_dict(state)
 
     def extra_repr(self) -> str:
         return repr(self.loss)

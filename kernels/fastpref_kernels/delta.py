@@ -42,6 +42,7 @@ def delta_kernel(
     delta,  # (T, V), e^(x - block_max) on entry
     block_max,  # (blocks, T)
     labels,  # (T,)
+    logps,  # (T,)
     lse,  # (T,)
     active,  # (row blocks, column blocks) uint8, written: something is above; or None
     T,
@@ -66,11 +67,15 @@ def delta_kernel(
     e = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     hit = cols[None, :] == label[:, None]
     d = hit.to(tl.float32) - e * tl.exp(m - row_lse)[:, None]
-    d = chain_rule(d, tl.log(e) + m[:, None], logit_scale, softcap)
+    # Where e underflowed its logit is lost: delta is 0 there anyway, except for the label.
+    row_logp = tl.load(logps + rows, mask=row_mask, other=0.0)
+    x = tl.where(hit, (row_logp + row_lse)[:, None], tl.log(e) + m[:, None])
+    d = chain_rule(d, x, logit_scale, softcap)
     d = tl.where((label == IGNORE_INDEX)[:, None], 0.0, d)
     tl.store(ptrs, d.to(delta.dtype.element_ty), mask=mask)
     if active is not None:
-        largest = tl.max(tl.max(tl.where(mask, tl.abs(d), 0.0), axis=1), axis=0)
+        size = tl.where(d == d, tl.abs(d), float("inf"))  # NaN must not be left out
+        largest = tl.max(tl.max(tl.where(mask, size, 0.0), axis=1), axis=0)
         flag = active + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(flag, (largest >= threshold).to(tl.uint8))
 
@@ -153,7 +158,7 @@ def softmax_delta(
     )  # fmt: skip
     if T > 0:
         delta_kernel[(triton.cdiv(T, DELTA.block_t), triton.cdiv(V, config.block_e))](
-            delta, block_max, labels, stats.lse, active, T, V, delta.stride(0),
+            delta, block_max, labels, stats.logps, stats.lse, active, T, V, delta.stride(0),
             float(logit_scale), None if softcap is None else float(softcap), threshold,
             BLOCK_T=DELTA.block_t, BLOCK_E=config.block_e,
             num_warps=DELTA.num_warps, enable_fp_fusion=True,
