@@ -22,6 +22,7 @@ Check = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 MIB = 2**20
 SHAPE, DRY_SHAPE = (8192, 4096, 128256), (16, 32, 96)
 CHUNK_MIB = (64, 128, 256, 512)
+ACTIVE_SHARES = (1.0, 0.5, 0.1)  # of blocks of delta
 MODULE = "fastpref_kernels.linear_logps"
 
 
@@ -40,7 +41,9 @@ def ablation(device: str, dry: bool) -> Iterator[Check]:
     for mib in CHUNK_MIB:
         part = {"part": "cuBLAS: delta @ weight of one chunk", "chunk_mib": mib}
         yield part, partial(_one_chunk, frozen, mib, device)
-    yield {"part": "Triton: delta @ weight of one chunk"}, _absent
+    for share in ACTIVE_SHARES:
+        part = {"part": "Triton: delta @ weight of one chunk", "active_share": share}
+        yield part, partial(_walked_chunk, frozen, share, device)
     for problem, table in ((forward, "gemm"), (frozen, "gemm"), (trained, "gemm"), (kl, "pair")):
         for index, config in _candidates(table, dtype, device):
             part = {"part": f"{problem.op}, {problem.head}: tiles", "config": config}
@@ -64,8 +67,25 @@ def _one_chunk(problem: Problem, mib: int, device: str) -> dict[str, Any]:
     return found | _rate(2 * count * problem.D * problem.V, found) | {"rows": count}
 
 
-def _absent() -> dict[str, Any]:
-    raise NotImplementedError("not available: cuBLAS multiplies delta by the head")
+def _walked_chunk(problem: Problem, share: float, device: str) -> dict[str, Any]:
+    """The product that skips blocks, with the first `share` of each row's blocks active."""
+    from fastpref_kernels.launch import aligned_rows
+    from fastpref_kernels.skipping import active_flags, active_mm
+
+    inputs = rows.make_inputs(problem, device)
+    weight = inputs.weight.detach()
+    count = min(problem.T, max(1, 256 * MIB // (problem.V * weight.element_size())))
+    delta = aligned_rows(count, problem.V, weight).normal_(std=problem.V**-0.5)
+    active = active_flags(delta, weight)
+    active[:, : max(1, round(share * active.shape[1]))] = 1
+    direction = weight.new_empty(count, problem.D)
+
+    def run() -> torch.Tensor:
+        active_mm(delta, weight, active, direction)
+        return direction
+
+    found = _timed(run, device)
+    return found | _rate(2 * count * problem.D * problem.V, found) | {"rows": count}
 
 
 def _op(problem: Problem, device: str) -> dict[str, Any]:
