@@ -414,6 +414,8 @@ def test_the_gpu_suite_runs_on_tiny_shapes(tmp_path: Path) -> None:
     found = document["sections"]["ablation"]
     assert found["ended"] == "complete"
     failed = {row["part"]: row["failed"] for row in found["rows"] if "failed" in row}
-    assert list(failed) == ["Triton: delta @ weight of one chunk"]
+    assert failed == {}
+    walked = [row for row in found["rows"] if "active_share" in row]
+    assert len(walked) == 3 and all(row["seconds"]["median"] > 0 for row in walked)
     assert all(row["met"] is None for row in document["targets"])
     assert "not measured" in done.stdout
