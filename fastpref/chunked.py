@@ -204,11 +204,13 @@ class Chunked:
         grad_weight: Tensor,
     ) -> None:
         with torch.autocast(hidden.device.type, enabled=False):
-            panels = _panels(hidden.shape[0], weight.shape[0], 2 * gain.itemsize)
+            tokens = hidden.shape[0]
+            panels = list(_panels(tokens, weight.shape[0], 2 * gain.itemsize))
+            buffer = gain.new_empty(2 * tokens * _size(panels[0]))
             for columns in panels:
                 head = _Head(weight[columns], None, logit_scale, softcap)
                 ref_head = _Head(ref_weight[columns], None, logit_scale, softcap)
-                z, y = gain.new_empty(2, hidden.shape[0], _size(columns))
+                z, y = buffer[: 2 * tokens * _size(columns)].view(2, tokens, _size(columns))
                 _project(hidden, head.weight, out=z)
                 _project(ref_hidden, ref_head.weight, out=y)
                 for t in _slices(len(z), max(1, -(-len(z) // SLICES))):

@@ -57,6 +57,7 @@ def _gram(hidden: Tensor, sides: tuple[slice, slice], deltas: Iterable[Tensor]) 
     for delta in deltas:
         for total, (x, y) in zip(sums, pairs, strict=True):
             total += _product(delta[x], delta[y].T)
+        del delta  # before the next one is made
     return torch.stack([(x * y).sum() for x, y in zip(sums, grams, strict=True)])
 
 
@@ -65,6 +66,7 @@ def _direct(hidden: Tensor, sides: tuple[slice, slice], deltas: Iterable[Tensor]
     for delta in deltas:
         s_a, s_b = (_product(delta[side].T, hidden[side]) for side in sides)
         total += torch.stack([s_a.square().sum(), s_b.square().sum(), (s_a * s_b).sum()])
+        del delta
     return total
 
 

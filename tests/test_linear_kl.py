@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+from dispatch import Inside
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -127,3 +129,24 @@ def test_no_tokens(linear_kl) -> None:
     tensors = make(0, 16, 16, 32)
     linear_kl(*tensors).sum().backward()
     assert (tensors[1].grad == 0).all()
+
+
+def test_no_two_panels_of_logits_are_alive_at_once(monkeypatch) -> None:
+    """The backward pass of a trained head has one buffer for both models, not one a panel."""
+    T, V, budget = 64, 4096, 2 * 4 * 64 * 512  # eight panels of 512 words
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", budget)
+    hidden, weight, ref_hidden, ref_weight = make(T, 2, 2, V)
+    kl = ops.linear_kl(hidden, weight, ref_hidden, ref_weight, impl="chunked")
+    panels: list[StorageWeakRef] = []
+    most = 0
+
+    class Watch(Inside):
+        def seen(self, func, args, out):
+            nonlocal most
+            if isinstance(out, Tensor) and out.untyped_storage().nbytes() == budget:
+                panels.append(StorageWeakRef(out.untyped_storage()))
+            most = max(most, len({p.cdata for p in panels if not p.expired()}))
+
+    with Watch():
+        kl.sum().backward()
+    assert most == 1

@@ -151,7 +151,7 @@ class PairwiseLoss(Loss):
                 f"preference: {self.name} does not take soft labels; leave them out "
                 f"(`data: {{soft_labels: false}}`) or choose another objective"
             )
-        reference = self._constant_reference(policy, reference)
+        reference = self.constant_reference(policy, reference)
         loss = self.hard_loss(policy, reference)
         if policy.preference is not None:
             reversed_loss = self.hard_loss(policy.swapped(), reference.swapped())
@@ -159,9 +159,13 @@ class PairwiseLoss(Loss):
         chosen, rejected = self.rewards(policy.detach(), reference)
         return LossOutput(loss, chosen, rejected)
 
-    def _constant_reference(
+    def constant_reference(
         self, policy: SequenceLogps, reference: SequenceLogps | None
     ) -> SequenceLogps:
+        """The reference without gradient, or zeros for an objective that needs none.
+
+        Raises ValueError when a needed one is missing or has another number of pairs.
+        """
         if not self.needs_reference:
             return replace(
                 policy,

@@ -61,7 +61,7 @@ class WeightedSum(PairwiseLoss):
 
     def hard_loss(self, policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
         losses = [
-            weight * objective.hard_loss(policy, objective._constant_reference(policy, reference))
+            weight * objective.hard_loss(policy, objective.constant_reference(policy, reference))
             for objective, weight in self.parts
         ]
         return torch.stack(losses).sum(0)

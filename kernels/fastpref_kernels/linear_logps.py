@@ -127,10 +127,11 @@ def head_gradients(
 ) -> None:
     """Gradients of weight and bias over panels of the vocabulary, each entry rounded once."""
     T = scaled.shape[0]
-    columns = rows_per_chunk(T, scaled.element_size())
+    columns = min(rows_per_chunk(T, scaled.element_size()), V)
+    buffer = aligned_rows(T, columns, scaled)  # made once: a new one would meet the one before
     for start in range(0, V, columns):
         part = slice(start, min(start + columns, V))
-        delta = recompute(part, aligned_rows(T, part.stop - start, scaled))
+        delta = recompute(part, buffer[:, : part.stop - start])
         if grad_weight is not None:
             torch.mm(delta.t(), scaled, out=grad_weight[part])
         if grad_bias is not None:
