@@ -36,13 +36,13 @@ at all, A = 1. Nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastpref.band import half_band
-from fastpref.logps import SequenceLogps
+from fastpref.logps import SequenceLogps, TokenLogps, segment_positions
 from fastpref.ops import ScoreGeometry
 
 CALIBRATION_METRICS = (
@@ -54,10 +54,13 @@ CALIBRATION_METRICS = (
 )
 
 
-class Calibrated(NamedTuple):
+Pairs = TypeVar("Pairs", SequenceLogps, TokenLogps)
+
+
+class Calibrated(NamedTuple, Generic[Pairs]):
     """A micro-batch whose gradients are calibrated."""
 
-    policy: SequenceLogps  # the same values; gradients times A (chosen) and 1 / A (rejected)
+    policy: Pairs  # as it came, but for its gradient: see `calibrated`
     factor: Tensor  # (B,) A, fp64
     sums: Tensor  # (8,) fp64, for `update` and `metrics`: add over micro-batches and ranks
 
@@ -86,12 +89,13 @@ class RewardCalibration:
         self.averages = torch.full((4,), torch.nan, dtype=torch.float64, device=device)
 
     def calibrate(
-        self, policy: SequenceLogps, incentives: tuple[Tensor, Tensor], geometry: ScoreGeometry
-    ) -> Calibrated:
+        self, policy: Pairs, incentives: tuple[Tensor, Tensor], geometry: ScoreGeometry
+    ) -> Calibrated[Pairs]:
         """Log-probs for the objective to be applied to, and this micro-batch's statistics.
 
         policy: B pairs, with a gradient.
-        incentives: d_w and d_l, each (B,), of the objective at `policy`: `losses.incentives`.
+        incentives: d_w and d_l, each (B,), of the objective at `policy`: `losses.pair_incentives`,
+            whose token weights, if it has any, belong into the scores too.
         geometry: of `ops.score_geometry` or `band.parameter_geometry` with `per_pair`, (B,). With
             () that of the micro-batch's mean scores stands for each of its pairs, and the result
             depends on the micro-batches.
@@ -158,11 +162,16 @@ class RewardCalibration:
         return d_w - d_l, s_l - s_w
 
 
-def calibrated(policy: SequenceLogps, factor: Tensor) -> SequenceLogps:
+def calibrated(policy: Pairs, factor: Tensor) -> Pairs:
     """The same log-probs, with gradients scaled by A (chosen) and 1 / A (rejected).
 
-    factor: (B,) or (), the A of each pair. Eq. 12 of arXiv:2604.18239.
+    factor: (B,) or (), the A of each pair. Eq. 12 of arXiv:2604.18239. Of log-probs per token the
+    factor is that of the pair, and a divergence `kl` is not scaled: it is no part of the scores.
     """
+    if isinstance(policy, TokenLogps):
+        owners, _ = segment_positions(policy.cu_seqlens, policy.logps.numel())
+        sides = torch.cat([factor.expand(policy.pairs), (1 / factor).expand(policy.pairs)])
+        return replace(policy, logps=_scale_gradient(policy.logps, sides[owners]))
     return replace(
         policy,
         chosen=_scale_gradient(policy.chosen, factor),

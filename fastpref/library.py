@@ -83,18 +83,19 @@ def score_geometry(
     weight: Tensor,
     labels: Tensor,
     cu_seqlens: Tensor,
+    token_weights: Tensor | None,
     per_pair: bool,
     logit_scale: float,
     softcap: float | None,
     impl: str,
 ) -> ScoreGeometry:
     """Norms and cosine of the scores by the backend that `impl` means."""
-    scale, cap = float(logit_scale), _number(softcap)
-    return ScoreGeometry(
-        *_score_geometry(
-            hidden.detach(), weight.detach(), labels, cu_seqlens, per_pair, scale, cap, impl
-        )
-    )
+    token_weights = None if token_weights is None else token_weights.detach()
+    geometry: tuple[Tensor, ...] = _score_geometry(
+        hidden.detach(), weight.detach(), labels, cu_seqlens, token_weights, per_pair,
+        float(logit_scale), _number(softcap), impl,
+    )  # fmt: skip
+    return ScoreGeometry(*geometry)
 
 
 @torch.library.custom_op("fastpref::linear_logps", mutates_args=())
@@ -308,6 +309,7 @@ def _score_geometry(
     weight: Tensor,
     labels: Tensor,
     cu_seqlens: Tensor,
+    token_weights: Tensor | None,
     per_pair: bool,
     logit_scale: float,
     softcap: float | None,
@@ -337,7 +339,7 @@ def _score_geometry(
         )
 
     with torch.autocast(hidden.device.type, enabled=False):
-        products = score_products(kept, labels, lse, len(weight), groups, delta)
+        products = score_products(kept, labels, lse, token_weights, len(weight), groups, delta)
     chosen, rejected, product = products.unbind(1)
     # A norm that rounding would take below 0 is 0.
     chosen, rejected = chosen.clamp(min=0).sqrt(), rejected.clamp(min=0).sqrt()
@@ -350,7 +352,7 @@ def _score_geometry(
 
 @_score_geometry.register_fake
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, cu_seqlens, per_pair, *_ = rest
+    _, _, cu_seqlens, _, per_pair, *_ = rest
     shape = ((len(cu_seqlens) - 1) // 2,) if per_pair else ()
     dtype = statistics_dtype(hidden)
     return tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))

@@ -26,6 +26,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ScoreGeometry",
     "TokenStats",
+    "collision_entropy",
     "implementation",
     "linear_kl",
     "linear_logps",
@@ -93,6 +94,37 @@ def token_stats(
     return library.token_stats(hidden, weight, labels, bias, logit_scale, softcap, impl)
 
 
+def collision_entropy(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # (T,)
+    """Entropy of order 2 of each token's distribution, in nats, without gradient.
+
+        collision_entropy[t] = -log sum_v p[t, v]^2 = 2 logsumexp(z[t]) - logsumexp(2 z[t])
+
+    with z the logits, so it is two calls of `token_stats`, the second at twice the logits. Of the
+    labels only which are ignored matters. Raises ValueError as `linear_logps` does.
+    """
+    if impl == "reference":
+        return reference.collision_entropy(
+            hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+        )
+
+    def lse(factor: float) -> Tensor:  # of the logits times the factor
+        return token_stats(
+            hidden, weight, labels, bias=bias, logit_scale=factor * logit_scale,
+            softcap=None if softcap is None else factor * softcap, impl=impl,
+        ).lse  # fmt: skip
+
+    return (2 * lse(1) - lse(2)).clamp(min=0)  # what rounding would take below
+
+
 def linear_kl(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -135,6 +167,7 @@ def score_geometry(
     labels: Tensor,  # (T,)
     cu_seqlens: Tensor,  # (S + 1,)
     *,
+    token_weights: Tensor | None = None,  # (T,)
     per_pair: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -142,7 +175,9 @@ def score_geometry(
 ) -> ScoreGeometry:
     """Norms and cosine of the chosen and rejected scores with respect to the head's weight.
 
-        s = sum over a sequence of d logps[t] / d weight     (V, D)
+        s = sum over a sequence of c[t] * d logps[t] / d weight     (V, D)
+
+    with c the token weights, of any floating dtype and constant, or 1.
 
     Sequences are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}. The results are
     () for the batch-mean scores, (B,) with `per_pair`; the cosine is 0 where a norm is 0.
@@ -159,13 +194,15 @@ def score_geometry(
             f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
             f"got {len(cu_seqlens)}"
         )
+    if token_weights is not None:
+        _check_weights(token_weights, hidden)
     if impl == "reference":
         return reference.score_geometry(
-            hidden, weight, labels, cu_seqlens.to(hidden.device), per_pair=per_pair,
-            logit_scale=logit_scale, softcap=softcap,
+            hidden, weight, labels, cu_seqlens.to(hidden.device), token_weights=token_weights,
+            per_pair=per_pair, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
     return library.score_geometry(
-        hidden, weight, labels, cu_seqlens, per_pair, logit_scale, softcap, impl
+        hidden, weight, labels, cu_seqlens, token_weights, per_pair, logit_scale, softcap, impl
     )
 
 
@@ -253,6 +290,15 @@ def _check_labels(labels: Tensor, hidden: Tensor) -> None:
             f"got {tuple(labels.shape)}"
         )
     _check_device("labels", labels, hidden)
+
+
+def _check_weights(token_weights: Tensor, hidden: Tensor) -> None:
+    if token_weights.shape != (len(hidden),) or not token_weights.is_floating_point():
+        raise ValueError(
+            f"token_weights: expected floating point of shape ({len(hidden)},), one per row of "
+            f"hidden, got {_describe(token_weights)}"
+        )
+    _check_device("token_weights", token_weights, hidden)
 
 
 def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:

@@ -101,12 +101,29 @@ def linear_kl(
 
 
 @torch.no_grad()
+def collision_entropy(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # (T,)
+    """Renyi's entropy of order 2 of each token's distribution, `-log sum_v p[t, v]^2`, in nats."""
+    ignored = labels == IGNORE_INDEX
+    logp = _logits(_drop(hidden, ignored), weight, bias, logit_scale, softcap).log_softmax(1)
+    return (-(2 * logp).logsumexp(1)).masked_fill(ignored, 0.0)
+
+
+@torch.no_grad()
 def score_geometry(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (T,)
     cu_seqlens: Tensor,  # (S + 1,), S = 2 B: chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}
     *,
+    token_weights: Tensor | None = None,  # (T,)
     per_pair: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -117,12 +134,15 @@ def score_geometry(
 
         s = delta.T @ H     (V, D),     delta[t, v] = d logps[t] / d (h_t . w_v),
 
-    over its tokens. With `per_pair` each pair's own scores are measured; otherwise the means of
-    the chosen and of the rejected scores over the batch. The cosine is 0 if a norm is 0.
+    over its tokens; with token weights c that of sum_t c[t] logps[t], delta.T @ diag(c) @ H. With
+    `per_pair` each pair's own scores are measured; otherwise the means of the chosen and of the
+    rejected scores over the batch. The cosine is 0 if a norm is 0.
     """
     ignored = labels == IGNORE_INDEX
     kept = _drop(hidden, ignored).to(statistics_dtype(hidden))
     delta = _score_deltas(kept, weight, labels, ignored, logit_scale, softcap)
+    if token_weights is not None:
+        kept = kept * token_weights.to(kept)[:, None]
     segments = _segment_ids(cu_seqlens, len(labels))
     scores = torch.stack(
         [(delta * (segments == s)[:, None]).T @ kept for s in range(len(cu_seqlens) - 1)]

@@ -1,7 +1,7 @@
 """Inner products of two sequences' scores, without ever holding a score.
 
-    s = sum_t dz_t / dweight = delta^T hidden, (V, D), over the tokens t of a sequence
-    <s_a, s_b> = sum_{t in a, u in b} (delta_t . delta_u) (hidden_t . hidden_u)
+    s = sum_t c_t dz_t / dweight = delta^T (c hidden), (V, D), over the tokens t of a sequence
+    <s_a, s_b> = sum_{t in a, u in b} (delta_t . delta_u) (c_t hidden_t . c_u hidden_u)
 
 The Gram form multiplies two (tokens, tokens) matrices entry by entry; the direct form squares s a
 panel of the vocabulary at a time. For n and m tokens they cost, beyond the pass that computes
@@ -25,14 +25,19 @@ def score_products(
     hidden: Tensor,  # (T, D), 0 where ignored
     labels: Tensor,  # (T,)
     lse: Tensor,  # (T,)
+    token_weights: Tensor | None,  # (T,) c; None means 1
     vocabulary: int,
     groups: Sequence[tuple[slice, slice]],  # tokens of two sequences a and b
     delta: Callable[[Tensor, Tensor, Tensor, slice], Tensor],  # (n, D), (n,), (n,), panel -> (n, V)
 ) -> Tensor:  # (groups, 3)
     """<s_a, s_a>, <s_b, s_b> and <s_a, s_b> of each group, in fp32 (fp64 for fp64 inputs)."""
-    rows = []
+    found = []
     for a, b in groups:
         h, y, z = (torch.cat([x[a], x[b]]) for x in (hidden, labels, lse))
+        rows = h
+        if token_weights is not None:
+            c = torch.cat([token_weights[a], token_weights[b]]).to(lse.dtype)
+            rows = (c[:, None] * h).to(h.dtype)
         n, m = a.stop - a.start, b.stop - b.start
         width = max(1, PANEL_BYTES // (4 * max(n + m, 2 * h.shape[1])))
         deltas = (
@@ -40,8 +45,8 @@ def score_products(
             for v in range(0, vocabulary, width)
         )
         form = _gram if prefers_gram(n, m, h.shape[1], vocabulary) else _direct
-        rows.append(form(h, (slice(0, n), slice(n, n + m)), deltas))
-    return torch.stack(rows)
+        found.append(form(rows, (slice(0, n), slice(n, n + m)), deltas))
+    return torch.stack(found)
 
 
 def prefers_gram(n: int, m: int, D: int, V: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref import losses, ops
 from fastpref.calibration import CALIBRATION_METRICS, RewardCalibration, calibrated
-from fastpref.logps import SequenceLogps
+from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.ops import ScoreGeometry
 
 # Objectives with ratios other than 1, and all incentives positive on `batch`.
@@ -353,3 +353,14 @@ def test_nothing_is_read_from_the_device():
     calibration.update(out.sums)
     assert calibration.metrics(out.sums)["calibration/factor"].shape == ()
     (out.policy.chosen.sum() + out.policy.rejected.sum()).backward()
+
+
+def test_of_token_log_probs_only_the_gradient_is_scaled() -> None:
+    logps = torch.linspace(-3, -1, 7, dtype=torch.float64, requires_grad=True)
+    kl = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    tokens = TokenLogps(logps, torch.tensor([0, 2, 2, 3, 7]), kl=kl)  # chosen_1 is empty
+    made = calibrated(tokens, torch.tensor([2.0, 5.0], dtype=torch.float64))
+    assert torch.equal(made.logps, logps)
+    (made.logps.sum() + made.kl.sum()).backward()
+    assert logps.grad.tolist() == [2.0, 2.0, 0.5, 0.2, 0.2, 0.2, 0.2]
+    assert kl.grad.tolist() == [1.0] * 7

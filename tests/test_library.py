@@ -60,8 +60,10 @@ def test_opcheck_of_the_statistics(impl, per_pair) -> None:
         library._token_stats, (x["hidden"], x["weight"], x["labels"], x["bias"], *options)
     )
     ends = torch.tensor([0, 2, 3, 4, 6])
+    token_weights = None if per_pair else x["hidden"][:, 0]
     torch.library.opcheck(
-        library._score_geometry, (x["hidden"], x["weight"], x["labels"], ends, per_pair, *options)
+        library._score_geometry,
+        (x["hidden"], x["weight"], x["labels"], ends, token_weights, per_pair, *options),
     )
 
 

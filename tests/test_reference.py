@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import reference
+from fastpref import ops, reference
 
 T, D, V = 7, 5, 11  # odd and distinct, so that a swapped dimension cannot go unnoticed
 
@@ -45,6 +45,30 @@ def test_statistics_follow_their_definitions(head, scale, cap):
         hidden, weight, labels, bias=bias, logit_scale=scale, softcap=cap
     )
     torch.testing.assert_close(logps, stats.logps, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.7, None), (-2.0, 3.0)])
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_collision_entropy_follows_its_definition(head, scale, cap, impl):
+    hidden, weight, labels, bias = head
+    labels[4] = -100
+    got = ops.collision_entropy(
+        hidden, weight, labels, bias=bias, logit_scale=scale, softcap=cap, impl=impl
+    )
+    for t in range(T):
+        row = [logit(hidden[t], weight[v], float(bias[v]), scale, cap) for v in range(V)]
+        total = sum(math.exp(x) for x in row)
+        expected = -math.log(sum((math.exp(x) / total) ** 2 for x in row))
+        assert float(got[t]) == pytest.approx(0.0 if t == 4 else expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_collision_entropy_of_a_certain_token_is_not_below_zero(impl):
+    weight = torch.zeros(V, D)
+    weight[3, 0] = 90.0
+    hidden = torch.randn(64, D).abs() + 1  # 90 nats and more: fp32 rounds at 1e-5
+    got = ops.collision_entropy(hidden, weight, torch.zeros(64).long(), impl=impl)
+    assert (got >= 0).all() and got.max() < 1e-4
 
 
 def test_entropy_of_a_uniform_and_of_a_certain_token():
