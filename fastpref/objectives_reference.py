@@ -8,10 +8,11 @@ from __future__ import annotations
 from fastpref import losses
 from fastpref.losses import Description
 
-_KINDS = {
-    "pairwise": "On pairs of a chosen and a rejected response",
-    "pointwise": "On single responses, desirable or not",
-    "groupwise": "On groups of scored responses to one prompt",
+_SECTIONS = {
+    ("pairwise", "sequence"): "On pairs of a chosen and a rejected response",
+    ("pairwise", "token"): "On pairs, token by token",
+    ("pointwise", "sequence"): "On single responses, desirable or not",
+    ("groupwise", "sequence"): "On groups of scored responses to one prompt",
 }
 
 
@@ -24,11 +25,11 @@ def markdown() -> str:
         "",
         f"Notation: {losses.NOTATION}.",
     ]
-    for kind, title in _KINDS.items():
+    described = [losses.describe(name) for name in losses.names()]
+    for section, title in _SECTIONS.items():
         lines += ["", f"## {title}"]
-        for name in losses.names(kind):  # type: ignore[arg-type]
-            about = losses.describe(name)
-            lines += ["", f"### {name}", "", about.summary, "", "| | |", "|---|---|"]
+        for about in (a for a in described if (a.kind, a.level) == section):
+            lines += ["", f"### {about.name}", "", about.summary, "", "| | |", "|---|---|"]
             lines += [f"| {label} | {_code(text)} |" for label, text in _rows(about)]
             lines += ["", about.notes] if about.notes else []
     return "\n".join(lines) + "\n"
@@ -38,7 +39,8 @@ def plain(name: str) -> str:
     """The same for one objective and a terminal. Raises ValueError for an unknown name."""
     about = losses.describe(name)
     rows = "\n".join(f"{label + ':':12}{text}" for label, text in _rows(about))
-    parts = (f"{name}, {about.kind}: {about.summary}", rows, about.notes, losses.NOTATION)
+    title = f"{name}, {about.kind} ({about.level} level): {about.summary}"
+    parts = (title, rows, about.notes, losses.NOTATION)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -50,6 +52,7 @@ def _rows(about: Description) -> list[tuple[str, str]]:
         ("reference", "needed" if about.needs_reference else "not used"),
         ("defaults", defaults or "no parameters"),
         ("source", about.source),
+        ("use", about.use),
     ]
 
 

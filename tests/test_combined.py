@@ -9,17 +9,18 @@ from typing import ClassVar
 import pytest
 import torch
 from pairs import assert_close, assert_finite, batch, outputs
+from token_pairs import on_meta, token_batch, without
 
 from fastpref import losses
 from fastpref.logps import SequenceLogps
 from fastpref.losses.anchored import NCAPair
 from fastpref.losses.base import PairwiseLoss
 from fastpref.losses.batchwise import AOT
-from fastpref.losses.combined import WeightedSum, build_combined, config_of
+from fastpref.losses.combined import TokenLevelSum, WeightedSum, build_combined, config_of
 from fastpref.losses.margin import DPO, IPO, PMO
 from fastpref.losses.normalized import CPO, SFT, CPOSimPO, SimPO
-from fastpref.losses.token_level import TDPO2
-from fastpref.losses.wrappers import WPO, LabelSmoothing, build_with_options
+from fastpref.losses.token_level import TDPO2, TIDPO, token_incentives
+from fastpref.losses.wrappers import WPO, LabelSmoothing, LengthDesensitized, TokenWeighted
 
 SUMS = [
     WeightedSum(((DPO(), 0.8), (SFT(), 0.2))),
@@ -150,9 +151,93 @@ def test_build_combined_makes_each_item():
     assert items[0] == {"name": "dpo", "weight": 0.8}  # what was given stays as it was
 
 
-def options(name, **parameters):
-    kind = {"dpo": DPO, "sft": SFT, "tdpo2": TDPO2}[name]
-    return build_with_options(kind, parameters)
+# Sums of which a part looks at tokens
+
+MIXED = [
+    {"name": "tdpo2", "weight": 0.5},
+    {"name": "sft", "weight": 0.2},
+    {"name": "dpo", "ld_alpha": 0.5, "wpo": True},
+]
+
+
+def built_from(*items):
+    return losses.from_config(list(items))
+
+
+def test_one_part_that_looks_at_tokens_makes_a_sum_that_does():
+    assert built_from(*MIXED) == TokenLevelSum(
+        (
+            (TDPO2(), 0.5),
+            (TokenWeighted(SFT()), 0.2),
+            (WPO(LengthDesensitized(DPO(), 0.5)), 1.0),
+        )
+    )
+    assert built_from(*MIXED).name == "0.5 tdpo2 + 0.2 sft + 1 dpo(ld_alpha=0.5)(wpo=sampled)"
+    assert built_from({"name": "tdpo2"}) == TokenLevelSum(((TDPO2(), 1.0),))
+    assert isinstance(built_from({"name": "dpo"}, {"name": "sft"}), WeightedSum)
+
+
+@hard_and_soft
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
+def test_token_level_losses_and_incentives_add_up(soft, weights):
+    policy, reference = token_batch(soft, weights=weights)
+    # A pairwise part sees the sums of log-probs weighted as in the data.
+    sft = SFT()(policy.sequences(policy.weights))
+    alone = [part(policy, reference) for part in (TDPO2(), WPO(LengthDesensitized(DPO(), 0.5)))]
+    out = built_from(*MIXED)(policy, reference)
+    assert_close(out.loss, 0.5 * alone[0].loss + 0.2 * sft.loss + alone[1].loss, 1e-12)
+    assert torch.equal(out.chosen_rewards, alone[0].chosen_rewards)
+    assert torch.equal(out.rejected_rewards, alone[0].rejected_rewards)
+    pulls = [
+        weight * token_incentives(part, policy, reference)
+        for part, weight in built_from(*MIXED).parts
+    ]
+    ours = token_incentives(built_from(*MIXED), policy, reference)
+    assert_close(ours, torch.stack(pulls).sum(0), 1e-12)
+
+
+def test_rewards_of_a_pairwise_first_part():
+    policy, reference = token_batch(weights=True)
+    out = built_from({"name": "simpo"}, {"name": "tdpo1"})(policy, reference)
+    expected = SimPO()(policy.sequences(policy.weights))
+    assert torch.equal(out.chosen_rewards, expected.chosen_rewards)
+
+
+def test_a_sum_needs_what_its_parts_need():
+    policy, reference = token_batch()
+    mixed = built_from(*MIXED, {"name": "ti_dpo"}, {"name": "tdpo1"})
+    assert mixed.columns == ("kl", "collision_entropy", "importance")
+    for column in mixed.columns:
+        with pytest.raises(ValueError, match=rf"{column}: 0\.5 tdpo2 \+ .* needs"):
+            mixed(without(policy, column), reference)
+    with pytest.raises(ValueError, match=r"reference: 0\.5 tdpo2 \+ .* needs"):
+        mixed(policy)
+    free = built_from({"name": "sft", "ld_alpha": 0.5}, {"name": "simpo"})
+    assert (free.columns, free.needs_reference) == ((), False)
+    nan = dataclasses.replace(reference, logps=reference.logps * math.nan)
+    assert torch.equal(free(policy, nan).loss, free(policy).loss)
+
+
+def test_a_token_level_sum_takes_soft_labels_if_all_parts_do():
+    assert built_from(*MIXED).soft_labels
+    mixed = built_from({"name": "tdpo2"}, {"name": "aot"})
+    assert not mixed.soft_labels
+    with pytest.raises(ValueError, match="preference: aot does not take soft labels"):
+        mixed(*token_batch(soft=True))
+
+
+def test_a_token_level_sum_waits_for_no_device_and_stays_finite():
+    meta = [on_meta(side) for side in token_batch(True, weights=True)]
+    assert built_from(*MIXED)(*meta).loss.shape == (6,)
+    for dtype in (torch.float32, torch.float64):
+        policy, reference = token_batch(True, dtype, lengths=([4096, 0, 1], [3000, 4096, 0]))
+        policy = dataclasses.replace(policy, logps=25 * policy.logps)
+        incentives = token_incentives(built_from(*MIXED), policy, reference)
+        for tensor in (*dataclasses.astuple(built_from(*MIXED)(policy, reference)), incentives):
+            assert tensor.dtype == dtype and tensor.isfinite().all()
+
+
+# Lists in configs
 
 
 @pytest.mark.parametrize(
@@ -160,12 +245,19 @@ def options(name, **parameters):
     [
         [{"name": "dpo", "weight": 0.8, "beta": 0.3}, {"name": "sft", "weight": 0.2}],
         [{"name": "dpo", "weight": 1, "label_smoothing": 0.1, "f_divergence": "js"}],
+        [
+            {"name": "tdpo2", "weight": 0.5, "alpha": 0.3},
+            {"name": "ipo", "weight": 0.2, "label_smoothing": 0.1},
+            {"name": "dpo", "weight": 1, "ld_alpha": 0.5, "wpo": "unaligned"},
+        ],
     ],
 )
 def test_config_of_builds_it_again(items):
-    built = build_combined(items, options)
+    built = build_combined(items, losses.build)
     config = config_of(built)
-    assert build_combined(config, options) == built
+    assert build_combined(config, losses.build) == built
+    if isinstance(built, WeightedSum):
+        assert config_of(TokenWeighted(built)) == config
     for item, entry in zip(items, config, strict=True):
         assert item.items() <= entry.items() and list(entry)[:2] == ["name", "weight"]
     assert config_of(DPO(beta=0.3)) == {"name": "dpo", "beta": 0.3}
@@ -193,10 +285,11 @@ def test_bad_lists_are_refused_by_item(items, message):
         build_combined(items, losses.build)
 
 
-@pytest.mark.parametrize("item", [{"name": "tdpo2"}, {"name": "dpo", "wpo": True}], ids=str)
-def test_only_pairwise_objectives_add_up(item):
-    with pytest.raises(ValueError, match=r"loss\[1\]\.name: .* only those can be added up"):
-        build_combined([{"name": "sft"}, item], options)
+@pytest.mark.parametrize("name", ["kto", "info_nca"])
+@pytest.mark.parametrize("other", ["sft", "tdpo2"])
+def test_only_objectives_on_pairs_add_up(name, other):
+    with pytest.raises(ValueError, match=rf"loss\[1\]\.name: {name} is not an objective on pairs"):
+        build_combined([{"name": other}, {"name": name}], losses.build)
 
 
 def test_bad_parts_are_refused():
@@ -204,5 +297,11 @@ def test_bad_parts_are_refused():
         WeightedSum(())
     with pytest.raises(ValueError, match=r"parts\[1\]\.weight: must be > 0"):
         WeightedSum(((DPO(), 1), (SFT(), 0)))
-    with pytest.raises(ValueError, match=r"parts\[0\]\.name: tdpo2 is not an objective on pairs"):
+    with pytest.raises(
+        ValueError, match=r"parts\[0\]: expected a PairwiseLoss, got TDPO2.*adds up"
+    ):
         WeightedSum(((TDPO2(), 1),))
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected a TokenLevelLoss, got DPO"):
+        TokenLevelSum(((TIDPO(), 1), (DPO(), 1)))
+    with pytest.raises(ValueError, match=r"parts\[0\]\.weight: must be > 0"):
+        TokenLevelSum(((TIDPO(), 0),))

@@ -9,15 +9,29 @@ import sys
 
 import pytest
 import torch
-from pairs import batch
+from pairs import assert_close, batch
+from token_pairs import token_batch
 
 from fastpref import losses
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
-from fastpref.losses import anchored, base, batchwise, groupwise, margin, normalized, pointwise
+from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
+from fastpref.losses import (
+    anchored,
+    base,
+    batchwise,
+    groupwise,
+    margin,
+    normalized,
+    pointwise,
+    token_level,
+)
 from fastpref.losses.margin import DPO, PMO
 from fastpref.losses.normalized import SimPO
 
-OBJECTIVES = [losses.build(name) for name in losses.names("pairwise")]
+OBJECTIVES = [
+    objective
+    for objective in map(losses.build, losses.names())
+    if isinstance(objective, losses.PairwiseLoss)
+]
 NEEDS_REFERENCE = [objective for objective in OBJECTIVES if objective.needs_reference]
 REFERENCE_FREE = [objective for objective in OBJECTIVES if not objective.needs_reference]
 REFERENCE_FREE.append(PMO(alpha=0.5, beta=0))
@@ -114,6 +128,63 @@ def test_incentives_of_every_kind():
     group = GroupedLogps(zeros, ones, torch.tensor([0, 2]), scores)
     d = losses.incentives(losses.build("info_nca", beta=0.5), group, group)
     assert d.tolist() == [0.25, -0.25]
+    tokens = TokenLogps(zeros, torch.tensor([0, 1, 2]), kl=zeros)
+    d = losses.incentives(losses.build("tdpo2", beta=0.5), tokens, tokens)
+    assert d.tolist() == [0.25, -0.25]
+
+
+TOKEN_LEVEL = [
+    {"name": "tdpo1"},
+    {"name": "tdpo2", "beta": 0.7},
+    {"name": "ti_dpo"},
+    {"name": "ti_dpo", "weights": "one_minus_p", "beta": 1.0},
+    {"name": "simpo", "ld_alpha": 0.3, "wpo": True},
+    # Under a hard label tokens of one response pull in both directions.
+    [
+        {"name": "tdpo2"},
+        {"name": "sft", "responses": "both", "average": False, "ld_alpha": 0.2, "weight": 0.2},
+    ],
+]
+
+
+@pytest.mark.parametrize("config", TOKEN_LEVEL, ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_pair_incentives_make_the_gradient_of_a_model(config, soft):
+    """-grad L of a linear softmax model, against d_w * S_w - d_l * S_l with weighted scores S."""
+    objective = losses.from_config(config)
+    given, reference = token_batch(soft, weights=True)
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(given.logps.numel(), 4, generator=g, dtype=torch.float64)
+    head = torch.randn(9, 4, generator=g, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(9, (len(hidden), 1), generator=g)
+    logps = (hidden @ head.T).log_softmax(1).gather(1, labels)[:, 0]
+    policy = dataclasses.replace(given, logps=logps)
+    (gradient,) = torch.autograd.grad(
+        objective(policy, reference).loss.sum(), head, retain_graph=True
+    )
+    d_w, d_l, weights = losses.pair_incentives(objective, policy, reference)
+    for response in weights.split(policy.lengths.tolist()):
+        assert not len(response) or response.mean().item() == pytest.approx(1, abs=1e-12)
+    assert d_l[4] == 0 and d_w[2] == 0  # empty responses
+    assert not any(x.requires_grad for x in (d_w, d_l, weights))
+    weighted = policy.sequences(weights)
+    pull = (d_w * weighted.chosen - d_l * weighted.rejected).sum()
+    assert_close(torch.autograd.grad(pull, head)[0], -gradient, 1e-12)
+
+
+def test_pair_incentives_of_sequences_weigh_tokens_alike():
+    policy, reference = batch()
+    d_w, d_l, weights = losses.pair_incentives(DPO(), policy, reference)
+    assert weights is None
+    for ours, theirs in zip((d_w, d_l), losses.incentives(DPO(), policy, reference), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_token_weights_are_one_where_nothing_pulls():
+    policy, reference = token_batch(weights=True)
+    silent = dataclasses.replace(policy, weights=torch.zeros_like(policy.logps))
+    d_w, d_l, weights = losses.pair_incentives(losses.build("tdpo2"), silent, reference)
+    assert not d_w.any() and not d_l.any() and (weights == 1).all()
 
 
 FAMILY = {
@@ -127,9 +198,10 @@ FAMILY = {
     ),
     batchwise: ("beta_dpo", "aot", "aot_unpaired"),
     normalized: (
-        *("ipo_avg", "dpo_norm", "simpo", "slic_hf", "rrhf", "cpo", "cpo_simpo", "orpo"),
-        *("simper", "stapo", "stapo_ref", "sft"),
+        *("logpi_dpo", "ipo_avg", "dpo_norm", "simpo", "slic_hf", "rrhf", "cpo", "cpo_simpo"),
+        *("orpo", "simper", "stapo", "stapo_ref", "sft"),
     ),
+    token_level: ("tdpo1", "tdpo2", "ti_dpo"),
     pointwise: ("kto", "kto_simple", "bco", "ddro_unpaired", "pro_b"),
     groupwise: ("info_nca", "nca", "pro_s"),
 }
@@ -137,8 +209,8 @@ FAMILY = {
 
 def test_names_are_listed_module_by_module():
     assert losses.names() == tuple(name for names in FAMILY.values() for name in names)
-    assert len(set(losses.names())) == 48
-    assert len(losses.names("pairwise")) == 40
+    assert len(set(losses.names())) == 52
+    assert len(losses.names("pairwise")) == 44
     assert losses.names("pointwise") == FAMILY[pointwise]
     assert losses.names("groupwise") == FAMILY[groupwise]
 
@@ -164,8 +236,11 @@ def test_describe_states_everything(name):
     assert description.summary.endswith(".") and ":" in description.summary
     assert description.kind == losses.build(name).kind
     incentive = {"pairwise": "d_w", "pointwise": "d = ", "groupwise": "d_i = "}[description.kind]
-    assert description.formula and incentive in description.incentives and description.source
-    assert "\n" not in description.formula + description.incentives + description.source
+    assert incentive in description.incentives
+    for text in (description.formula, description.source, description.use):
+        assert text and "\n" not in text
+    token_level = isinstance(losses.build(name), losses.TokenLevelLoss)
+    assert description.level == ("token" if token_level else "sequence")
     assert losses.build(name, **description.defaults) == losses.build(name)
     assert description.needs_reference == losses.build(name).needs_reference
 
@@ -175,11 +250,14 @@ def test_describe_joins_continued_lines():
     assert losses.describe("dpo") == losses.Description(
         name="dpo",
         kind="pairwise",
+        level="sequence",
         summary="Direct preference optimization: logistic loss on the margin of the implicit "
         "rewards.",
         formula="-LS(u), u = beta * (tw - tl)",
         incentives="d_w = d_l = beta * S(-u)",
         source="Rafailov et al. 2023, Eq. 7, arXiv:2305.18290",
+        use="the first choice for pairs with a clear winner; with hard labels its margin has no "
+        "finite optimum, and the log-probs of both responses often fall together",
         notes="Rewards are beta * t. A soft label p moves the optimum from infinity to "
         "u = logit(p).",
         defaults={"beta": 0.1},
@@ -217,6 +295,7 @@ def test_defaults():
         "beta_dpo": {"beta": 0.1, "alpha": 0.6},
         "aot": {"beta": 0.01, "label_smoothing": 0.0},
         "aot_unpaired": {"beta": 0.01, "label_smoothing": 0.0},
+        "logpi_dpo": {"beta": 0.1},
         "ipo_avg": {"tau": 0.1},
         "dpo_norm": {"beta": 5.0},
         "simpo": {"beta": 2.0, "gamma": 1.0},
@@ -229,6 +308,11 @@ def test_defaults():
         "stapo": {"beta": 2.0, "left_margin": 0.6, "right_margin": 0.8},
         "stapo_ref": {"beta": 0.1, "left_margin": 12.0, "right_margin": 16.0},
         "sft": {"responses": "chosen", "average": True},
+        "tdpo1": {"beta": 0.1},
+        "tdpo2": {"beta": 0.1, "alpha": 0.5},
+        "ti_dpo": {
+            **{"beta": 0.1, "lam": 0.7, "weights": "hybrid", "gamma": 0.0, "margin": 0.001},
+        },
         "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
         "kto_simple": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
         "bco": {"beta": 0.01},

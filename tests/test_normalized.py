@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ from pairs import (
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fastpref import losses
-from fastpref.losses.margin import DPO, IPO
+from fastpref.logps import SequenceLogps
+from fastpref.losses.margin import DPO, IPO, PMO
 from fastpref.losses.normalized import (
     CPO,
     OBJECTIVES,
@@ -39,6 +41,7 @@ from fastpref.losses.normalized import (
     CPOSimPO,
     DPONorm,
     IPOAvg,
+    LogPiDPO,
     SimPER,
     SimPO,
     SLiCHF,
@@ -47,6 +50,8 @@ from fastpref.losses.normalized import (
 )
 
 CASES = [
+    LogPiDPO(),
+    LogPiDPO(beta=1.0),
     IPOAvg(),
     IPOAvg(tau=0.02),
     DPONorm(),
@@ -85,6 +90,9 @@ def log_odds(a):
 def closed_form(o, zw, zl, rw, rl, nw, nl):
     aw, al, mw, ml = per(zw, nw), per(zl, nl), per(zw - rw, nw), per(zl - rl, nl)
     match o.name:
+        case "logpi_dpo":
+            d = o.beta * sigmoid(-o.beta * (zw - zl))
+            return nls(o.beta * (zw - zl)), d, d
         case "ipo_avg":
             gap = 1 / (2 * o.tau) - (mw - ml)
             return gap**2, per(2 * gap, nw), per(2 * gap, nl)
@@ -178,6 +186,31 @@ def test_an_empty_response_has_no_gradient_under_length_normalisation(objective)
 
 
 @hard_and_soft
+def test_logpi_dpo_is_three_others_without_what_they_add(soft):
+    policy, _ = batch(soft=soft)
+    zero = dataclasses.replace(policy, chosen=0 * policy.chosen, rejected=0 * policy.rejected)
+    ours = outputs(LogPiDPO(beta=0.3), policy)
+    for other in (DPO(beta=0.3), PMO(alpha=0.3, beta=0), CPO(beta=0.3, lam=0)):
+        assert_close(ours, outputs(other, policy, zero), 1e-12)
+
+
+def test_logpi_dpo_learns_the_ratio_of_the_distributions_of_the_pairs():
+    """At log P - log Q the expected gradient over all pairs of P and Q is zero, and not beside."""
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 7, generator=g, dtype=torch.float64).softmax(1)
+    one = torch.ones(49)
+
+    def pull(logps):
+        every = SequenceLogps(logps.repeat_interleave(7), logps.repeat(7), one, one)
+        d_w, d_l = losses.incentives(LogPiDPO(beta=1.0), every)
+        both = torch.outer(p, q)
+        return (both * d_w.view(7, 7)).sum(1) - (both * d_l.view(7, 7)).sum(0)
+
+    assert pull(p.log() - q.log()).abs().max() < 1e-15
+    assert pull(p.log()).abs().max() > 1e-3
+
+
+@hard_and_soft
 def test_ipo_avg_and_dpo_norm_are_ipo_and_dpo_of_mean_logps(soft):
     policy, reference = batch(soft=soft)
     for ours, theirs in ((IPOAvg(tau=0.3), IPO(tau=0.3)), (DPONorm(beta=0.3), DPO(beta=0.3))):
@@ -252,6 +285,7 @@ def test_stapo_rests_between_its_margins(make):
 @pytest.mark.parametrize(
     ("objective", "reward"),
     [
+        (LogPiDPO(beta=0.3), lambda z, r, n: 0.3 * z),
         (IPOAvg(tau=0.3), lambda z, r, n: 0.3 * (z - r) / n),
         (DPONorm(beta=0.3), lambda z, r, n: 0.3 * (z - r) / n),
         (SimPO(beta=2.5), lambda z, r, n: 2.5 * z / n),

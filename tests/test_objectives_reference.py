@@ -21,6 +21,6 @@ def test_the_page_is_current() -> None:
 def test_every_objective_is_explained_in_full(name: str) -> None:
     text = objectives_reference.plain(name)
     about = losses.describe(name)
-    for part in (about.summary, about.formula, about.incentives, about.source):
+    for part in (about.summary, about.formula, about.incentives, about.source, about.use):
         assert part and part in text
-    assert about.kind in text
+    assert f"{about.kind} ({about.level} level)" in text

@@ -420,7 +420,12 @@ def test_bad_parameters_are_refused_by_name(objective, parameters, message):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
-def test_docstrings_state_loss_incentives_and_source(objective):
+def test_docstrings_state_loss_incentives_source_and_use(objective):
     doc = inspect.getdoc(objective)
     assert doc.partition("\n")[0].endswith(".") and ":" in doc.partition("\n")[0]
-    assert re.findall(r"^(\w+): +", doc, flags=re.MULTILINE) == ["loss", "incentives", "source"]
+    assert re.findall(r"^(\w+): +", doc, flags=re.MULTILINE) == [
+        "loss",
+        "incentives",
+        "source",
+        "use",
+    ]

@@ -26,7 +26,7 @@ from fastpref import losses
 from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.losses import anchored, batchwise, margin, normalized, pointwise, token_level
 from fastpref.losses.batchwise import AOT, BetaDPO
-from fastpref.losses.combined import WeightedSum
+from fastpref.losses.combined import TokenLevelSum, WeightedSum
 from fastpref.losses.groupwise import InfoNCA
 from fastpref.losses.margin import BPO, CDPO, DPO, FDPO, IPO, Hinge, Robust
 from fastpref.losses.normalized import ORPO, SFT, DPONorm, IPOAvg, SimPO, StaPORef
@@ -40,6 +40,7 @@ from fastpref.losses.wrappers import (
     FDivergence,
     LabelSmoothing,
     LengthDesensitized,
+    TokenWeighted,
     build_with_options,
     config_of,
     ld_sequence_logps,
@@ -50,7 +51,7 @@ KINDS = {
     for module in (margin, anchored, batchwise, normalized, pointwise, token_level)
     for kind in module.OBJECTIVES
 }
-PAIRWISE = [losses.build(name) for name in losses.names("pairwise")]
+PAIRWISE = [o for o in map(losses.build, losses.names()) if isinstance(o, losses.PairwiseLoss)]
 SMOOTHABLE = [o for o in PAIRWISE if o.soft_labels and not hasattr(o, "label_smoothing")]
 DIVERGENCES = [
     {"f_divergence": "forward_kl"},
@@ -300,7 +301,40 @@ def test_wpo_says_what_it_misses():
     WPO(DPO(), "unaligned")(plain(policy), reference)
 
 
-# Both wrappers that look at tokens
+# Weights of the data
+
+
+@hard_and_soft
+@pytest.mark.parametrize("objective", [DPO(), SimPO(), WeightedSum(((DPO(), 1), (SFT(), 2)))])
+def test_a_weighted_objective_sees_the_weighted_sums(objective, soft):
+    policy, reference = token_batch(soft, weights=True)
+    pairs = []
+    for side in (policy, reference):
+        sums = [
+            sum(c * x for c, x in zip(*columns, strict=True))
+            for columns in zip(
+                responses(policy, policy.weights), responses(policy, side.logps), strict=True
+            )
+        ]
+        sums = torch.tensor(sums, dtype=torch.float64)
+        pairs.append(SequenceLogps.from_sequences(sums, policy.lengths, side.preference))
+    weighted = TokenWeighted(objective)
+    ours, theirs = weighted(policy, reference), objective(*pairs)
+    for name in ("loss", "chosen_rewards", "rejected_rewards"):
+        assert_close(getattr(ours, name), getattr(theirs, name), 1e-12)
+    assert (weighted.name, weighted.columns) == (objective.name, ())
+    d_w, d_l = losses.incentives(objective, *pairs)
+    each = torch.cat([d_w, -d_l]).repeat_interleave(policy.lengths)
+    assert_close(token_incentives(weighted, policy, reference), policy.weights * each, 1e-12)
+
+
+def test_without_weights_of_the_data_the_sums_are_plain():
+    policy, reference = token_batch()
+    ours = TokenWeighted(SimPO())(policy, reference)
+    assert torch.equal(ours.loss, SimPO()(policy.sequences()).loss)
+
+
+# All wrappers that look at tokens
 
 TOKENWISE = [
     LengthDesensitized(DPO(), 0.3),
@@ -309,6 +343,8 @@ TOKENWISE = [
     WPO(DPO()),
     WPO(LengthDesensitized(ORPO(), 0.5), "unaligned"),
     WPO(TDPO2()),
+    TokenWeighted(IPOAvg()),
+    WPO(TokenWeighted(SimPO())),
 ]
 every_tokenwise = pytest.mark.parametrize("objective", TOKENWISE, ids=lambda o: o.name)
 
@@ -402,6 +438,8 @@ def test_options_that_change_nothing_wrap_nothing(kind):
 def test_config_of_builds_it_again(kind, parameters):
     built = build_with_options(kind, parameters)
     config = config_of(built)
+    if isinstance(built, losses.PairwiseLoss):
+        assert config_of(TokenWeighted(built)) == config
     assert config.pop("name") == kind.name
     assert build_with_options(kind, config) == built
     assert {k: v for k, v in parameters.items() if v is not True}.items() <= config.items()
@@ -443,6 +481,7 @@ def test_bad_options_are_refused_by_name(kind, parameters, message):
         (lambda: FDivergence(LabelSmoothing(DPO())), "f_divergence: does not apply to dpo\\(label"),
         (lambda: LengthDesensitized(WPO(DPO())), "ld_alpha: does not apply to dpo\\(wpo"),
         (lambda: WPO(LengthDesensitized(AOT())), "wpo: does not apply to aot\\(ld_alpha=0.5\\), "),
+        (lambda: TokenWeighted(TDPO2()), "objective: expected one on pairs of .*, got tdpo2; use"),
         (lambda: WPO(InfoNCA()), "wpo: does not apply to info_nca, which is not one of pairs"),
     ],
 )
@@ -456,7 +495,9 @@ def test_options_are_those_of_the_wrappers():
     assert tuple(name for name in fields if name != "objective") == OPTIONS
 
 
-@pytest.mark.parametrize("kind", [*WRAPPERS, WeightedSum], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*WRAPPERS, TokenWeighted, WeightedSum, TokenLevelSum], ids=lambda kind: kind.__name__
+)
 def test_docstrings_state_loss_incentives_and_source(kind):
     doc = inspect.getdoc(kind)
     assert doc.partition("\n")[0].endswith(".")

@@ -6,11 +6,11 @@ import difflib
 import inspect
 import re
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import (
     anchored,
     base,
@@ -20,6 +20,7 @@ from fastpref.losses import (
     margin,
     normalized,
     pointwise,
+    token_level,
     wrappers,
 )
 from fastpref.losses.base import Kind, Loss, LossOutput, PairwiseLoss
@@ -48,23 +49,25 @@ __all__ = [
     "from_config",
     "incentives",
     "names",
+    "pair_incentives",
 ]
 
-# What objectives of the three kinds take, and what they give.
-Logps = SequenceLogps | UnpairedLogps | GroupedLogps
+# What objectives of the three kinds take, those on pairs at either level, and what they give.
+Logps = SequenceLogps | TokenLogps | UnpairedLogps | GroupedLogps
 Output = LossOutput | PointwiseOutput | GroupwiseOutput
 
 NOTATION = (
     "z, r: summed log-probs under policy and reference; t = z - r; a = z / tokens; "
-    "pairs: w chosen, l rejected; single responses: y is 1 if desirable, else -1, w the weight of "
-    "that class; groups: responses i, j of N; S logistic function, LS its logarithm, S' its "
-    "derivative; K(x) = -(LS(x) + LS(-x)) / 2 - log 2; "
+    "pairs: w chosen, l rejected; tokens i: t is the sum of c_i * t_i, c_i their weight in the "
+    "data, D that of their KL(reference || policy); single responses: y is 1 if desirable, else "
+    "-1, w the weight of that class; groups: responses i, j of N; S logistic function, LS its "
+    "logarithm, S' its derivative; sg(x) x as a constant; K(x) = -(LS(x) + LS(-x)) / 2 - log 2; "
     "[...] is 1 where the condition holds, else 0"
 )
 
 _BY_NAME: dict[str, type[Loss]] = {
     objective.name: objective
-    for module in (margin, anchored, batchwise, normalized, pointwise, groupwise)
+    for module in (margin, anchored, batchwise, normalized, token_level, pointwise, groupwise)
     for objective in module.OBJECTIVES
 }
 
@@ -75,10 +78,12 @@ class Description:
 
     name: str
     kind: Kind
+    level: Literal["sequence", "token"]  # whether it sees a response as a sum or token by token
     summary: str
     formula: str
     incentives: str
     source: str
+    use: str  # when to choose it, in place of what, and what it risks
     notes: str  # paragraphs: what the rewards are, where the optimum is, what differs elsewhere
     defaults: dict[str, Any]
     needs_reference: bool
@@ -103,7 +108,8 @@ def build(name: str, **parameters: Any) -> Any:
 def from_config(value: dict[str, Any] | list[dict[str, Any]]) -> Any:
     """The objective of a config: a mapping with its name, or a list of them to be added up.
 
-    Raises ValueError, naming the item of a list, as `build` does.
+    The sum is a PairwiseLoss, or a TokenLevelLoss if one of its parts is. Raises ValueError, naming
+    the item of a list, as `build` does.
     """
     if isinstance(value, list):
         return combined.build_combined(value, build)
@@ -123,10 +129,12 @@ def describe(name: str) -> Description:
     return Description(
         name=objective.name,
         kind=objective.kind,
+        level="token" if issubclass(objective, TokenLevelLoss) else "sequence",
         summary=doc.partition("\n")[0],
         formula=stated.get("loss", ""),
         incentives=stated.get("incentives", ""),
         source=stated.get("source", ""),
+        use=stated.get("use", ""),
         notes=doc.partition("\nsource:")[2].partition("\n\n")[2],
         defaults={field.name: field.default for field in fields(objective)},
         needs_reference=objective().needs_reference,
@@ -140,15 +148,33 @@ def incentives(
 
     With s the gradient of a response's log-prob, -grad L is the sum of d_w * s_w - d_l * s_l over
     pairs and of d * s over single responses and over those of groups. Pairwise: (d_w, d_l), each
-    (B,); pointwise and groupwise: d, (S,). Only pointwise objectives take a reference point.
+    (B,), or at the level of tokens -dL/dlogps of each, (T,), without the gradient through
+    `policy.kl`; pointwise and groupwise: d, (S,). Only pointwise objectives take a reference point.
     Source: the incentive-score decomposition, arXiv:2604.18239.
     """
     if isinstance(objective, PointwiseLoss):
         return pointwise.pointwise_incentives(objective, policy, reference, reference_point)
     if isinstance(objective, GroupwiseLoss):
         return groupwise.groupwise_incentives(objective, policy, reference)
+    if isinstance(objective, TokenLevelLoss):
+        return token_level.token_incentives(objective, policy, reference)
     assert isinstance(objective, PairwiseLoss)
     return base.incentives(objective, policy, reference)
+
+
+def pair_incentives(
+    objective: Loss, policy: Any, reference: Any = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The incentives of any objective on pairs: d_w, d_l, each (B,), and token weights W (T,).
+
+    With S the gradient of a response's sum_i W_i * log p_i, -grad L is the sum of
+    d_w * S_w - d_l * S_l, without the gradient through `policy.kl`. At the level of sequences W is
+    None, which means 1; at that of tokens it has mean 1 in each response, a constant.
+    """
+    if isinstance(objective, TokenLevelLoss):
+        return token_level.token_pair_incentives(objective, policy, reference)
+    assert isinstance(objective, PairwiseLoss)
+    return *base.incentives(objective, policy, reference), None
 
 
 def _find(name: str) -> type[Loss]:

@@ -24,6 +24,9 @@ class DPOP(LogRatioLoss):
     loss:       -LS(v), v = beta * (tw - tl - lam * max(0, -tw))
     incentives: d_w = beta * S(-v) * (1 + lam * [tw < 0]), d_l = beta * S(-v)
     source:     Pal et al. 2024, arXiv:2402.13228
+    use:        in place of `dpo` where it lowers the chosen responses; the penalty overrules the
+                margin as long as they are below their reference, and arXiv:2505.23761 found no
+                setting that was reliable over several epochs
 
     Rewards are beta * t, without the penalty. The defaults are from memory of the paper, not
     checked.
@@ -45,6 +48,9 @@ class CalDPO(LogRatioLoss):
     loss:       -LS(tw - tl) + ((tw - 1/(2 beta))^2 + (tl + 1/(2 beta))^2) / 2
     incentives: d_w = S(tl - tw) + 1/(2 beta) - tw, d_l = S(tl - tw) + 1/(2 beta) + tl
     source:     Xiao et al. 2024, arXiv:2412.14516
+    use:        in place of `dpo` where rewards should be of a set size and not only differ; the
+                targets, 1/(2 beta) nats, outweigh the margin, and arXiv:2505.23761 found no setting
+                that was reliable over several epochs
 
     Rewards are beta * t; beta does not enter the logistic term. The weight 1/2 of the squares and
     the default of beta are those of the authors' code; the paper's weight is 1 from memory, not
@@ -67,6 +73,8 @@ class NCAPair(LogRatioLoss):
     loss:       -LS(beta * tw) - (LS(-beta * tw) + LS(-beta * tl)) / 2
     incentives: d_w = beta * (S(-beta * tw) - S(beta * tw) / 2), d_l = beta / 2 * S(beta * tl)
     source:     Chen et al. 2024, arXiv:2402.05369
+    use:        in place of `dpo` where the chosen response should not fall, since its reward has an
+                optimum of its own; the rejected one falls without a bound
 
     Rewards are beta * t. The optimum of the chosen response is beta * tw = log 2.
     """
@@ -86,6 +94,8 @@ class BCOPair(LogRatioLoss):
     loss:       -LS(beta * tw) - LS(-beta * tl)
     incentives: d_w = beta * S(-beta * tw), d_l = beta * S(beta * tl)
     source:     Jung et al. 2024, arXiv:2404.04656, without its reward shift
+    use:        in place of `dpo` where each response should move in its own direction; zero divides
+                the classes only while the rewards of both lie around it
 
     Rewards are beta * t. With beta = 1 this is `dil_bce`.
     """
@@ -105,6 +115,9 @@ class SPPOHard(LogRatioLoss):
     loss:       (tw - 1/(2 beta))^2 + (tl + 1/(2 beta))^2
     incentives: d_w = 2 * (1/(2 beta) - tw), d_l = 2 * (1/(2 beta) + tl)
     source:     Wu et al. 2024, arXiv:2405.00675
+    use:        in rounds on pairs that the policy of the last round, the reference, has sampled; on
+                fixed data of others the targets, 1/(2 beta) nats, are far off and the squares
+                follow outliers
 
     Rewards are beta * t; beta is 1 / eta of the paper. A soft label p moves the optimum to
     beta * tw = p - 1/2 = -beta * tl.
@@ -126,6 +139,9 @@ class APOZero(LogRatioLoss):
     loss:       1 - S(beta * tw) + S(beta * tl)
     incentives: d_w = beta * S'(beta * tw), d_l = beta * S'(beta * tl)
     source:     D'Oosterlinck et al. 2024, arXiv:2408.06266
+    use:        where the chosen responses are better than the policy's own; both terms saturate, so
+                responses far from the reference have next to no gradient, and a better policy is
+                taught to be worse
 
     Rewards are beta * t. For a policy that is worse than the chosen responses.
     """
@@ -144,6 +160,8 @@ class APODown(LogRatioLoss):
     loss:       S(beta * tw) + 1 - S(u), u = beta * (tw - tl)
     incentives: d_w = beta * (S'(u) - S'(beta * tw)), d_l = beta * S'(u)
     source:     D'Oosterlinck et al. 2024, arXiv:2408.06266
+    use:        where the policy is better than the chosen responses and the pairs only say what is
+                worse; for a weaker policy it unlearns good responses
 
     Rewards are beta * t. For a policy that is better than the chosen responses; d_w is negative
     where |u| > |beta * tw|.
@@ -173,8 +191,12 @@ class DDRO(DensityRatioLoss):
     loss:       2 log 2 - tw - log(2 - e^tl)
     incentives: d_w = 1, d_l = e^tl / (2 - e^tl), at most 1999999
     source:     Higuchi and Suzuki 2025, arXiv:2505.07558
+    use:        where preferences need not follow a model of pairwise choice; the pull on the chosen
+                response never ends, that on the rejected one is huge near e^tl = 2, and one run
+                of arXiv:2604.18239 broke down until it was calibrated
 
     Rewards are t. The logarithm ends at e^tl = 2; from 2 - 1e-6 it goes on as its tangent in tl.
+    The authors' practical variant is not known here.
     """
 
     name: ClassVar[str] = "ddro"
@@ -193,6 +215,8 @@ class DILBCE(DensityRatioLoss):
     loss:       -LS(tw) - LS(-tl)
     incentives: d_w = S(-tw), d_l = S(tl)
     source:     Xiao et al. 2025, arXiv:2503.05079
+    use:        to imitate the chosen responses with bounded incentives and no hyperparameter; on
+                sums of log-probs they saturate a few nats from the reference
 
     Rewards are t. The authors' code averages the log-probs over the tokens; this is the sum.
     """
@@ -211,6 +235,9 @@ class DILUKL(DensityRatioLoss):
     loss:       e^tl - tw
     incentives: d_w = 1, d_l = e^tl
     source:     Xiao et al. 2025, arXiv:2503.05079
+    use:        where the likelihood of the chosen response matters most and the rejected one should
+                not rise; the former is pulled without end as in `sft`, the latter less the lower it
+                is
 
     Rewards are t. Where e^tl exceeds e^20 it goes on as its tangent, so d_l <= e^20. The authors'
     code averages the log-probs over the tokens; this is the sum.
@@ -230,6 +257,9 @@ class DILLSIF(DensityRatioLoss):
     loss:       e^(2 tl) / 2 - e^tw
     incentives: d_w = e^tw, d_l = e^(2 tl)
     source:     Xiao et al. 2025, arXiv:2503.05079
+    use:        in place of `dil_bce` where the pull should grow with a response's own ratio; what
+                rises is pulled exponentially harder and the loss has no lower bound, so it wants a
+                small learning rate
 
     Rewards are t. Where an exponential exceeds e^20 it goes on as its tangent, so both incentives
     are at most e^20. The authors' code averages the log-probs over the tokens; this is the sum.
@@ -251,6 +281,8 @@ class PROP(LogRatioLoss):
     incentives: d_w = beta/4 * (S(-u) + 1/2 - S(beta * tw)),
                 d_l = beta/4 * (S(-u) - 1/2 + S(beta * tl))
     source:     Guo et al. 2025, arXiv:2505.23316
+    use:        in place of `dpo` where both log-probs fall: rewards have a finite optimum of their
+                own; it is close to zero, so beta alone says how far the policy moves
 
     Rewards are beta * t. K is the KL divergence of a coin of S(x) from a fair one. The optimum is
     finite, beta * tw = -beta * tl = 0.756; d_l is negative once the rejected reward is low enough.

@@ -1,9 +1,10 @@
 """What all objectives share: soft labels, the reference policy, parameter checks, incentives.
 
 An objective is a frozen dataclass whose fields are its hyperparameters and whose docstring states,
-on labelled lines that `describe` reads, its loss, its incentives and its source. A subclass of
-`PairwiseLoss` writes two methods: `reward`, the implicit reward of one response, and
-`hard_loss`, the loss of a pair whose first response is certainly the better one.
+on labelled lines that `describe` reads, its loss, its incentives, its source, and its use: when to
+choose it, in place of what, and what it risks. A subclass of `PairwiseLoss` writes two methods:
+`reward`, the implicit reward of one response, and `hard_loss`, the loss of a pair whose first
+response is certainly the better one.
 
 Notation of the docstrings: zw, zl are the summed log-probs of the chosen and the rejected response
 under the policy and rw, rl under the reference; nw, nl are their token counts; tw = zw - rw and

@@ -25,10 +25,13 @@ class BetaDPO(LogRatioLoss):
     loss:       -LS(b * m), m = tw - tl, b = max(0.001, beta * (1 + alpha * (m - mean of m)))
     incentives: d_w = d_l = b * S(-b * m), b a constant
     source:     Wu et al. 2024, arXiv:2407.08639
+    use:        in place of `dpo` where pairs differ much in how informative they are; the mean over
+                a small micro-batch is noisy, and another size of it is another objective
 
     Rewards are beta * t. The mean is over the batch of the call, in training the micro-batch; the
     authors' code has a moving average there and trains on a drawn 80% of the pairs, which is left
-    out. No soft labels: b depends on the batch. The default of alpha is from memory, not checked.
+    out. No soft labels: b depends on the batch. The default of alpha is from memory, not checked;
+    the authors' configuration has 0.
     """
 
     name: ClassVar[str] = "beta_dpo"
@@ -50,6 +53,9 @@ class AOT(LogRatioLoss):
                 of the same rank in the batch
     incentives: d_w = d_l = beta * (1 - e - S(u))
     source:     Melnyk et al. 2024, arXiv:2406.05882
+    use:        in place of `dpo` where margins should improve as a whole and not pair by pair; a
+                pair is held against the reference of another one, and a small micro-batch has few
+                ranks
 
     e is label_smoothing, rewards are beta * t. Ranks are those within the batch of the call, in
     training the micro-batch. No soft labels: ranks have no reversed pair.
@@ -76,6 +82,9 @@ class AOTUnpaired(AOT):
     loss:       -(1 - e) * LS(u) - e * LS(-u), u = beta * (tw - q), q the tl of the same rank
     incentives: d_w = beta * (1 - e - S(u)), d_l that of the pair in which tl serves as q
     source:     Melnyk et al. 2024, arXiv:2406.05882
+    use:        where chosen and rejected responses are not to the same prompts but equally many; as
+                with `aot` the result depends on the size of the micro-batch, and uneven numbers are
+                for `kto`
 
     As `aot`; which rejected response belongs to which chosen one does not matter.
     """

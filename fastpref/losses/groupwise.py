@@ -83,6 +83,9 @@ class InfoNCA(GroupwiseLoss):
     loss:       -sum_i q_i * log p_i, p = softmax(beta * t), q = softmax(scores / tau)
     incentives: d_i = beta * (q_i - p_i)
     source:     Chen et al. 2024, arXiv:2402.05369
+    use:        for several scored responses to a prompt, in place of `dpo` on their pairs; only
+                differences count, so all log-probs may fall, and tau must fit the scale of the
+                scores
 
     Rewards are beta * t. With two responses and q = (1, 0) this is `dpo`. The default of tau is
     that of the authors' code, which trains on nearly nothing but the best response; there 0.01 is
@@ -103,6 +106,8 @@ class NCA(GroupwiseLoss):
     loss:       -sum_i (q_i * LS(beta * t_i) + LS(-beta * t_i) / N), q = softmax(scores / tau)
     incentives: d_i = beta * (q_i * S(-beta * t_i) - S(beta * t_i) / N)
     source:     Chen et al. 2024, arXiv:2402.05369
+    use:        in place of `info_nca` where good responses should not fall; the pull back is the
+                same for bad ones, and tau must fit the scale of the scores
 
     Rewards are beta * t. The optimum is beta * t_i = log(N * q_i). With two responses and
     q = (1, 0) this is `nca_pair`. For tau see `info_nca`.
@@ -125,6 +130,8 @@ class PROS(GroupwiseLoss):
                 responses in the second sum
     incentives: d_i = beta * (c_i/N - A * sum_{j != i} (S(x_i - x_j) - 1/2)), j from 0
     source:     Guo et al. 2025, arXiv:2505.23316
+    use:        in place of `nca` where the sizes of the scores matter and not only the best one;
+                scores of a larger range than alpha allows leave no optimum
 
     Rewards are beta * t. An optimum exists for alpha above `required_alpha`, so bring the scores
     into a range of at most one: the paper's own scaling is not known. For a single response c is

@@ -24,6 +24,8 @@ class DPO(LogRatioLoss):
     loss:       -LS(u), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * S(-u)
     source:     Rafailov et al. 2023, Eq. 7, arXiv:2305.18290
+    use:        the first choice for pairs with a clear winner; with hard labels its margin has no
+                finite optimum, and the log-probs of both responses often fall together
 
     Rewards are beta * t. A soft label p moves the optimum from infinity to u = logit(p).
     """
@@ -41,6 +43,8 @@ class CDPO(LogRatioLoss):
     loss:       -(1 - e) * LS(u) - e * LS(-u), u = beta * (tw - tl), e = label_smoothing
     incentives: d_w = d_l = beta * (1 - e - S(u))
     source:     Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3 (no arXiv id)
+    use:        in place of `dpo` where a share of the labels is thought to be wrong or the policy
+                grows too sure; a share that is guessed too high holds back clean pairs as well
 
     Rewards are beta * t. The optimum is u = logit(1 - e); with a soft label p as well, the flips
     come on top of it and the optimum is u = logit(p * (1 - e) + (1 - p) * e). The note names no
@@ -62,6 +66,8 @@ class Robust(LogRatioLoss):
     loss:       (-(1 - e) * LS(u) + e * LS(-u)) / (1 - 2 e), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * ((1 - e) * S(-u) + e * S(u)) / (1 - 2 e)
     source:     Chowdhury et al. 2024, arXiv:2403.00409
+    use:        in place of `cdpo` where flips are random and their rate is known, since it undoes
+                their bias; it never stops pushing, so a wrong rate or a long run does harm
 
     e is label_smoothing, rewards are beta * t. The loss has no lower bound: its incentives lie
     between beta * e / (1 - 2 e) and beta * (1 - e) / (1 - 2 e) and never vanish.
@@ -82,6 +88,9 @@ class IPO(PairwiseLoss):
     loss:       (tw - tl - 1/(2 tau))^2
     incentives: d_w = d_l = 2 * (1/(2 tau) - (tw - tl)), negative beyond the target
     source:     Azar et al. 2023, Eq. 17, arXiv:2310.12036
+    use:        in place of `dpo` where labels are nearly certain and the policy should stay close
+                to its reference; one target in nats for short and long responses alike needs a tau
+                that fits the lengths
 
     Rewards are tau * t. A soft label p moves the optimum to tw - tl = (p - 1/2) / tau. This is the
     paper's form, on summed log-probs; `ipo_avg` is that of TRL and HALOs.
@@ -105,6 +114,8 @@ class Hinge(LogRatioLoss):
     loss:       max(0, 1 - u), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * [u < 1]
     source:     Liu et al. 2023, arXiv:2309.06657, after SLiC, arXiv:2305.10425
+    use:        in place of `dpo` where a pair that has its margin should train no more; all others
+                pull with full strength, wrong labels among them
 
     Rewards are beta * t.
     """
@@ -122,6 +133,8 @@ class EXOPair(LogRatioLoss):
     loss:       S(u) * (LS(u) - log(1 - e)) + S(-u) * (LS(-u) - log(e)), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * S'(u) * (logit(1 - e) - u)
     source:     Ji et al. 2024, arXiv:2402.00856
+    use:        in place of `dpo` from a start that orders most pairs rightly, to settle at a finite
+                margin; pairs ordered very wrongly have next to no gradient and stay as they are
 
     e is label_smoothing, rewards are beta * t. The incentives vanish on both sides, so a pair that
     is ordered very wrongly is left alone. The optimum is u = logit(1 - e), with a soft label p
@@ -144,6 +157,8 @@ class DiscoPOP(LogRatioLoss):
     loss:       -(1 - q) * LS(u) + q * e^-u, q = S(u / tau), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * ((1 - q) * S(-u) + q * e^-u - q * (1 - q) / tau * (e^-u + LS(u)))
     source:     Lu et al. 2024, arXiv:2406.08414
+    use:        beside `dpo` on an evaluation of your own, being found by search and not derived;
+                the loss is not monotone in the margin, and beta and tau are coupled
 
     Rewards are beta * t. In a narrow band of u the incentives are negative. For tau > 1 the term
     q * e^-u has no bound; it goes on as its tangent where it exceeds e^20.
@@ -166,6 +181,8 @@ class RDPO(LogRatioLoss):
     loss:       -LS(u + alpha * (nw - nl)), u = beta * (tw - tl)
     incentives: d_w = d_l = beta * S(-u - alpha * (nw - nl))
     source:     Park et al. 2024, arXiv:2403.19159
+    use:        in place of `dpo` where the policy has learnt that longer is better; too large an
+                alpha trains on lengths and no longer on preferences
 
     Rewards are beta * t, without the length. The defaults are from memory of the paper's range
     (alpha 0.05 to 1, beta 0.01 to 0.1), not checked.
@@ -188,9 +205,13 @@ class PMO(PairwiseLoss):
     incentives: d_w = d_l = (alpha + beta) * S(-u)
     source:     "A fine-grained analysis of pure semantic preference alignment in LLMs", Eq. 5
                 (anonymous submission, no arXiv id)
+    use:        where the policy's odds should match the labels' probabilities, with alpha + beta
+                near 1, and not merely order the pairs; that can cost accuracy, and with small alpha
+                and beta it grows as sure as `dpo`
 
-    Rewards are (alpha + beta) * z - beta * r. alpha = 0 is DPO; beta = 0 needs no reference. The
-    defaults are the paper's for pure semantic preferences; on benchmarks it uses 0.05 for both.
+    Rewards are (alpha + beta) * z - beta * r. alpha = 0 is DPO; beta = 0 needs no reference and is
+    `logpi_dpo`. The defaults are the paper's for pure semantic preferences; on benchmarks it uses
+    0.05 for both.
     """
 
     name: ClassVar[str] = "pmo"
@@ -220,6 +241,8 @@ class HDPO(DPO):
     loss:       -LS(u), u = beta * (alpha * (zw - zl) - (rw - rl))
     incentives: d_w = d_l = alpha * beta * S(-u)
     source:     Omura et al. 2024, arXiv:2411.07595
+    use:        in place of `dpo` to set the entropy of the policy, sharper for alpha < 1, wider for
+                alpha > 1; a sharper policy has less variety to sample from
 
     Rewards are beta * (alpha * z - r). alpha = 1 is DPO, and alpha = (a + b) / b with beta = b is
     PMO(a, b). The default of alpha is from memory of the paper's range, 0.8 to 1.2, not checked.
@@ -241,6 +264,8 @@ class BPO(LogRatioLoss):
                 R = e^-u, u = beta * (tw - tl), s = scale
     incentives: d_w = d_l = beta / s * (e^(-(lam + 1) * u) + e^(lam * u)), 0 where R < clip_low
     source:     Kim et al. 2025, scaled Basu's power divergence and Code 1, arXiv:2505.19601
+    use:        in place of `dpo` to choose how hard easy and misordered pairs pull; beta, lam and
+                the clip are coupled, and powers of the ratio make misordered pairs dominate
 
     Rewards are beta * t. R is clipped from below, without a gradient; powers of it beyond e^20 go
     on as their tangents. The defaults are the paper's for HH; for TL;DR it has beta 0.5, lam -0.5,
@@ -271,6 +296,9 @@ class FDPO(DPO):
     incentives: d_w = beta * S(-u) * g'(tw), d_l = beta * S(-u) * g'(tl); g'(t) is 1, e^-t, S(-t),
                 e^((alpha - 1) * t)
     source:     Wang et al. 2023, arXiv:2309.16240
+    use:        in place of `dpo` where the reverse KL costs too much variety; the two responses
+                then pull unequally, under forward_kl exponentially hard where one falls below its
+                reference
 
     Rewards are beta * g(t). reverse_kl is DPO. Exponentials beyond e^20 go on as their tangents,
     so g' is at most e^20. `alpha` belongs to the alpha divergence alone.
@@ -310,9 +338,13 @@ class ChiPO(DPO):
     loss:       -LS(v), v = u within [-2 r_max, 2 r_max], u = beta * (g(tw) - g(tl)), g(t) = e^t + t
     incentives: d_w = beta * S(-v) * (e^tw + 1), d_l = beta * S(-v) * (e^tl + 1), 0 where clipped
     source:     Huang et al. 2024, arXiv:2407.13399
+    use:        in place of `dpo` where the pairs cover the policy's responses poorly and it
+                over-optimises; responses that rise above their reference pull exponentially hard,
+                and clipped pairs not at all
 
-    Rewards are beta * g(t), beta at the reference. e^t beyond e^20 goes on as its tangent. The
-    default of r_max is a choice made here; it clips hardly anything.
+    Rewards are beta * g(t), beta at the reference. e^t beyond e^20 goes on as its tangent; that
+    others hold t within [-88, 20] instead is from memory, not checked. The default of r_max is a
+    choice made here; it clips hardly anything.
     """
 
     name: ClassVar[str] = "chi_po"

@@ -20,12 +20,35 @@ ODDS_LIMIT = -1e-6  # the log-prob per token from which the odds of ORPO are con
 
 
 @dataclass(frozen=True)
+class LogPiDPO(DPO):
+    """DPO with the reference set to zero: the implicit reward is the log-prob itself.
+
+    loss:       -LS(u), u = beta * (zw - zl)
+    incentives: d_w = d_l = beta * S(-u)
+    source:     Rafailov et al. 2023, arXiv:2305.18290, without its reference, as in "Differential
+                information", arXiv:2505.23761
+    use:        to learn the distribution by whose odds the pairs were chosen, as in the experiments
+                on differential information, or `dpo` without a reference; nothing holds the policy
+                to where it started, and on sums the shorter response starts ahead
+
+    Rewards are beta * z. This is PMO(beta, 0), and `cpo` with lam = 0. Where chosen responses are
+    drawn from one distribution and rejected ones from another, the optimum at beta = 1 is their
+    ratio, normalised. The default of beta is that of `dpo`.
+    """
+
+    name: ClassVar[str] = "logpi_dpo"
+    needs_reference: ClassVar[bool] = False  # then the reference that `reward` sees is zero
+
+
+@dataclass(frozen=True)
 class IPOAvg(IPO):
     """IPO per token: a squared loss that pulls the margin of the mean log-ratios to a target.
 
     loss:       (tw/nw - tl/nl - 1/(2 tau))^2
     incentives: d_w = c/nw, d_l = c/nl, c = 2 * (1/(2 tau) - (tw/nw - tl/nl))
     source:     Azar et al. 2023, arXiv:2310.12036, averaged as in TRL and HALOs
+    use:        in place of `ipo` where lengths differ much; the target is per token, 5 nats of it
+                at tau 0.1, so a tau that suits one of the two does not suit the other
 
     Rewards are tau * t / n. TRL reports that the authors averaged in their experiments; the paper
     has sums, which is `ipo`.
@@ -44,6 +67,8 @@ class DPONorm(DPO):
     loss:       -LS(u), u = beta * (tw/nw - tl/nl)
     incentives: d_w = beta/nw * S(-u), d_l = beta/nl * S(-u)
     source:     Lambert et al. 2024 (Tulu 3), arXiv:2411.15124
+    use:        in place of `dpo` where long responses dominate the margin; beta has to be larger by
+                about the length of a response
 
     Rewards are beta * t / n. The default of beta is from memory of that paper, not checked.
     """
@@ -62,6 +87,9 @@ class SimPO(PairwiseLoss):
     loss:       -LS(u - gamma), u = beta * (aw - al)
     incentives: d_w = beta/nw * S(gamma - u), d_l = beta/nl * S(gamma - u)
     source:     Meng et al. 2024, Eq. 6, arXiv:2405.14734
+    use:        where there is no memory for a reference or length is a confound; beta, gamma and
+                the learning rate are tuned for each model, and with more epochs nothing stops the
+                margin, and the text can degenerate
 
     Rewards are beta * a. gamma is the margin itself, in units of the reward, where the authors'
     code is configured by the ratio gamma / beta. A soft label demands gamma of the reversed pair
@@ -87,6 +115,8 @@ class SLiCHF(PairwiseLoss):
     loss:       max(0, delta - (zw - zl)) - lam * zw
     incentives: d_w = [zw - zl < delta] + lam, d_l = [zw - zl < delta]
     source:     Zhao et al. 2023, arXiv:2305.10425
+    use:        without a reference, where a margin is enough and the likelihood term keeps the
+                chosen response up; a margin of the sums is easier to reach the longer the responses
 
     Rewards are z. The paper takes the likelihood of a fine-tuning target, which preference data
     lack; as in HALOs, whose defaults these are, the chosen response stands in for it.
@@ -112,6 +142,8 @@ class RRHF(PairwiseLoss):
     loss:       max(0, al - aw) - lam * zw
     incentives: d_w = [aw < al]/nw + lam, d_l = [aw < al]/nl
     source:     Yuan et al. 2023, arXiv:2304.05302
+    use:        where the chosen responses are good targets and the ranking is a correction; the
+                likelihood is summed and the ranking averaged, so at lam 1 this is nearly `sft`
 
     Rewards are a. The authors' code weighs the ranking by 100 against a likelihood that is a mean
     over tokens, which amounts to lam = 0.01 / nw.
@@ -135,6 +167,8 @@ class CPO(PairwiseLoss):
     loss:       -LS(u) - lam * zw, u = beta * (zw - zl)
     incentives: d_w = beta * S(-u) + lam, d_l = beta * S(-u)
     source:     Xu et al. 2024, arXiv:2401.08417
+    use:        without a reference, where the chosen responses are worth imitating; the summed
+                likelihood outweighs the contrast at lam 1, and both log-probs may rise
 
     Rewards are beta * z. The likelihood term is the paper's sum over tokens; TRL takes its mean
     over all chosen tokens of the batch, which amounts to about lam / nw in place of lam.
@@ -159,6 +193,8 @@ class CPOSimPO(SimPO):
     loss:       -LS(u - gamma) - lam * aw, u = beta * (aw - al)
     incentives: d_w = (beta * S(gamma - u) + lam)/nw, d_l = beta/nl * S(gamma - u)
     source:     SimPO, arXiv:2405.14734, with the likelihood term of CPO, arXiv:2401.08417
+    use:        in place of `simpo` where the chosen response falls; at the defaults the likelihood
+                outweighs the contrast, so that it imitates chosen responses of any quality
 
     Rewards are beta * a. The defaults are those of TRL's CPO trainer for this loss.
     """
@@ -180,6 +216,9 @@ class ORPO(PairwiseLoss):
     loss:       -aw - lam * LS(o), o = h(aw) - h(al), h(a) = a - log(1 - e^a)
     incentives: d_w = (1 + lam * S(-o) / (1 - e^aw))/nw, d_l = lam * S(-o) / (1 - e^al) / nl
     source:     Hong et al. 2024, arXiv:2403.07691
+    use:        to train from a base model in one stage, without SFT before it and without a
+                reference; the contrast is weak beside the likelihood, so the chosen responses must
+                be good targets
 
     Rewards are a. The log-odds h have a pole at a = 0, certain tokens; above a = -1e-6 they go on
     as their tangent, so 1 / (1 - e^a) is at most about 1e6.
@@ -205,6 +244,9 @@ class SimPER(PairwiseLoss):
     loss:       e^al - e^aw
     incentives: d_w = e^aw/nw, d_l = e^al/nl
     source:     Xiao et al. 2025, arXiv:2502.00883
+    use:        as a first baseline, having nothing to tune but the learning rate; responses of low
+                likelihood have next to no gradient, and longer training can still degrade the
+                policy
 
     Rewards are a. There are no hyperparameters. Log-probs are negative; were a above 20, e^a would
     go on as its tangent.
@@ -229,6 +271,9 @@ class StaPO(PairwiseLoss):
     incentives: d_w = E/nw, d_l = E/nl, E = beta * (S(-beta * (Z - left)) - S(beta * (Z - right)))
     source:     "Stable preference optimization via two-sided contrastive learning", Eq. 7
                 (anonymous submission, no arXiv id)
+    use:        in place of `simpo` for more epochs, since the margin stays between two bounds; the
+                bounds are tuned for each model, and a pair beyond them is pulled back though it is
+                ordered rightly
 
     left and right are left_margin and right_margin, on Z. Rewards are beta * a. The optimum is the
     middle, Z = (left + right) / 2; both incentives are negative beyond it. The paper does not state
@@ -265,6 +310,8 @@ class StaPORef(StaPO):
     loss:       -LS(beta * (Z - left)) - LS(beta * (right - Z)), Z = tw - tl
     incentives: d_w = d_l = beta * (S(-beta * (Z - left)) - S(beta * (Z - right)))
     source:     as `stapo`, with the Z of DPO
+    use:        as `stapo`, where a reference should hold the policy; its bounds have no source and
+                need tuning to the lengths of the responses
 
     Rewards are beta * t. Reconstructed: the paper states neither beta nor the margins of this form.
     Here beta is that of DPO, and the margins are those of `stapo` as margins of the reward, 1.2 and
@@ -288,6 +335,8 @@ class SFT(PairwiseLoss):
     loss:       -aw, or -(aw + al) / 2 for responses="both"; z in place of a if not average
     incentives: d_w = 1/nw, d_l = 0; for both: d_w = 1/(2 nw), d_l = -1/(2 nl); n = 1 for sums
     source:     maximum likelihood
+    use:        before preference training, as a baseline, or as a part of a weighted sum; it takes
+                no notice of rejected responses, and with "both" imitates them as well
 
     The average is over the tokens of each response, so every response weighs the same whatever
     its length. Rewards are the log-probs that enter the loss, a or z. With "both" the label does
@@ -308,6 +357,7 @@ class SFT(PairwiseLoss):
 
 
 OBJECTIVES: tuple[type[PairwiseLoss], ...] = (
+    LogPiDPO,
     IPOAvg,
     DPONorm,
     SimPO,

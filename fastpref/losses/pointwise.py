@@ -126,6 +126,9 @@ class KTO(LogRatioPointwiseLoss):
     loss:       w * (1 - S(y * beta * (t - z0))), z0 = max(0, reference_point)
     incentives: d = w * y * beta * S'(beta * (t - z0))
     source:     Ethayarajh et al. 2024, arXiv:2402.01306
+    use:        for responses labelled one by one, also in uneven numbers, where pairs are missing;
+                the value saturates on both sides, so responses that have drifted far stop training,
+                and the point costs another forward pass
 
     Rewards are beta * t. The reference point, in nats, is the mean t of mismatched responses, which
     are those of other prompts: an estimate of the KL divergence from the reference. TRL advises
@@ -152,8 +155,11 @@ class KTOSimple(DensityRatioPointwiseLoss):
     loss:       w * S(-y * t)
     incentives: d = w * y * S'(t)
     source:     "Towards disentangled preference optimization dynamics", arXiv:2604.18239
+    use:        to repeat the comparison it comes from, or as `kto` without the cost of its point;
+                its incentives vanish a few nats from the reference
 
     Rewards are t. A response whose probability has changed by more than a few nats is left alone.
+    The code released with the paper has a `dpo` under the name of KTO.
     """
 
     name: ClassVar[str] = "kto_simple"
@@ -174,6 +180,8 @@ class BCO(LogRatioPointwiseLoss):
     loss:       -LS(y * (beta * t - delta)), delta = reference_point
     incentives: d = y * beta * S(-y * (beta * t - delta))
     source:     Jung et al. 2024, arXiv:2404.04656
+    use:        in place of `kto` where responses on the wrong side should keep their gradient;
+                without the paper's weights, classes whose prompts differ are told apart by that
 
     Rewards are beta * t. delta is the mean of all rewards seen so far (`RunningMean`); that of TRL
     takes in those of the batch at hand first, that of this project's trainer after the step. The
@@ -198,8 +206,11 @@ class DDROUnpaired(DensityRatioPointwiseLoss):
     loss:       log 2 - t if desirable, log 2 - log(2 - e^t) if not
     incentives: d = 1 if desirable, -e^t / (2 - e^t) if not, at least -1999999
     source:     Higuchi and Suzuki 2025, arXiv:2505.07558
+    use:        as `ddro` for responses labelled one by one; desirable ones are pulled without end,
+                and undesirable ones enormously near e^t = 2
 
     Rewards are t. The logarithm ends at e^t = 2; from 2 - 1e-6 it goes on as its tangent in t.
+    The authors' practical variant is not known here.
     """
 
     name: ClassVar[str] = "ddro_unpaired"
@@ -219,6 +230,9 @@ class PROB(LogRatioPointwiseLoss):
     loss:       w * (-beta * y/2 * z + alpha * K(beta * t))
     incentives: d = w * beta * (y/2 - alpha * (S(beta * t) - 1/2))
     source:     Guo et al. 2025, arXiv:2505.23316
+    use:        in place of `kto` where one class is rare or likelihoods fall, having a finite
+                optimum; alpha and beta both need tuning, and with few desirable responses a small
+                alpha over-optimises
 
     Rewards are beta * t. K is the KL divergence of a coin of S(x) from a fair one. The optimum is
     beta * t = logit(1/2 + y / (2 alpha)), finite only for alpha > 1. The bracket is reconstructed:

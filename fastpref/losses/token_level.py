@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.logps import TokenLogps, segment_positions, segment_sum
-from fastpref.losses.base import Loss, LossOutput, choice, number
+from fastpref.logps import TokenLogps, mean_logps, segment_positions, segment_sum
+from fastpref.losses.base import Kind, Loss, LossOutput, choice, number
 
 _SOURCES = {
     "kl": "the KL divergence of each token; compute it with `ops.linear_kl`",
@@ -39,6 +39,7 @@ class TokenLevelLoss(Loss):
     An empty response has empty sums, which are 0.
     """
 
+    kind: ClassVar[Kind] = "pairwise"
     # False where the loss of a pair depends on the rest of the batch: then it has no reversed pair.
     soft_labels: ClassVar[bool] = True
 
@@ -116,6 +117,9 @@ class TDPO1(TokenRatioLoss):
     incentives: d_w = d_l = beta * S(-beta * v); Dw and Dl have a gradient of their own,
                 dL/dDl = -dL/dDw = beta * S(-beta * v)
     source:     Zeng et al. 2024, arXiv:2404.11999
+    use:        in place of `dpo` where rejected responses drift away from the reference and variety
+                matters; it also raises the divergence of chosen responses, and every step needs the
+                reference's hidden states
 
     Rewards are beta * t; those of the authors' code are beta * (t + D). Weights of the data
     multiply t_i, not kl_i.
@@ -141,6 +145,9 @@ class TDPO2(TDPO1):
     loss:       -LS(beta * v), v = tw - tl - alpha * (Dl - sg(Dw))
     incentives: d_w = d_l = beta * S(-beta * v); dL/dDl = alpha * beta * S(-beta * v)
     source:     Zeng et al. 2024, arXiv:2404.11999
+    use:        in place of `tdpo1` as a rule: it holds the divergence of rejected responses down
+                and leaves that of chosen ones; alpha must be tuned, and every step needs the
+                reference's hidden states
 
     Rewards are beta * t; those of the authors' code are beta * (t + D). alpha = 0 is `dpo`. Under a
     soft label each order of the pair holds the divergence of its own first response fixed.
@@ -176,6 +183,8 @@ class TIDPO(TokenRatioLoss):
     incentives: d_w = d_l = beta * S(-beta * (Tw - Tl)) on the weighted sums Tw, Tl, plus the
                 triplet's
     source:     Yang et al. 2025, arXiv:2505.19653
+    use:        in place of `dpo` where few tokens of a response decide; importance costs another
+                backward pass and measures what moves the largest logit, not what was preferred
 
     I is the importance of a token, P(i) = exp(-((i - (n - 1)/2) / (n/4))^2 / 2) a prior on its
     place i = 0 .. n - 1, and both are brought to mean 1 in each response, so that constant W is
@@ -294,6 +303,23 @@ def token_incentives(
         loss = objective(replace(policy.detach(), logps=logps), reference).loss
         (gradient,) = torch.autograd.grad(loss.sum(), logps)
     return -gradient
+
+
+def token_pair_incentives(
+    objective: TokenLevelLoss, policy: TokenLogps, reference: TokenLogps | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_incentives` as two scalars per pair and a weight per token: d_w, d_l (B,), W (T,).
+
+    d_w is the mean of -dL/dlogps over the chosen tokens, d_l that of dL/dlogps over the rejected
+    ones, and the incentives of the tokens are d_w * W and -d_l * W, so that W has mean 1 in each
+    response. For an empty response d is 0. Where d is 0, W is 1, although single tokens may have
+    incentives that cancel: these are lost.
+    """
+    incentives = token_incentives(objective, policy, reference)
+    means = mean_logps(segment_sum(incentives, policy.cu_seqlens), policy.lengths)
+    owners, _ = segment_positions(policy.cu_seqlens, incentives.numel())
+    weights = torch.where(means[owners] == 0, 1.0, incentives / means[owners])
+    return means[: policy.pairs], -means[policy.pairs :], weights
 
 
 def _weighted(policy: TokenLogps, values: Tensor) -> Tensor:

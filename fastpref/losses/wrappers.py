@@ -8,7 +8,7 @@
     wpo                     pairs that the policy would not produce count less
 
 The first two wrap pairwise objectives and are pairwise objectives; the others look at tokens.
-Notation: see `base`.
+`TokenWeighted` does, too, for data that weigh tokens, and is no option. Notation: see `base`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,35 @@ class TokenLevelWrapper(TokenLevelLoss):
             weights = policy.weights if weights is None else weights * policy.weights
         sums = None if reference is None else reference.sequences(weights)
         return self.objective(policy.sequences(weights), sums)
+
+
+@dataclass(frozen=True)
+class TokenWeighted(TokenLevelWrapper):
+    """A pairwise objective on data that weigh tokens, or beside objectives that look at tokens.
+
+    loss:       that of the objective with z = sum_i c_i * log p_i and r likewise, where c_i is the
+                weight of token i in the data, 1 where there are none
+    incentives: the objective's, times c_i
+    source:     none; these are the sums that `token_level` takes
+
+    Rewards are those of the objective on these sums. Lengths count all tokens. It goes by the name
+    and the config of the objective.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.objective, PairwiseLoss):
+            raise ValueError(
+                f"objective: expected one on pairs of summed log-probs, got {self.objective.name}; "
+                f"use it as it is"
+            )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.objective.name
+
+    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
+        return self.inner(policy, reference)
 
 
 @dataclass(frozen=True)
