@@ -9,7 +9,7 @@ response. On CUDA the scores of the head wait for the offsets of the batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from fastpref import losses
 from fastpref.band import band_metrics, band_sums, parameter_geometry
 from fastpref.calibration import RewardCalibration
 from fastpref.config import Config, ConfigError
-from fastpref.logps import SequenceLogps
-from fastpref.losses import Logps
-from fastpref.model import Policy, PolicyOutput
-from fastpref.ops import ScoreGeometry
+from fastpref.forward import Seen
+from fastpref.logps import TokenLogps
+from fastpref.losses import Logps, PairwiseLoss, TokenLevelLoss
+from fastpref.model import Policy
 
 State = dict[str, list[float]]
 
@@ -33,11 +33,9 @@ class Balance:
         """Whether the forward passes of a training step must bring the geometry of the head."""
         return False
 
-    def calibrated(
-        self, policy: Logps, reference: Logps | None, results: Sequence[PolicyOutput], step: int
-    ) -> Logps:
+    def calibrated(self, seen: Seen, step: int) -> Logps:
         """What the objective is applied to: the same log-probs, with other gradients."""
-        return policy
+        return seen.policy
 
     def end_step(self) -> None:
         """Take the pairs of the step, all micro-batches, into the averages."""
@@ -59,7 +57,7 @@ class Balancing(Balance):
 
     def __init__(
         self,
-        loss: losses.PairwiseLoss,
+        loss: PairwiseLoss | TokenLevelLoss,
         calibration: RewardCalibration | None,
         every: int,
         parameters: list[nn.Parameter] | None,  # whose scores; None: the head's
@@ -74,14 +72,16 @@ class Balancing(Balance):
     def wants_geometry(self, step: int) -> bool:
         return self.parameters is None and self._measures(step)
 
-    def calibrated(
-        self, policy: Logps, reference: Logps | None, results: Sequence[PolicyOutput], step: int
-    ) -> Logps:
+    def calibrated(self, seen: Seen, step: int) -> Logps:
+        policy: Any = seen.policy
         if not (self._measures(step) and torch.is_grad_enabled()):
             return policy
-        assert isinstance(policy, SequenceLogps)
-        geometry = self._geometry(policy, results)
-        d_w, d_l = losses.incentives(self.loss, policy, reference)
+        d_w, d_l, weights = losses.pair_incentives(self.loss, policy, seen.reference)
+        geometry = seen.geometry
+        if self.parameters is not None:
+            sums = policy.sequences(weights) if isinstance(policy, TokenLogps) else policy
+            geometry = parameter_geometry(sums, self.parameters)
+        assert geometry is not None
         if self.calibration is not None:
             policy, factor, sums = self.calibration.calibrate(policy, (d_w, d_l), geometry)
             d_w, d_l = d_w * factor, d_l / factor
@@ -124,19 +124,13 @@ class Balancing(Balance):
     def _measures(self, step: int) -> bool:
         return self.calibration is not None or (step + 1) % self.every == 0
 
-    def _geometry(self, policy: SequenceLogps, results: Sequence[PolicyOutput]) -> ScoreGeometry:
-        if self.parameters is not None:
-            return parameter_geometry(policy, self.parameters)
-        parts = [result.geometry for result in results if result.geometry is not None]
-        return ScoreGeometry(*map(torch.cat, zip(*parts, strict=True)))
-
 
 def balance(config: Config, loss: object, policy: Policy) -> Balance:
     """What a config asks for. Raises ConfigError where the model has no such scores."""
     rc, monitor = config.calibration, config.monitor
     if rc is None and monitor.band is None:
         return Balance()
-    assert isinstance(loss, losses.PairwiseLoss)  # the config has been checked
+    assert isinstance(loss, PairwiseLoss | TokenLevelLoss)  # the config has been checked
     if rc is None:
         _check_head(policy, "monitor.band", "leave it out")
         return Balancing(loss, None, monitor.band or 1, None, policy.device)

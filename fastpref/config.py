@@ -138,6 +138,12 @@ class Data(Section):
         description="Use the column `p` of pairs, the probability that `chosen` is preferred, "
         "where the data has it; `false` takes `chosen` as preferred for certain.",
     )
+    token_weights: bool = Field(
+        True,
+        description="Use the columns `chosen_weights` and `rejected_weights` of pairs where the "
+        "data has them: lists of how much each token of the response counts, as the tokenizer "
+        "makes them; an EOS that is added counts 1. `false` counts all tokens alike.",
+    )
     cache: str = Field(
         "~/.cache/fastpref",
         description="Folder for tokenised data and reference log-probs; safe to delete.",
@@ -163,6 +169,20 @@ class Monitor(Section):
         description="Steps between measurements of the Disentanglement Band (scores of the head); "
         "with calibration it is measured in every step.",
     )
+    margins: tuple[float, float] | None = Field(
+        None,
+        description="Two margins of the contrastive logit, the difference of the log-probs per "
+        "token, or with a reference of the log-ratios: the shares of pairs below, between and "
+        "above are metrics. Default: those of the objective, or `0.6, 0.8`, with a reference "
+        "`12, 16`.",
+    )
+
+    @field_validator("margins")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] <= value[1]:
+            raise ValueError(f"the first must be <= the second, got {list(value)}")
+        return value
 
 
 class Optim(Section):
@@ -229,7 +249,7 @@ class Training(Section):
     )
 
 
-ReferenceMode = Literal["cached", "frozen", "none"]
+ReferenceMode = Literal["cached", "frozen", "adapter", "none"]
 
 
 class Config(Section):
@@ -245,8 +265,11 @@ class Config(Section):
     reference: ReferenceMode | None = Field(
         None,
         description="Reference log-probs: `cached` computes them once before training and keeps "
-        "them on disk; `frozen` keeps a second copy of the model; `none`. Default: `cached` where "
-        "the objective needs them, else `none`.",
+        "them on disk; `frozen` runs a second copy of the model in every step, `adapter` the model "
+        "without its adapters; `none`. Default: `cached` where the objective needs them, but for "
+        "divergences of whole distributions (`tdpo1`, `tdpo2`) `adapter`, or `frozen` without "
+        "adapters; else `none`. With an objective that needs none, a reference is measured against "
+        "only.",
     )
     calibration: Calibration | None = Field(
         None, description="Rescale the incentives of a pairwise objective; `rc` alone will do."
@@ -276,9 +299,7 @@ class Config(Section):
     def _known_loss(cls, value: Any) -> Any:
         if isinstance(value, dict) and "name" not in value:
             raise ValueError("name is missing, e.g. loss: {name: dpo, beta: 0.1}")
-        loss = losses.from_config(value)
-        if isinstance(loss, losses.TokenLevelLoss):
-            raise ValueError(f"name: {loss.name} looks at tokens, which training does not pass yet")
+        losses.from_config(value)
         return value
 
     @model_validator(mode="after")
@@ -288,11 +309,13 @@ class Config(Section):
                 f"reference: none, but {self.build_loss().name} needs reference log-probs; "
                 "use reference: cached or frozen"
             )
-        if self.reference in ("cached", "frozen") and not self.build_loss().needs_reference:
+        if self.reference == "cached" and self._measures_divergence:
             raise ValueError(
-                f"reference: {self.reference}, but {self.build_loss().name} uses no reference; "
-                "remove it"
+                f"reference: cached, but {self.build_loss().name} compares whole distributions, "
+                "which are not kept on disk; use reference: frozen, or adapter with an adapter"
             )
+        if self.reference == "adapter" and self.adapter is None:
+            raise ValueError("reference: adapter, but there is no adapter; use cached or frozen")
         return self
 
     @model_validator(mode="after")
@@ -316,6 +339,16 @@ class Config(Section):
             )
         return self
 
+    @property
+    def margins(self) -> tuple[float, float]:
+        """`monitor.margins`, or where it was left open those of the objective or of StaPO."""
+        if self.monitor.margins is not None:
+            return self.monitor.margins
+        loss = self.build_loss()
+        if not hasattr(loss, "left_margin"):
+            loss = losses.build("stapo_ref" if loss.needs_reference else "stapo")
+        return loss.left_margin, loss.right_margin
+
     def build_loss(self) -> Any:
         """The objective, of whichever kind."""
         return losses.from_config(self.loss)
@@ -325,7 +358,14 @@ class Config(Section):
         """`reference`, or what the objective needs where it was left open."""
         if self.reference is not None:
             return self.reference
+        if self._measures_divergence:
+            return "frozen" if self.adapter is None else "adapter"
         return "cached" if self.build_loss().needs_reference else "none"
+
+    @property
+    def _measures_divergence(self) -> bool:
+        loss = self.build_loss()
+        return isinstance(loss, losses.TokenLevelLoss) and "kl" in loss.columns
 
     def differences(self, saved: Path) -> list[str]:
         """`field: old → new` for every field in which a saved config differs."""
@@ -341,7 +381,7 @@ class Config(Section):
         values = self.model_dump(mode="json")
         loss = self.build_loss()
         values["loss"] = losses.config_of(loss)
-        values["reference"] = self.reference_mode if loss.needs_reference else None
+        values["reference"] = self.reference_mode
         del values["optim"][self.optim.foreign_option]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

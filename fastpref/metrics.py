@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastpref.errors import UserError, first_line
 from fastpref.files import replacing
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import GroupwiseOutput, Logps, LossOutput, Output, PointwiseOutput
 
 PAIR_METRICS = (  # of all kinds, where they are counted as stated above
@@ -40,27 +40,23 @@ PAIR_METRICS = (  # of all kinds, where they are counted as stated above
     "logps/chosen",
     "logps/rejected",
 )
-PREFERENCE_METRICS = ("preference/accuracy", "preference/mean_kl", "preference/pci")
 TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")  # all else repeats bit for bit on CPU
 
 Metrics = dict[str, float]
 
 
-def sums_and_counts(output: Output, policy: Logps, soft_labels: bool = False) -> Tensor:
-    """Sums of PAIR_METRICS and how many each is a sum of, (2, 7) fp64, without host sync.
-
-    With `soft_labels`, for pairs, PREFERENCE_METRICS follow: (2, 10).
-    """
+def sums_and_counts(output: Output, policy: Logps) -> Tensor:
+    """Sums of PAIR_METRICS and how many each is a sum of, (2, 7) fp64, without host sync."""
     if isinstance(output, PointwiseOutput):
         assert isinstance(policy, UnpairedLogps)
         return _response_sums(output, policy)
     if isinstance(output, GroupwiseOutput):
         assert isinstance(policy, GroupedLogps)
         return _group_sums(output, policy)
+    if isinstance(policy, TokenLogps):
+        policy = policy.sequences()
     assert isinstance(policy, SequenceLogps)
     sums = pair_sums(output, policy)
-    if soft_labels:
-        sums = torch.cat([sums, preference_sums(policy)])
     return torch.stack([sums, torch.full_like(sums, output.loss.numel())])
 
 
@@ -100,17 +96,13 @@ def _response_sums(output: PointwiseOutput, policy: UnpairedLogps) -> Tensor:
         (policy.logps, good),
         (policy.logps, ~good),
     )
-    return torch.stack([_masked(*column) for column in columns], dim=1)
+    return torch.stack([masked_sum(*column) for column in columns], dim=1)
 
 
 def _group_sums(output: GroupwiseOutput, policy: GroupedLogps) -> Tensor:
-    position = torch.arange(policy.logps.numel(), device=policy.logps.device)
-    members = (policy.cu_groups[:-1, None] <= position) & (position < policy.cu_groups[1:, None])
-    best = torch.where(members, policy.scores, -math.inf).argmax(1)
-    worst = torch.where(members, policy.scores, math.inf).argmin(1)
+    best, worst, unequal = best_and_worst(policy)
     scores, rewards, logps = policy.scores, output.rewards, policy.logps
-    unequal = scores[best] > scores[worst]
-    worse = members & (scores < scores[best][:, None])
+    worse = _members(policy) & (scores < scores[best][:, None])
     rival = torch.where(worse, rewards, -math.inf).amax(1)
     columns = (
         (output.loss, torch.ones_like(unequal)),
@@ -121,34 +113,28 @@ def _group_sums(output: GroupwiseOutput, policy: GroupedLogps) -> Tensor:
         (logps[best], unequal),
         (logps[worst], unequal),
     )
-    return torch.stack([_masked(*column) for column in columns], dim=1)
+    return torch.stack([masked_sum(*column) for column in columns], dim=1)
 
 
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
+def best_and_worst(policy: GroupedLogps) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the first best and first worst response of each group by its score, (G,), and
+    whether the two scores differ, (G,) bool."""
+    members, scores = _members(policy), policy.scores
+    best = torch.where(members, scores, -math.inf).argmax(1)
+    worst = torch.where(members, scores, math.inf).argmin(1)
+    return best, worst, scores[best] > scores[worst]
+
+
+def _members(policy: GroupedLogps) -> Tensor:
+    """Whether a response belongs to a group, (G, S) bool."""
+    position = torch.arange(policy.logps.numel(), device=policy.logps.device)
+    return (policy.cu_groups[:-1, None] <= position) & (position < policy.cu_groups[1:, None])
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of the values where the mask is true, and how many they are, (2,) fp64."""
     kept = torch.where(mask, values.detach().double(), 0.0)
     return torch.stack([kept.sum(), mask.double().sum()])
-
-
-def preference_sums(policy: SequenceLogps) -> Tensor:
-    """Sums over pairs of PREFERENCE_METRICS, (3,) fp64; needs `policy.preference`.
-
-    With ph = sigmoid(z_w − z_l), the policy's own probability of preferring `chosen`, and p the
-    target: accuracy is the share of pairs where both lie on the same side of 1/2, mean KL that of
-    Bernoulli(p) to Bernoulli(ph) in nats, and PCI (preference collapse index) the mean of
-    min(ph, 1 − ph): 0 when every pair is decided, 1/2 when none is.
-    """
-    assert policy.preference is not None
-    p = policy.preference.double()
-    margin = (policy.chosen - policy.rejected).detach().double()
-    predicted = margin.sigmoid()
-    cross_entropy = -p * torch.nn.functional.logsigmoid(margin) - (
-        1 - p
-    ) * torch.nn.functional.logsigmoid(-margin)
-    entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
-    accurate = ((predicted > 0.5) == (p > 0.5)).double()
-    collapse = torch.minimum(predicted, 1 - predicted)
-    return torch.stack([accurate.sum(), (cross_entropy - entropy).sum(), collapse.sum()])
 
 
 class NonFinite(NamedTuple):
@@ -157,21 +143,20 @@ class NonFinite(NamedTuple):
     value: float
 
 
-_WIDTH = 1 + 2 * len(PAIR_METRICS)
-
-
 class Window:
     """Sums of the optimizer steps since the last line of metrics, kept on the device.
 
-    Reading them is the only host sync of the training loop.
+    names: the metrics whose sums it keeps; the first is the loss. Reading them is the only host
+    sync of the training loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...] = PAIR_METRICS) -> None:
+        self._names = names
         self._steps: list[int] = []
-        self._rows: list[Tensor] = []  # each (_WIDTH,): gradient norm, sums, counts
+        self._rows: list[Tensor] = []  # each (1 + 2 M,): gradient norm, sums, counts
 
     def add(self, step: int, grad_norm: Tensor, sums: Tensor) -> None:
-        """Take in a step's gradient norm () and its `sums_and_counts` (2, 7)."""
+        """Take in a step's gradient norm () and its sums and counts (2, M)."""
         self._steps.append(step)
         self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
@@ -189,11 +174,14 @@ class Window:
         """Means over the window and the mean gradient norm; empties the window."""
         rows = self.state()[1]
         self._steps, self._rows = [], []
-        return {**means(rows[:, 1:].sum(0).view(2, -1)), "grad_norm": rows[:, 0].mean().item()}
+        return {
+            **means(rows[:, 1:].sum(0).view(2, -1), self._names),
+            "grad_norm": rows[:, 0].mean().item(),
+        }
 
     def state(self) -> tuple[list[int], Tensor]:
         """Steps and their rows on the host, for a checkpoint."""
-        empty = torch.zeros(0, _WIDTH, dtype=torch.float64)
+        empty = torch.zeros(0, 1 + 2 * len(self._names), dtype=torch.float64)
         return self._steps, torch.stack([row.cpu() for row in self._rows]) if self._rows else empty
 
     def restore(self, steps: list[int], rows: Tensor) -> None:
@@ -247,7 +235,7 @@ class TensorBoard:
 
     def log(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, dict):
                 self._writer.add_scalar(name, value, metrics["step"])
 
     def close(self) -> None:
@@ -268,7 +256,8 @@ class WandB:
             raise UserError(f"training.track: wandb failed: {first_line(error)}") from None
 
     def log(self, metrics: dict[str, Any]) -> None:
-        self._run.log(metrics, step=metrics["step"])
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+        self._run.log(numbers, step=metrics["step"])
 
     def close(self) -> None:
         self._run.finish()

@@ -7,6 +7,8 @@ them with the head's weight to `fastpref.ops`. Logits in full never exist.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,9 +33,36 @@ class ModelError(UserError):
 
 
 class PolicyOutput(NamedTuple):
-    logps: Tensor  # (S,) summed log-probs of the responses, nats, fp32 (fp64 for fp64 models)
-    entropy: Tensor | None  # (2,) sum over completion tokens of the distributions' entropy, count
+    """Results of a forward pass over S responses with T tokens; fp32, fp64 for fp64 models."""
+
+    logps: Tensor  # (S,) summed log-probs of the responses, nats
+    token_logps: Tensor  # (T,) those of their tokens
+    entropy: Tensor | None = None  # (2,) sum over the tokens of their distributions' entropy, count
+    collision_entropy: Tensor | None = None  # (T,) nats
+    kl: Tensor | None = None  # (T,) KL(reference || policy) of the distributions, nats
+    importance: Tensor | None = None  # (T,) of each token, by `fastpref.attribution`
     geometry: ops.ScoreGeometry | None = None  # (B,) of each pair's scores of the head's weight
+    head: tuple[Tensor, Tensor] | None = None  # hidden states (T, D) and weight (V, D)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a forward pass brings beside log-probs; no part of it is made unasked.
+
+    entropy: one more pass over the head. collision_entropy: two. kl: two, from the `head` of the
+    reference at the same tokens. head: none. score_weights: the geometry, of batches of pairs and
+    heads without a bias, one or two; the function says from the output so far how much each token
+    counts in the scores, (T,), or None for all alike.
+    """
+
+    entropy: bool = False
+    collision_entropy: bool = False
+    head: bool = False
+    reference: tuple[Tensor, Tensor] | None = None
+    score_weights: Callable[[PolicyOutput], Tensor | None] | None = None
+
+
+_NOTHING = Asked()
 
 
 class Policy(nn.Module):
@@ -63,36 +92,49 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(
-        self, batch: Batch, with_entropy: bool = False, with_geometry: bool = False
-    ) -> PolicyOutput:
-        """Log-probs (S,) of the batch's sequences; entropy costs one more pass over the head.
-
-        The geometry, of batches of pairs and heads without a bias, costs one or two more.
-        """
-        hidden = self._hidden(batch.input_ids).flatten(0, 1).index_select(0, batch.positions)
-        head = self.base.get_output_embeddings()
-        weight, bias = (self._compute(head.weight), self._compute(head.bias))
-        logps = ops.linear_logps(hidden, weight, batch.labels, bias=bias, **self._options)
-        entropy = None
-        if with_entropy:
-            stats = ops.token_stats(
-                hidden.detach(), weight.detach(), batch.labels, bias=bias, **self._options
-            )
-            entropy = torch.stack(
-                [stats.entropy.sum(), stats.entropy.new_tensor(len(batch.labels))]
-            )
-        geometry = None
-        if with_geometry:
+    def forward(self, batch: Batch, asked: Asked = _NOTHING) -> PolicyOutput:
+        """Log-probs of the batch's sequences and of their tokens, and what else is asked for."""
+        hidden = self.states(batch).index_select(0, batch.positions)
+        weight, bias = self.head()
+        of_the_tokens = hidden, weight, batch.labels
+        logps = ops.linear_logps(*of_the_tokens, bias=bias, **self.head_options)
+        output = PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), logps)
+        if asked.entropy:
+            stats = ops.token_stats(*of_the_tokens, bias=bias, **self.head_options)
+            count = stats.entropy.new_tensor(len(batch.labels))
+            output = output._replace(entropy=torch.stack([stats.entropy.sum(), count]))
+        if asked.collision_entropy:
+            spread = ops.collision_entropy(*of_the_tokens, bias=bias, **self.head_options)
+            output = output._replace(collision_entropy=spread)
+        if asked.reference is not None:
+            kl = ops.linear_kl(hidden, weight, *asked.reference, **self.head_options)
+            output = output._replace(kl=kl)
+        if asked.score_weights is not None:
             geometry = ops.score_geometry(
-                hidden, weight, batch.labels, batch.cu_seqlens, per_pair=True, **self._options
+                *of_the_tokens,
+                batch.cu_seqlens,
+                token_weights=asked.score_weights(output),
+                per_pair=True,
+                **self.head_options,
             )
-        return PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), entropy, geometry)
+            output = output._replace(geometry=geometry)
+        return output._replace(head=(hidden, weight)) if asked.head else output
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
+    def states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+        """Last hidden states (S L, D) of all positions, from `embeddings` (S, L, D) if given."""
+        if embeddings is not None:
+            return self._hidden(inputs_embeds=embeddings).flatten(0, 1)
+        return self._hidden(input_ids=batch.input_ids).flatten(0, 1)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the head, in the compute dtype."""
+        head = self.base.get_output_embeddings()
+        return self._compute(head.weight), self._compute(head.bias)
+
+    def _hidden(self, **inputs: Tensor) -> Tensor:
         """Last hidden states (S, L, D) after the final norm, in the compute dtype."""
         with self._autocast():
-            hidden = self.base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self.base.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.compute_dtype)
 
     def _autocast(self) -> torch.autocast:
@@ -103,7 +145,8 @@ class Policy(nn.Module):
         return None if tensor is None else tensor.to(self.compute_dtype)
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def head_options(self) -> dict[str, Any]:
+        """Those that `fastpref.ops` take for this model."""
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     @torch.no_grad()
@@ -112,8 +155,8 @@ class Policy(nn.Module):
 
         Raises ModelError naming the model. Costs one forward pass over eight tokens.
         """
-        head = self.base.get_output_embeddings()
-        ids = torch.arange(1, 9, device=self.device).remainder(head.weight.shape[0]).unsqueeze(0)
+        rows = self.head()[0].shape[0]
+        ids = torch.arange(1, 9, device=self.device).remainder(rows).unsqueeze(0)
         was_training = self.training
         self.eval()
         with self._autocast():
@@ -121,9 +164,9 @@ class Policy(nn.Module):
         labels = ids.flatten().roll(-1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         expected = logits[0].to(wide).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        hidden = self._hidden(ids)[0]
-        weight, bias = self._compute(head.weight), self._compute(head.bias)
-        ours = ops.linear_logps(hidden, weight, labels, bias=bias, **self._options)
+        hidden = self._hidden(input_ids=ids)[0]
+        weight, bias = self.head()
+        ours = ops.linear_logps(hidden, weight, labels, bias=bias, **self.head_options)
         self.train(was_training)
         tolerance = 1e-3
         if self.compute_dtype == torch.bfloat16:  # the model's own logits are rounded, to 2^-9

@@ -17,12 +17,14 @@ from fastpref.data.batches import Plan
 from fastpref.data.formats import DataError, read_groups
 from fastpref.data.mismatched import Mismatched
 from fastpref.data.tokens import GroupDataset, Groups, load_groups
-from fastpref.losses import Loss, PairwiseLoss
+from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
+from fastpref.losses.wrappers import TokenWeighted
 from fastpref.model import ModelError, Policy, context_length, load_policy, load_tokenizer
 from fastpref.progress import Display
 from fastpref.reference_logps import (
+    AdapterReference,
     FrozenReference,
     Reference,
     cached_reference,
@@ -53,6 +55,7 @@ class Prepared:
     checkpoint: Path | None  # to continue from
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # as loaded; not yet restored from the checkpoint
+    loss: Loss
     train: Split
     eval: Split | None = None
 
@@ -73,6 +76,8 @@ def prepare(config: Config, display: Display) -> Prepared:
         display.note(f"{name}: {dataset.summary()}")
         _check_labels(loss, dataset)
     _check_scores(loss, datasets[0])
+    if isinstance(loss, PairwiseLoss) and any(data.has_token_weights for data in datasets):
+        loss = TokenWeighted(loss)
     _advise_on_weights(loss, datasets[0], display)
     mismatched = [Mismatched(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
     policy = load_policy(config, tokenizer, device_of(config.training.device))
@@ -84,7 +89,7 @@ def prepare(config: Config, display: Display) -> Prepared:
     others = [
         _plan(config, policy, groups, seed) for groups, seed in zip(mismatched, seeds, strict=False)
     ]
-    reference = _references(config, policy, display)
+    reference = _references(config, policy, display, isinstance(loss, TokenLevelLoss))
     visits = [
         Visits(groups, plan, reference(groups, plan))
         for groups, plan in zip(mismatched, others, strict=True)
@@ -93,7 +98,7 @@ def prepare(config: Config, display: Display) -> Prepared:
         Split(dataset, plan, reference(dataset, plan), other)
         for dataset, plan, other in zip_longest(datasets, plans, visits)
     ]
-    return Prepared(folder, found, tokenizer, policy, *splits)
+    return Prepared(folder, found, tokenizer, policy, loss, *splits)
 
 
 def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
@@ -103,16 +108,16 @@ def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> P
 
 
 def _references(
-    config: Config, policy: Policy, display: Display
+    config: Config, policy: Policy, display: Display, per_token: bool
 ) -> Callable[[Groups, Plan], Reference]:
     """Makes the reference for groups and their plan; a frozen copy is made once for all."""
     mode, cache = config.reference_mode, Path(config.data.cache).expanduser()
     if mode == "none":
         return lambda groups, plan: no_reference
-    if mode == "frozen":
-        frozen = FrozenReference(policy)
-        return lambda groups, plan: frozen
-    return lambda groups, plan: cached_reference(policy, groups, plan, cache, display)
+    if mode in ("frozen", "adapter"):
+        live = FrozenReference(policy) if mode == "frozen" else AdapterReference(policy)
+        return lambda groups, plan: live
+    return lambda groups, plan: cached_reference(policy, groups, plan, cache, display, per_token)
 
 
 def _check_labels(loss: Loss, dataset: GroupDataset) -> None:

@@ -58,7 +58,8 @@ class MismatchedMean(ReferencePoint):
             for batch in micro_batch(mismatched.groups, indices, policy.device):
                 reference = mismatched.reference(batch)
                 assert reference is not None
-                sums.append(sum_and_count(policy(batch).logps - reference, batch.lengths))
+                ratios = policy(batch).logps - reference.logps
+                sums.append(sum_and_count(ratios, batch.lengths))
         policy.train(was_training)
         return pooled_mean(torch.stack(sums).sum(0))
 

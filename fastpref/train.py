@@ -17,19 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref import checkpoint, interrupts, metrics, model_card, progress
+from fastpref import checkpoint, interrupts, metrics, model_card, monitors, progress
 from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
-from fastpref.cpu import calls_alive
-from fastpref.data.batches import Batch, join, micro_batch
+from fastpref.data.batches import Batch, micro_batch
 from fastpref.errors import UserError
 from fastpref.files import replacing
-from fastpref.losses import Logps, Output
+from fastpref.forward import Forward, Seen
+from fastpref.losses import Output
 from fastpref.model import export
 from fastpref.optim import learning_rate, make_optimizer
 from fastpref.prepare import Split, prepare
 from fastpref.reference_point import reference_point
 from fastpref.update import Gradient, Projected
+
+NAMES = metrics.PAIR_METRICS + monitors.MONITORS
 
 
 class Diverged(UserError):
@@ -54,13 +56,15 @@ class Trainer:
         self.config, self.display = config, display
         self.run = prepare(config, display)
         self.policy, self.plan = self.run.policy, self.run.train.plan
-        self.loss = config.build_loss()
+        self.loss: Any = self.run.loss
+        self.forward = Forward(self.loss, self.policy)
         self.point = reference_point(self.loss, self.policy)
         self.balance = balance(config, self.loss, self.policy)
         self.update = Projected(self._trained) if config.update == "projected" else Gradient()
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self._trained)
-        self.window = metrics.Window()
+        self.window = metrics.Window(NAMES)
+        self.margins = config.margins
         self.step = self.tokens = 0
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
@@ -118,11 +122,11 @@ class Trainer:
         sums, entropies = [], []
         for indices in micro_batches:
             batches = micro_batch(self.run.train.groups, indices, self.policy.device)
-            policy, output, entropy = self._forward(batches, self.run.train, point, with_entropy)
-            self.update.backward(policy, output, count)
-            self.point.see(policy, output)
-            sums.append(metrics.sums_and_counts(output, policy))
-            entropies.append(entropy)
+            seen, output = self._forward(batches, self.run.train, point, with_entropy)
+            self.update.backward(seen.policy, output, count)
+            self.point.see(seen.policy, output)
+            sums.append(self._sums(seen, output)[0])
+            entropies.append(seen.entropy)
             self.tokens += sum(batch.tokens for batch in batches)
         self.update.finish()
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.optim.max_grad_norm or math.inf)
@@ -135,40 +139,45 @@ class Trainer:
 
     def _forward(
         self, batches: list[Batch], split: Split, point: Tensor | None, with_entropy: bool
-    ) -> tuple[Logps, Output, Tensor | None]:
-        """Log-probs, losses and entropy of one micro-batch, in one or more forward passes."""
+    ) -> tuple[Seen, Output]:
+        """Log-probs and losses of one micro-batch, in one or more forward passes."""
         geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
-        with calls_alive(len(batches)):
-            results = [self.policy(batch, with_entropy, geometry) for batch in batches]
-        policy = join(batches, [result.logps for result in results])
-        known = [logps for batch in batches if (logps := split.reference(batch)) is not None]
-        reference = join(batches, known) if known else None
-        calibrated = self.balance.calibrated(policy, reference, results, self.step)
-        output = self.loss(calibrated, reference, *([] if point is None else [point]))
-        entropy = torch.stack([r.entropy for r in results]).sum(0) if with_entropy else None
-        return policy, output, entropy
+        seen = self.forward(batches, split.reference, with_entropy, geometry)
+        calibrated = self.balance.calibrated(seen, self.step)
+        output = self.loss(calibrated, seen.reference, *([] if point is None else [point]))
+        return seen, output
 
     @torch.no_grad()
     def _evaluate(self, split: Split) -> None:
         """Metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        soft = split.groups.has_preferences
         sums, entropies = [], []
+        contrasts: list[Any] = []  # tensors, or None for objectives without pairs
         for number, step in enumerate(split.plan.epoch()):
             point = self.point.of_step(split, number)
             for indices in step:
                 batches = micro_batch(split.groups, indices, self.policy.device)
-                policy, output, entropy = self._forward(batches, split, point, with_entropy=True)
-                sums.append(metrics.sums_and_counts(output, policy, soft))
-                entropies.append(entropy)
+                seen, output = self._forward(batches, split, point, with_entropy=True)
+                found, contrast = self._sums(seen, output)
+                sums.append(found)
+                entropies.append(seen.entropy)
+                contrasts.append(contrast)
         self.policy.train()
-        names = metrics.PAIR_METRICS + (metrics.PREFERENCE_METRICS if soft else ())
-        means = metrics.means(torch.stack(sums).sum(0), names)
+        means = metrics.means(torch.stack(sums).sum(0), NAMES)
         record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
         record |= {f"eval_{name}": value for name, value in means.items()}
         record["eval_entropy"] = metrics.mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
+        if contrasts[0] is not None:
+            record["eval_contrast/histogram"] = monitors.histogram(torch.cat(contrasts))
         self._track(record)
         self.display.note(progress.evaluation(record))
+
+    def _sums(self, seen: Seen, output: Output) -> tuple[Tensor, Tensor | None]:
+        """Sums and counts of NAMES over a micro-batch, and the contrastive logits of its pairs."""
+        policy, reference = seen.policy, seen.reference
+        contrast = monitors.contrastive_logits(policy, reference, self.loss.needs_reference)
+        watched = monitors.monitor_sums(policy, reference, contrast, self.margins)
+        return torch.cat([metrics.sums_and_counts(output, policy), watched], 1), contrast
 
     def _log(self, entropy: Tensor | None, done: float) -> None:
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastpref.logps import SequenceLogps
+from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.losses import Logps, Output
 from fastpref.projection import exchange, project_
 
@@ -31,6 +31,8 @@ class Projected(Gradient):
         self._rejected: list[Tensor | None] = [None] * len(parameters)
 
     def backward(self, policy: Logps, output: Output, count: int) -> None:
+        if isinstance(policy, TokenLogps):
+            policy = policy.sequences(policy.weights)
         assert isinstance(policy, SequenceLogps)
         (-policy.chosen.sum() / count).backward(retain_graph=True)
         self._rejected = exchange(self._parameters, self._rejected)

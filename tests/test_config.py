@@ -54,7 +54,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("reference", "none", "reference: none, but dpo needs reference log-probs"),
         ("loss", {"name": "kto", "desirable_weight": 0}, "loss.desirable_weight: must be > 0, got"),
         ("loss", {"name": "pro_b", "alpha": 1}, "loss.alpha: must be > 1, got 1"),
-        ("reference", "sometimes", "reference: must be 'cached', 'frozen' or 'none'"),
+        ("reference", "sometimes", "reference: must be 'cached', 'frozen', 'adapter' or 'none'"),
         ("optim.alpha", 0.9, "optim: alpha is not an option of adamw; remove it"),
         ("adapter.rank", 4, "adapter.rank: unknown key; known: name, r, alpha"),
         ("training.eval_every", 5, "training.eval_every: there is nothing to evaluate"),
@@ -85,10 +85,39 @@ def test_objectives_of_every_kind(name: str) -> None:
         parse({**MINIMAL, "loss": name, "reference": "none"})
 
 
-@pytest.mark.parametrize("reference", ["cached", "frozen"])
-def test_a_reference_that_nothing_uses_is_refused(reference: str) -> None:
-    with pytest.raises(ConfigError, match=f"reference: {reference}, but simpo uses no reference"):
-        parse({**MINIMAL, "loss": "simpo", "reference": reference})
+def test_a_reference_that_the_objective_does_not_need_is_measured_against() -> None:
+    assert parse({**MINIMAL, "loss": "simpo"}).reference_mode == "none"
+    assert parse({**MINIMAL, "loss": "simpo", "reference": "cached"}).reference_mode == "cached"
+
+
+def test_a_divergence_needs_a_reference_that_runs() -> None:
+    tdpo = {**MINIMAL, "loss": "tdpo2"}
+    assert parse(tdpo).reference_mode == "frozen"
+    assert parse({**tdpo, "adapter": "lora"}).reference_mode == "adapter"
+    with pytest.raises(ConfigError, match="reference: cached, but tdpo2 compares whole distribu"):
+        parse({**tdpo, "reference": "cached"})
+    with pytest.raises(ConfigError, match="reference: adapter, but there is no adapter"):
+        parse({**MINIMAL, "reference": "adapter"})
+    listed = [{"name": "tdpo1"}, {"name": "sft"}]
+    assert parse({**MINIMAL, "loss": listed}).reference_mode == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "expected"),
+    [
+        ("simpo", None, (0.6, 0.8)),
+        ("dpo", None, (12.0, 16.0)),
+        ({"name": "stapo", "left_margin": 0.1}, None, (0.1, 0.8)),
+        ("dpo", [1, 2], (1.0, 2.0)),
+    ],
+)
+def test_margins_of_the_contrastive_logit(loss: Any, given: Any, expected: Any) -> None:
+    assert parse({**MINIMAL, "loss": loss, "monitor": {"margins": given}}).margins == expected
+
+
+def test_margins_out_of_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"monitor.margins: the first must be <= the second"):
+        parse({**MINIMAL, "monitor": {"margins": [2, 1]}})
 
 
 def test_numbers_and_dates_of_yaml(tmp_path: Path) -> None:
@@ -200,8 +229,9 @@ def test_options_of_many_objectives() -> None:
     made = parse({**base, "loss": {"name": "ipo", "label_smoothing": 0.1}})
     assert made.build_loss().name == "ipo(label_smoothing=0.1)"
     assert parse(yaml.safe_load(made.to_yaml())).build_loss() == made.build_loss()
-    with pytest.raises(ConfigError, match=r"wpo.* looks at tokens, which training does not pass"):
-        parse({**base, "loss": {"name": "dpo", "wpo": True}})
+    weighted = parse({**base, "loss": {"name": "dpo", "wpo": True}})
+    assert weighted.build_loss().name == "dpo(wpo=sampled)"
+    assert weighted.reference_mode == "cached"
 
 
 @pytest.mark.parametrize("section", [{"calibration": "rc"}, {"monitor": {"band": 5}}])

@@ -260,3 +260,16 @@ def test_common_prefix() -> None:
     assert common_prefix("abc", "abd", "ab") == 2
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 2]) == 2
+
+
+def test_token_weights_belong_to_both_responses() -> None:
+    weights = {"chosen_weights": [1, 0.5], "rejected_weights": [0.0]}
+    row = {name: ROW[name] for name in ("prompt", "chosen", "rejected")}
+    assert to_groups({**row, **weights})[0].token_weights == ([1.0, 0.5], [0.0])
+    assert to_groups({**row, **weights}, token_weights=False)[0].token_weights is None
+    with pytest.raises(DataError, match=r"rejected_weights must be a list of numbers >= 0.*None"):
+        to_groups({**row, "chosen_weights": [1.0]})
+    with pytest.raises(DataError, match=r"chosen_weights must be .* got \[-1\]"):
+        to_groups({**row, **weights, "chosen_weights": [-1]}, token_weights=False)
+    with pytest.raises(DataError, match=r"do not take chosen_weights.*data.token_weights=false"):
+        to_groups({**row, **weights}, "pointwise")

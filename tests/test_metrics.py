@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -18,36 +17,6 @@ def logps(margins: list[float], p: list[float]) -> SequenceLogps:
     margin = torch.tensor(margins, dtype=torch.float64)
     ones = torch.ones_like(margin)
     return SequenceLogps(margin - 1, -ones, ones, ones, torch.tensor(p, dtype=torch.float64))
-
-
-def preference(margins: list[float], p: list[float]) -> dict[str, float]:
-    means = metrics.preference_sums(logps(margins, p)) / len(p)
-    return dict(zip(metrics.PREFERENCE_METRICS, means.tolist(), strict=True))
-
-
-def test_a_policy_that_matches_the_target() -> None:
-    p = [0.9, 0.6, 0.25]
-    found = preference([math.log(x / (1 - x)) for x in p], p)
-    assert found["preference/mean_kl"] == pytest.approx(0, abs=1e-12)
-    assert found["preference/accuracy"] == 1
-    assert found["preference/pci"] == pytest.approx((0.1 + 0.4 + 0.25) / 3)
-
-
-def test_an_undecided_and_a_collapsed_policy() -> None:
-    undecided = preference([0.0, 0.0], [0.9, 0.2])
-    assert undecided["preference/pci"] == 0.5
-    assert undecided["preference/accuracy"] == 0.5  # 1/2 is on the side of the smaller p
-    collapsed = preference([50.0], [0.9])
-    assert collapsed["preference/pci"] == pytest.approx(0, abs=1e-20)
-    # KL(B(p) || B(1)) grows with the margin: p log p + (1 - p) (log(1 - p) + 50)
-    expected = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) + 50)
-    assert collapsed["preference/mean_kl"] == pytest.approx(expected, abs=1e-9)
-
-
-def test_certain_targets_have_finite_kl() -> None:
-    found = preference([2.0, 2.0], [1.0, 0.0])
-    expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
-    assert found["preference/mean_kl"] == pytest.approx(expected)
 
 
 def test_pair_sums_are_sums_over_pairs() -> None:
@@ -67,10 +36,6 @@ def test_pairs_are_counted_all_alike() -> None:
     output = losses.build("simpo")(policy)
     sums, counts = metrics.sums_and_counts(output, policy)
     assert torch.equal(sums, metrics.pair_sums(output, policy)) and counts.tolist() == [3] * 7
-    soft = metrics.sums_and_counts(output, policy, soft_labels=True)
-    assert torch.equal(soft[0, 7:], metrics.preference_sums(policy))
-    names = metrics.PAIR_METRICS + metrics.PREFERENCE_METRICS
-    assert metrics.means(soft, names)["preference/accuracy"] == pytest.approx(1 / 3)
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from conftest import rows, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref import losses, metrics
+from fastpref import losses, metrics, monitors
 from fastpref.config import Config, ConfigError
 from fastpref.data.batches import collate
 from fastpref.data.tokens import load_groups
@@ -100,11 +100,13 @@ def test_metrics_have_the_names_that_people_expect(
     expected = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "entropy"}
     pairs = {"chosen", "rejected", "accuracies", "margins"}
     expected |= {f"rewards/{name}" for name in pairs} | {"logps/chosen", "logps/rejected"}
+    watched = {name for name in monitors.MONITORS if not name.startswith("preference/")}
     evaluation, first, second, _ = records(config)
-    assert expected == set(first) == set(second)
-    assert set(evaluation) == {"step", "epoch", "eval_loss", "eval_entropy"} | {
-        f"eval_{name}" for name in metrics.PAIR_METRICS + metrics.PREFERENCE_METRICS
+    assert expected | watched == set(first) == set(second)
+    assert set(evaluation) == {"step", "epoch", "eval_entropy", "eval_contrast/histogram"} | {
+        f"eval_{name}" for name in metrics.PAIR_METRICS + monitors.MONITORS
     }
+    assert sum(evaluation["eval_contrast/histogram"]["counts"]) == 10
     assert (first["learning_rate"], second["learning_rate"]) == (5e-4, 1e-3)
     assert second["num_tokens"] > first["num_tokens"] > 0
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpref.data.formats import DataError
 from fastpref.data.tokens import UNITS, Groups, Lengths, TokenGroup
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
+from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import Kind, Logps
 
 Indices = list[int]
@@ -98,10 +98,12 @@ class Batch:
     input_ids: Tensor  # (S, L) int64
     positions: Tensor  # (T,) int64, flat positions in (S · L) whose hidden state predicts a label
     labels: Tensor  # (T,) int64, the completion tokens of all sequences, in order
+    label_positions: Tensor  # (T,) int64, flat positions in (S · L) of the labels themselves
     cu_seqlens: Tensor  # (S + 1,) int64, sequence s owns labels[cu_seqlens[s]:cu_seqlens[s+1]]
     lengths: Tensor  # (S,) int64, completion tokens of each sequence
     cu_groups: Tensor  # (G + 1,) int64, offsets of the groups' responses
     targets: Tensor | None  # fp64: p of each pair (B,) or None; label or score of responses (S,)
+    token_weights: Tensor | None  # (T,) fp32, how much each label counts; None: all alike
     responses: Tensor  # (S,) int64, position of each sequence among all responses of the data
     kind: Kind
     tokens: int  # unpadded tokens of all sequences
@@ -121,6 +123,14 @@ class Batch:
             return UnpairedLogps(logps, self.lengths, self.targets.bool())
         return GroupedLogps(logps, self.lengths, self.cu_groups, self.targets)
 
+    def token_view(self, logps: Tensor, **columns: Tensor | None) -> TokenLogps:
+        """Log-probs of the labels of pairs, (T,), and further columns, for token-level objectives.
+
+        Where the data has token weights they are among them, in the dtype of the log-probs.
+        """
+        weights = None if self.token_weights is None else self.token_weights.to(logps.dtype)
+        return TokenLogps(logps, self.cu_seqlens, self.targets, weights=weights, **columns)
+
 
 def collate(groups: Sequence[TokenGroup], kind: Kind = "pairwise") -> Batch:
     """Tensors of one forward pass over the groups."""
@@ -128,23 +138,26 @@ def collate(groups: Sequence[TokenGroup], kind: Kind = "pairwise") -> Batch:
     if kind == "pairwise":
         members.sort(key=lambda member: member[1])  # stable: all chosen, then all rejected
     sequences = [(group.prompt, group.responses[k]) for group, k in members]
+    weights = [group.token_weights[k] for group, k in members if group.token_weights is not None]
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
-    positions = []
+    own = []
     for s, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)
         input_ids[s, :end] = np.concatenate([prompt, response])
-        first = s * width + len(prompt) - 1
-        positions.append(np.arange(first, first + len(response)))
+        first = s * width + len(prompt)
+        own.append(np.arange(first, first + len(response)))
     targets = [label for group in groups for label in group.labels or ()]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        positions=torch.from_numpy(np.concatenate(positions)),
+        positions=torch.from_numpy(np.concatenate(own) - 1),
         labels=torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64)),
+        label_positions=torch.from_numpy(np.concatenate(own)),
         cu_seqlens=_offsets([len(response) for _, response in sequences]),
         lengths=torch.tensor([len(response) for _, response in sequences]),
         cu_groups=_offsets([len(group.responses) for group in groups]),
         targets=torch.tensor(targets, dtype=torch.float64) if targets else None,
+        token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         responses=torch.tensor([group.first + k for group, k in members]),
         kind=kind,
         tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
@@ -165,7 +178,7 @@ def micro_batch(groups: Groups, indices: Indices, device: torch.device) -> list[
     return [collate([groups[i] for i in part], groups.kind).to(device) for part in parts]
 
 
-def join(batches: Sequence[Batch], logps: Sequence[Tensor]) -> Logps:
-    """The log-probs of all forward passes of a micro-batch, as objectives take them."""
-    views: list[Any] = [batch.view(part) for batch, part in zip(batches, logps, strict=True)]
-    return type(views[0]).cat(views)
+def join(views: Sequence[Any]) -> Logps:
+    """The log-probs of all forward passes of a micro-batch, views of one kind, as one."""
+    joined: Logps = type(views[0]).cat(views)
+    return joined

@@ -9,10 +9,11 @@ A row becomes a `TextGroup`: what the model is shown, and the responses that con
 | groupwise | `prompt`, `completions`, `scores`, two lists of the same length, at least 1 |
 
 Prompts and responses are plain text or lists of `{"role", "content"}` messages, then with an
-optional column `tools`. Pairs may have `p`, the probability that `chosen` is preferred, and
-`ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats. Other columns are
-left alone. Where single responses are wanted, a pair is taken apart: `chosen` is desirable,
-`rejected` is not.
+optional column `tools`. Pairs may have `p`, the probability that `chosen` is preferred;
+`ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats; and `chosen_weights`,
+`rejected_weights`, lists of how much the log-prob of each token of the response counts. Other
+columns are left alone. Where single responses are wanted, a pair is taken apart: `chosen` is
+desirable, `rejected` is not.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class TextGroup(NamedTuple):
     tools: list[Any] | None = None
     labels: tuple[float, ...] | None = None  # (p,) of a pair; (0 or 1,) of one; scores of several
     reference_logps: tuple[float, ...] | None = None  # summed, one for each response
+    token_weights: tuple[list[float], ...] | None = None  # one for each token of each response
 
     @property
     def conversational(self) -> bool:
@@ -164,26 +166,33 @@ def content_hash(source: str, default_split: str = "train") -> str:
 
 
 def read_groups(
-    source: str, kind: Kind = "pairwise", default_split: str = "train", soft_labels: bool = True
+    source: str,
+    kind: Kind = "pairwise",
+    default_split: str = "train",
+    soft_labels: bool = True,
+    token_weights: bool = True,
 ) -> Iterator[tuple[int, TextGroup]]:
     """The groups of all rows with the rows' numbers; DataError for the first row that is none."""
     for number, row in read_rows(source, default_split):
         try:
-            groups = to_groups(row, kind, soft_labels)
+            groups = to_groups(row, kind, soft_labels, token_weights)
         except DataError as error:
             raise DataError(f"{source}, row {number}: {error}") from None
         yield from ((number, group) for group in groups)
 
 
-def to_groups(row: Row, kind: Kind = "pairwise", soft_labels: bool = True) -> list[TextGroup]:
+def to_groups(
+    row: Row, kind: Kind = "pairwise", soft_labels: bool = True, token_weights: bool = True
+) -> list[TextGroup]:
     """What objectives of a kind train on in one row: one group, or the two responses of a pair.
 
-    Without `soft_labels` the column `p` is checked and left out. Raises DataError, which says what
+    Without `soft_labels` the column `p` is checked and left out, without `token_weights` are
+    `chosen_weights` and `rejected_weights`. Raises DataError, which says what
     is wrong with the row.
     """
     takes_apart = kind == "pointwise" and "completion" not in row and _has(row, "pairwise")
     if kind == "pairwise" or takes_apart:
-        pair = _pair(row, soft_labels)
+        pair = _pair(row, soft_labels, token_weights)
         return _apart(pair) if takes_apart else [pair]
     return [_labelled(row) if kind == "pointwise" else _scored(row)]
 
@@ -204,13 +213,21 @@ def _require(row: Row, kind: Kind) -> None:
         )
 
 
-def _pair(row: Row, soft_labels: bool) -> TextGroup:
+def _pair(row: Row, soft_labels: bool, token_weights: bool) -> TextGroup:
     _require(row, "pairwise")
     responses = {name: row[name] for name in ("chosen", "rejected")}
     prompt, both = _split(row.get("prompt"), responses)
     p = _preference(row)
     labels = (p,) if p is not None and soft_labels else None
-    return TextGroup(prompt, both, _tools(row.get("tools")), labels, _reference(row))
+    weights = _token_weights(row)
+    return TextGroup(
+        prompt,
+        both,
+        _tools(row.get("tools")),
+        labels,
+        _reference(row),
+        weights if token_weights else None,
+    )
 
 
 def _apart(pair: TextGroup) -> list[TextGroup]:
@@ -219,6 +236,11 @@ def _apart(pair: TextGroup) -> list[TextGroup]:
         raise DataError(
             "pointwise objectives do not take p, a soft label; set data.soft_labels=false to take "
             "chosen as desirable and rejected as undesirable for certain"
+        )
+    if pair.token_weights is not None:
+        raise DataError(
+            "pointwise objectives do not take chosen_weights and rejected_weights; set "
+            "data.token_weights=false to leave them out"
         )
     given = pair.reference_logps or (None, None)
     return [
@@ -370,6 +392,17 @@ def _reference(row: Row) -> tuple[float, ...] | None:
             f"ref_chosen_logps and ref_rejected_logps must both be numbers, got {values}"
         )
     return float(chosen), float(rejected)  # type: ignore[arg-type]
+
+
+def _token_weights(row: Row) -> tuple[list[float], ...] | None:
+    names = ("chosen_weights", "rejected_weights")
+    values = [row.get(name) for name in names]
+    if values == [None, None]:
+        return None
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, list) or not all(_is_number(x) and x >= 0 for x in value):
+            raise DataError(f"{name} must be a list of numbers >= 0, one per token, got {value!r}")
+    return tuple([float(x) for x in value] for value in values)
 
 
 def _is_number(value: Any) -> bool:

@@ -31,13 +31,14 @@ from fastpref.losses import Kind
 T = TypeVar("T")
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
+Weights = np.ndarray[Any, np.dtype[np.float32]]
 UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
 _PARTS: dict[Kind, tuple[str, ...]] = {  # the responses of a group, as they are counted
     "pairwise": ("chosen", "rejected"),
     "pointwise": ("responses",),
     "groupwise": ("responses",),
 }
-_VERSION = "2"  # raise it when the same text gives other tokens, or they are stored otherwise
+_VERSION = "3"  # raise it when the same text gives other tokens, or they are stored otherwise
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -45,6 +46,7 @@ _SCHEMA = pa.schema(
         "responses": pa.list_(pa.list_(pa.int32())),
         "labels": pa.list_(pa.float64()),
         "reference": pa.list_(pa.float64()),
+        "weights": pa.list_(pa.list_(pa.float32())),
     }
 )
 
@@ -58,6 +60,7 @@ class TokenGroup:
     prompt: Ids
     responses: tuple[Ids, ...]  # of a pair: chosen, rejected
     labels: tuple[float, ...] | None = None  # as in TextGroup
+    token_weights: tuple[Weights, ...] | None = None  # one for each token of each response
     first: int = 0  # position of its first response among all responses of the data set
 
 
@@ -68,6 +71,10 @@ class Groups(Protocol):
     kind: Kind
     fingerprint: str  # hash of the token ids alone
     offsets: Lengths  # (N + 1,) group g owns the responses offsets[g] to offsets[g + 1] - 1
+
+    @property
+    def response_lengths(self) -> Lengths:
+        """Tokens of all responses, (offsets[N],)."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> TokenGroup: ...
@@ -90,7 +97,7 @@ class GroupDataset:
         self.kind: Kind = about["kind"]
         self.counts: dict[str, int] = about["counts"]
         self.fingerprint: str = about["token_ids"]
-        self.labels: str = about["labels"]  # hash of labels and of given reference log-probs
+        self.labels: str = about["labels"]  # hash of labels, reference log-probs and token weights
         sizes, self.prompt_lengths = (_sizes(table[name]) for name in ("responses", "prompt"))
         self.response_lengths = _sizes(pc.list_flatten(table["responses"]))  # of all responses
         self.offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
@@ -104,12 +111,18 @@ class GroupDataset:
         labels = columns["labels"].as_py()
         if labels is None and self.has_preferences:
             labels = [1.0]  # beside soft labels, none means certain
+        weights = None
+        if columns["weights"].is_valid:
+            weights = tuple(w.values.to_numpy() for w in columns["weights"].values)
+        elif self.has_token_weights:
+            weights = tuple(np.ones(len(r), dtype=np.float32) for r in responses)
         return TokenGroup(
             index,
             columns["row"].as_py(),
             columns["prompt"].values.to_numpy(),
             responses,
             None if labels is None else tuple(labels),
+            weights,
             int(self.offsets[index]),
         )
 
@@ -117,6 +130,11 @@ class GroupDataset:
     def has_preferences(self) -> bool:
         """Whether pairs have soft labels."""
         return self.kind == "pairwise" and self._columns["labels"].null_count < len(self)
+
+    @cached_property
+    def has_token_weights(self) -> bool:
+        """Whether the tokens of some pair have weights."""
+        return self._columns["weights"].null_count < len(self)
 
     @cached_property
     def padded_lengths(self) -> Lengths:
@@ -179,7 +197,7 @@ def load_groups(
     Raises DataError for data that is unreadable or of another kind, or if no group is left.
     """
     content = content_hash(source, default_split)
-    options = json.dumps([kind, data.max_length, data.truncation, data.add_eos, data.soft_labels])
+    options = json.dumps([kind, data.model_dump(exclude={"train", "eval", "cache"})])
     key = files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
     folder = Path(data.cache).expanduser() / "tokens" / key
     if not folder.exists():
@@ -216,11 +234,12 @@ def _write(
         pa.OSFile(str(folder / "groups.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        groups = read_groups(source, kind, split, data.soft_labels)
+        groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
         for numbered in chunks(groups, 512):
             rows = list(tokenize(numbered, source, tokenizer, data, kind, counts))
             for row in rows:
-                labels.update(json.dumps([row["labels"], row["reference"]]).encode())
+                about_it = [row[name] for name in ("labels", "reference", "weights")]
+                labels.update(json.dumps(about_it).encode())
                 sequences = [row["prompt"], *row["responses"]]
                 ids.update(np.asarray([len(sequences)], dtype="<i4").tobytes())
                 for tokens in sequences:
@@ -271,6 +290,7 @@ def tokenize(
             "responses": tokens.responses,
             "labels": group.labels,
             "reference": group.reference_logps,
+            "weights": _token_weights(group, tokens, f"{source}, row {number}"),
         }
 
 
@@ -308,7 +328,12 @@ class _Tokens(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]
     prompt_cut: bool
-    cut: list[bool]  # of each response
+    lengths: list[int]  # of the responses before they were cut
+    closed: list[bool]  # whether an EOS was added to the response
+
+    @property
+    def cut(self) -> list[bool]:
+        return [len(r) < n for r, n in zip(self.responses, self.lengths, strict=True)]
 
 
 def _split_and_cut(
@@ -322,8 +347,9 @@ def _split_and_cut(
     start = common_prefix(prompt, *wholes)
     responses = [whole[start:] for whole in wholes]
     eos = tokenizer.eos_token_id
-    if data.add_eos and not conversational and eos is not None:
-        responses = [r if r and r[-1] == eos else [*r, eos] for r in responses]
+    closes = data.add_eos and not conversational and eos is not None
+    closed = [closes and r[-1:] != [eos] for r in responses]
+    responses = [[*r, eos] if c else r for r, c in zip(responses, closed, strict=True)]
     context = prompt[:start]
     if not context:  # something must predict the first token
         opener = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
@@ -341,8 +367,28 @@ def _split_and_cut(
     room = data.max_length - len(context)
     if room < 1 or not all(responses):
         return None
-    cut = [len(response) > room for response in responses]
-    return _Tokens(context, [response[:room] for response in responses], prompt_cut, cut)
+    lengths = [len(response) for response in responses]
+    kept = [response[:room] for response in responses]
+    return _Tokens(context, kept, prompt_cut, lengths, closed)
+
+
+def _token_weights(group: TextGroup, tokens: _Tokens, where: str) -> list[list[float]] | None:
+    """Weights of the tokens that are left, 1 for an EOS that was added; DataError if they differ in
+    number from what the tokenizer made."""
+    if group.token_weights is None:
+        return None
+    fitted = []
+    for k, (name, weights) in enumerate(zip(_PARTS["pairwise"], group.token_weights, strict=True)):
+        own = tokens.lengths[k] - tokens.closed[k]
+        if len(weights) not in (own, tokens.lengths[k]):
+            eos = " (and an EOS)" if tokens.closed[k] else ""
+            raise DataError(
+                f"{where}: {name}_weights has {len(weights):,} numbers, but the tokenizer makes "
+                f"{own:,} tokens{eos} of {name}; give one for each, or set data.token_weights=false"
+            )
+        whole = weights if len(weights) == tokens.lengths[k] else [*weights, 1.0]
+        fitted.append(whole[: len(tokens.responses[k])])
+    return fitted
 
 
 def _sizes(lists: pa.ChunkedArray) -> Lengths:

@@ -1,0 +1,140 @@
+"""What a run watches beside losses and rewards: displacement, lengths, preferences, contrast.
+
+Every monitor is a mean over what it counts, whatever the micro-batches, and is left out where it
+counts nothing. Which responses are chosen and rejected, `fastpref.metrics` says for each kind.
+
+| monitor | mean over | of |
+|---|---|---|
+| `logps/chosen_change`, `logps/rejected_change` | as `logps/*`, with a reference | z − r, nats |
+| `lengths/chosen`, `lengths/rejected` | as `logps/*` | tokens of the response |
+| `lengths/empty` | responses | 1 for one without a token, which trains nothing |
+| `preference/accuracy` | pairs with a soft label p | [ph and p on the same side of 1/2] |
+| `preference/mean_kl` | the same | KL of Bernoulli(p) to Bernoulli(ph), nats |
+| `preference/pci` | the same | min(ph, 1 − ph), the preference collapse index |
+| `contrast/mean` | pairs | Z |
+| `contrast/below`, `contrast/inside`, `contrast/above` | pairs | the share there of two margins |
+
+ph = sigmoid(z_w − z_l) is the policy's own probability of preferring `chosen`; PCI is 0 when every
+pair is decided and 1/2 when none is. Z is the contrastive logit of StaPO: the difference of the
+mean log-probs per token for an objective without a reference, and for one that has it the
+difference of the log-ratios, (z_w − r_w) − (z_l − r_l).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps, mean_logps
+from fastpref.losses import Logps
+from fastpref.metrics import best_and_worst, masked_sum
+
+MONITORS = (
+    "logps/chosen_change",
+    "logps/rejected_change",
+    "lengths/chosen",
+    "lengths/rejected",
+    "lengths/empty",
+    "preference/accuracy",
+    "preference/mean_kl",
+    "preference/pci",
+    "contrast/mean",
+    "contrast/below",
+    "contrast/inside",
+    "contrast/above",
+)
+
+
+def monitor_sums(
+    policy: Logps,
+    reference: Logps | None,
+    contrast: Tensor | None,  # (B,) Z of each pair
+    margins: tuple[float, float],
+) -> Tensor:
+    """Sums of MONITORS and how many each is a sum of, (2, 12) fp64, without host sync."""
+    logps, lengths, chosen, rejected = _responses(policy)
+    every = torch.ones_like(chosen)
+    sums = dict.fromkeys(MONITORS, masked_sum(logps[:0], every[:0]))
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        sums[f"lengths/{name}"] = masked_sum(lengths, side)
+        if reference is not None:
+            change = logps - _responses(reference).logps
+            sums[f"logps/{name}_change"] = masked_sum(change, side)
+    sums["lengths/empty"] = masked_sum(lengths == 0, every)
+    if isinstance(policy, SequenceLogps | TokenLogps) and policy.preference is not None:
+        sums |= _preferences(logps, policy.preference)
+    if contrast is not None:
+        below, above = contrast < margins[0], contrast > margins[1]
+        columns = {"mean": contrast, "below": below, "inside": ~(below | above), "above": above}
+        for name, values in columns.items():
+            sums[f"contrast/{name}"] = masked_sum(values, torch.ones_like(below))
+    return torch.stack([*sums.values()], dim=1)
+
+
+def contrastive_logits(policy: Logps, reference: Logps | None, log_ratios: bool) -> Tensor | None:
+    """Z of each pair, (B,), without gradient; None for objectives that take no pairs.
+
+    log_ratios: whether Z is the difference of the log-ratios, which needs a reference.
+    """
+    if not isinstance(policy, SequenceLogps | TokenLogps):
+        return None
+    logps, lengths, *_ = _responses(policy)
+    if log_ratios:
+        assert reference is not None
+        logps = logps - _responses(reference).logps
+    else:
+        logps = mean_logps(logps, lengths)
+    chosen, rejected = logps.chunk(2)
+    return chosen - rejected
+
+
+def histogram(values: Tensor, bins: int = 50) -> dict[str, list[float]]:
+    """`counts` (bins,) and `edges` (bins + 1,) between the least and the largest finite value."""
+    numbers = values.double().cpu().numpy()
+    counts, edges = np.histogram(numbers[np.isfinite(numbers)], bins=bins)
+    return {"counts": counts.tolist(), "edges": edges.tolist()}
+
+
+class _Responses(NamedTuple):
+    logps: Tensor  # (S,) without gradient
+    lengths: Tensor  # (S,)
+    chosen: Tensor  # (S,) bool
+    rejected: Tensor  # (S,) bool
+
+
+def _responses(policy: Logps) -> _Responses:
+    """All responses of a batch, and which of them are chosen and rejected."""
+    if isinstance(policy, TokenLogps):
+        policy = policy.sequences()
+    if isinstance(policy, SequenceLogps):
+        logps = torch.cat([policy.chosen, policy.rejected]).detach()
+        lengths = torch.cat([policy.chosen_lengths, policy.rejected_lengths])
+        chosen = torch.arange(len(logps), device=logps.device) < len(policy.chosen)
+        return _Responses(logps, lengths, chosen, ~chosen)
+    if isinstance(policy, UnpairedLogps):
+        chosen = policy.desirable
+        return _Responses(policy.logps.detach(), policy.lengths, chosen, ~chosen)
+    assert isinstance(policy, GroupedLogps)
+    best, worst, unequal = best_and_worst(policy)
+    none = torch.zeros_like(policy.logps, dtype=torch.bool)
+    sides = [none.index_put((index,), unequal, accumulate=True) for index in (best, worst)]
+    return _Responses(policy.logps.detach(), policy.lengths, *sides)
+
+
+def _preferences(logps: Tensor, preference: Tensor) -> dict[str, Tensor]:
+    chosen, rejected = logps.double().chunk(2)
+    p, margin = preference.double(), chosen - rejected
+    predicted = margin.sigmoid()
+    cross_entropy = -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
+    entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+    columns: dict[str, Any] = {
+        "accuracy": (predicted > 0.5) == (p > 0.5),
+        "mean_kl": cross_entropy - entropy,
+        "pci": torch.minimum(predicted, 1 - predicted),
+    }
+    every = torch.ones_like(p, dtype=torch.bool)
+    return {f"preference/{name}": masked_sum(values, every) for name, values in columns.items()}
