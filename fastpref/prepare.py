@@ -21,7 +21,8 @@ from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.wrappers import TokenWeighted
-from fastpref.model import ModelError, Policy, context_length, load_policy, load_tokenizer
+from fastpref.model import ModelError, Policy, context_length
+from fastpref.pretrained import load_policy, load_tokenizer
 from fastpref.progress import Display
 from fastpref.reference_logps import (
     AdapterReference,

@@ -25,9 +25,9 @@ from fastpref.errors import UserError
 from fastpref.files import replacing
 from fastpref.forward import Forward, Seen
 from fastpref.losses import Output
-from fastpref.model import export
 from fastpref.optim import learning_rate, make_optimizer
 from fastpref.prepare import Split, prepare
+from fastpref.pretrained import export
 from fastpref.reference_point import reference_point
 from fastpref.update import Gradient, Projected
 

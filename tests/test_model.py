@@ -17,7 +17,8 @@ from fastpref import model as module
 from fastpref.config import Config
 from fastpref.data.batches import collate
 from fastpref.data.tokens import TokenGroup, load_groups
-from fastpref.model import ModelError, Policy, load_policy, load_tokenizer
+from fastpref.model import ModelError, Policy
+from fastpref.pretrained import load_policy, load_tokenizer
 
 CPU = torch.device("cpu")
 

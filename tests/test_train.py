@@ -23,7 +23,8 @@ from fastpref.config import Config, ConfigError
 from fastpref.data.batches import collate
 from fastpref.data.tokens import load_groups
 from fastpref.interrupts import Interrupted
-from fastpref.model import Policy, load_policy
+from fastpref.model import Policy
+from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.train import Diverged, Trainer
 

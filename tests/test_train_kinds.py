@@ -20,8 +20,8 @@ from fastpref.data.formats import DataError
 from fastpref.data.tokens import load_groups
 from fastpref.losses import PointwiseOutput
 from fastpref.metrics import PAIR_METRICS
-from fastpref.model import load_policy
 from fastpref.prepare import prepare
+from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.train import Trainer
 
