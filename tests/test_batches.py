@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,9 @@ def group(sizes: list[int], labels: list[float] | None, first: int = 0) -> Token
     """A prompt of two tokens and responses of the given lengths."""
     responses = tuple(np.full(size, 5 + size, dtype=np.int32) for size in sizes)
     prompt = np.array([1, 2], dtype=np.int32)
-    return TokenGroup(0, 1, prompt, responses, None if labels is None else tuple(labels), first)
+    return TokenGroup(
+        0, 1, prompt, responses, None if labels is None else tuple(labels), first=first
+    )
 
 
 def test_groups_of_many_sizes_keep_the_budget() -> None:
@@ -115,6 +118,10 @@ def test_views_are_what_objectives_take() -> None:
     assert isinstance(hard, SequenceLogps) and hard.preference is None
     single = collate([group([1], [1.0]), group([2], [0.0])], "pointwise").view(logps[:2])
     assert isinstance(single, UnpairedLogps) and single.desirable.tolist() == [True, False]
+    weighted = replace(group([1, 1], [0.7]), token_weights=(np.float32([2]), np.float32([0.5])))
+    tokens = collate([weighted]).token_view(logps[:2], kl=logps[2:])
+    assert tokens.weights is not None and tokens.weights.tolist() == [2.0, 0.5]
+    assert tokens.kl is not None and tokens.cu_seqlens.tolist() == [0, 1, 2]
     scored = collate([group([1, 1, 4], [3, 1, 2])], "groupwise").view(logps[:3])
     assert isinstance(scored, GroupedLogps) and scored.scores.tolist() == [3, 1, 2]
 
@@ -129,5 +136,6 @@ def test_joined_passes_equal_one(kind: Any, labels: list[float]) -> None:
     logps = [torch.randn(count) for _ in parts]
     whole: Batch = collate(parts, kind)
     order = torch.stack(logps).T.flatten() if kind == "pairwise" else torch.cat(logps)
-    expected, found = vars(whole.view(order)), vars(join(batches, logps))
+    joined = join([batch.view(part) for batch, part in zip(batches, logps, strict=True)])
+    expected, found = vars(whole.view(order)), vars(joined)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -17,7 +17,7 @@ from fastpref import model as module
 from fastpref.config import Config
 from fastpref.data.batches import collate
 from fastpref.data.tokens import TokenGroup, load_groups
-from fastpref.model import ModelError, Policy
+from fastpref.model import Asked, ModelError, Policy
 from fastpref.pretrained import load_policy, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_entropy(make_config: Callable[..., Config], tokenizer: PreTrainedTokeni
     config = make_config(model__dtype="float64")
     policy = load_policy(config, tokenizer, CPU)
     batch = collate(hand_made(384))
-    total, count = policy(batch, with_entropy=True).entropy.tolist()
+    total, count = policy(batch, Asked(entropy=True)).entropy.tolist()
     logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
     expected = torch.distributions.Categorical(logits=logits).entropy().sum().item()
     assert count == len(batch.labels)

@@ -381,7 +381,8 @@ def test_the_reference_of_mismatched_responses_is_kept_on_disk(
     other = first.train.mismatched
     assert other is not None and again.train.mismatched is not None
     batch = collate([other.groups[i] for i in range(24)], "pointwise")
-    values, repeated = other.reference(batch), again.train.mismatched.reference(batch)
+    sources = other.reference, again.train.mismatched.reference
+    values, repeated = (reference(batch).logps for reference in sources)
     assert values is not None and repeated is not None and torch.equal(values, repeated)
     with torch.no_grad():
         torch.testing.assert_close(values, first.policy(batch).logps, rtol=0, atol=1e-4)
