@@ -396,7 +396,7 @@ def _reference(row: Row) -> tuple[float, ...] | None:
 
 def _token_weights(row: Row) -> tuple[list[float], ...] | None:
     names = ("chosen_weights", "rejected_weights")
-    values = [row.get(name) for name in names]
+    values: list[Any] = [row.get(name) for name in names]
     if values == [None, None]:
         return None
     for name, value in zip(names, values, strict=True):
