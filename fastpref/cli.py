@@ -147,13 +147,120 @@ def bench(
         )
 
 
+# What the commands that draw from models share.
+_PROMPTS = typer.Option(metavar="FILE", help="Data with prompts, in any of the formats.")
+_DEVICE = typer.Option(metavar="auto|cpu|cuda", help="auto: cuda if there.")
+_DTYPE = typer.Option(
+    metavar="bfloat16|float32|float64", help="Default: float32 on CPU, bfloat16 on CUDA."
+)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name; or an adapter's folder.")
+    ],
+    prompts: Annotated[str, _PROMPTS],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Default: standard output.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Completions at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Sample a prompt as often as the data has it.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="auto|transformers|vllm", help="auto: vllm if there, on CUDA.")
+    ] = "auto",
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Draw completions from a model, with their log-probs under it."""
+    from fastpref.generate import Sampling
+    from fastpref.progress import Display
+    from fastpref.sample import run
+
+    sampling = Sampling(n, temperature, top_p, max_new_tokens, batch_size, seed, engine)
+    quiet_transformers()
+    with Display(Console(stderr=True)) as display:  # stdout is for the completions
+        run(
+            model,
+            prompts,
+            out,
+            sampling,
+            display,
+            limit=limit,
+            duplicates=duplicates,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@app.command()
+def did_entropy(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Folder or Hub name.")],
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What it began from.")],
+    prompts: Annotated[str, _PROMPTS],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for pairs, the trained model and results.")
+    ] = Path("runs/did-entropy"),
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts for the entropy; default: those of --prompts."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pairs for each prompt.")] = 1,
+    responses: Annotated[
+        int, typer.Option(min=2, help="Samples of the trained model for each prompt.")
+    ] = 4,
+    temperature: Annotated[float, typer.Option(help="Of all samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of samples and training.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key=value", help="Of the training, e.g. optim.lr=1e-5."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Estimate the entropy of the differential information from a reference to a policy."""
+    from fastpref.did_entropy import Estimate, table
+    from fastpref.generate import Sampling
+    from fastpref.progress import Display
+
+    estimate = Estimate(
+        policy,
+        reference,
+        prompts,
+        out,
+        Sampling(responses, temperature, 1.0, max_new_tokens, batch_size, seed),
+        pairs=samples,
+        held_out=held_out,
+        limit=limit,
+        overrides=tuple(overrides or ()),
+        device=device,
+        dtype=dtype,
+    )
+    quiet_transformers()
+    with Display(Console()) as display:
+        result = estimate.run(display)
+    Console().print(table(result))
+    print(out / "did_entropy.json")
+
+
 @app.command()
 def losses(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One objective, in full.")
     ] = None,
 ) -> None:
-    """List the objectives, or explain one: formula, incentives, defaults, source."""
+    """List the objectives, or explain one: formula, incentives, defaults, source, use."""
     from rich.table import Table
 
     from fastpref import losses as family
@@ -170,8 +277,9 @@ def losses(
     for known in family.names():
         about = family.describe(known)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())
+        kind = about.kind if about.level == "sequence" else f"{about.kind}, {about.level}"
         needs = "yes" if about.needs_reference else "no"
-        table.add_row(known, about.kind, about.formula, defaults, needs)
+        table.add_row(known, kind, about.formula, defaults, needs)
     Console().print(table, markup=False)
 
 

@@ -1,0 +1,92 @@
+"""The prompts of a data set in any format, as token ids: those that they have in training."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import Data
+from fastpref.data.formats import COLUMNS, DataError, Row, TextGroup, read_rows, to_groups
+from fastpref.data.tokens import Ids, chunks, tokenize
+
+
+class Prompt(NamedTuple):
+    row: int  # of the source, from 1
+    text: TextGroup  # without responses
+    ids: Ids
+
+
+def read_prompts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    duplicates: bool = False,
+) -> list[Prompt]:
+    """The first `limit` prompts of a file or Hub data set, each once unless `duplicates`.
+
+    Raises DataError for data that is unreadable or has no prompt.
+    """
+    prompts: list[Prompt] = []
+    seen: set[bytes] = set()
+    for numbered in chunks(_texts(source), 512):
+        texts = dict(numbered)
+        for row in encode(numbered, source, tokenizer):
+            ids = np.asarray(row["prompt"], dtype=np.int32)
+            if duplicates or ids.tobytes() not in seen:
+                seen.add(ids.tobytes())
+                prompts.append(Prompt(row["row"], texts[row["row"]], ids))
+            if len(prompts) == limit:
+                return prompts
+    if not prompts:
+        raise DataError(f"{source}: there is no prompt in it")
+    return prompts
+
+
+def prompt_of(row: Row) -> TextGroup:
+    """The prompt of a row of any format, or of one that has nothing else; raises DataError."""
+    kinds = (k for k, names in COLUMNS.items() if all(row.get(n) is not None for n in names))
+    kind = next(kinds, None)
+    if kind is None:
+        prompt = row.get("prompt")
+        if prompt is None:
+            raise DataError(
+                f"no prompt; columns found: {', '.join(map(str, row)) or 'none'}; expected prompt, "
+                "or chosen and rejected, whose common beginning is the prompt"
+            )
+        kind, nothing = "pointwise", response_to(prompt, "")
+        row = {"prompt": prompt, "tools": row.get("tools"), "completion": nothing, "label": 1}
+    group = to_groups(row, kind, soft_labels=False)[0]
+    return TextGroup(group.prompt, (), group.tools)
+
+
+def response_to(prompt: Any, text: str) -> Any:
+    """A response in the form of its prompt: text, or a list of one message of the assistant."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def encode(
+    numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """Token ids of groups with any number of responses, of any length; see `tokens.tokenize`."""
+    counts: Counter[str] = Counter()
+    whole = Data(train=source, max_length=sys.maxsize)
+    rows = list(tokenize(numbered, source, tokenizer, whole, "pointwise", counts))
+    if counts["no_completion"]:
+        raise DataError(
+            f"{source}: a prompt is empty, and the tokenizer has neither a BOS nor an EOS token to "
+            "begin with; leave it out"
+        )
+    return rows
+
+
+def _texts(source: str) -> Iterator[tuple[int, TextGroup]]:
+    for number, row in read_rows(source):
+        try:
+            yield number, prompt_of(row)
+        except DataError as error:
+            raise DataError(f"{source}, row {number}: {error}") from None
