@@ -1,10 +1,12 @@
 """Preference training in a plain PyTorch loop: any objective, no logits.
 
     python examples/plain_pytorch.py                         # a tiny random model, seconds on a CPU
-    python examples/plain_pytorch.py --loss stapo --steps 50
+    python examples/plain_pytorch.py --loss stapo --steps 50     # or tdpo2, or bco
     python examples/plain_pytorch.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
 
 Generated pairs stand in for data: replace `pairs` by your own prompt, chosen and rejected texts.
+Objectives on single responses take pairs apart; those that are told more than that (kto, ti_dpo,
+and those on groups) need more arguments: see docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.data import bpe
 from fastpref.fused import FusedPreferenceLoss
+from fastpref.losses import PointwiseLoss
 
 WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
 
@@ -90,6 +93,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     softcap = getattr(model.config, "final_logit_softcapping", None)
     preference_loss = FusedPreferenceLoss(options.loss, softcap=softcap)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
+    labels = {}
+    if isinstance(preference_loss.loss, PointwiseLoss):  # the chosen responses come first
+        labels["desirable"] = torch.arange(16) < 8
     data, losses = pairs(64), []
     for step in range(options.steps):
         batch = collate([data[(8 * step + i) % len(data)] for i in range(8)], tokenizer)
@@ -99,7 +105,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         loss, metrics = preference_loss(
             hidden_states(model, batch), head.weight, batch["labels"],  # labels stay on the CPU
             attention_mask=batch["attention_mask"], bias=head.bias, shift=True,
-            ref_hidden=ref_hidden, ref_weight=ref_head.weight, ref_bias=ref_head.bias,
+            ref_hidden=ref_hidden, ref_weight=ref_head.weight, ref_bias=ref_head.bias, **labels,
         )  # fmt: skip
         loss.backward()
         optimizer.step()

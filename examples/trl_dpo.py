@@ -1,7 +1,7 @@
-"""TRL's DPO trainer with any pairwise objective and without logits.
+"""TRL's DPO trainer with any objective and without logits.
 
     python examples/trl_dpo.py                               # a tiny random model, seconds on a CPU
-    python examples/trl_dpo.py --loss stapo --lora
+    python examples/trl_dpo.py --loss kto --lora             # or stapo, tdpo2, nca, ...
     python examples/trl_dpo.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
 
 Needs `pip install trl`.

@@ -10,6 +10,7 @@ spend minutes in a C++ compiler.
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -98,9 +99,9 @@ def close(mine, other, relative):
     torch.testing.assert_close(mine, other, rtol=0, atol=relative * float(scale))
 
 
-def check(name, tensors, upstream=1.0, **options):
+def check(name, tensors, upstream=1.0, relative=1e-5, **options):
     ours, theirs = pair_of(name, **options)
-    relative = 1e-4 if options.get("loss_type") == "discopop" else 1e-5
+    relative = 1e-4 if options.get("loss_type") == "discopop" else relative
     assert_same(run(ours, tensors, upstream), run(theirs, tensors, upstream), relative)
 
 
@@ -217,11 +218,61 @@ def test_odds_of_certain_tokens_are_finite():
     assert theirs[0].isnan() and ours[0].isfinite() and ours[2]["_input"].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["DPO", "SimPO", "CPO", "ORPO"])
-def test_bf16_is_no_further_from_fp32_than_liger(name):
+def grid():
+    """The cases of liger's own unit tests: every bias, reference, nll, ignored label and beta."""
+    for name, bias, ref_bias, nll in itertools.product(
+        ("DPO", "SimPO", "CPO", "ORPO", "KTO"), (True, False), (True, False), (True, False)
+    ):
+        has_reference = name in ("DPO", "KTO")
+        if (ref_bias and not has_reference) or (nll and name == "KTO"):
+            continue
+        options = {} if name == "KTO" else {"compute_nll_loss": nll}
+        options |= {"use_ref_model": True} if has_reference else {}
+        for ignore_index, beta in ((-100, 0.1), (42, 0.2)):
+            yield name, bias, ref_bias, options | {"ignore_index": ignore_index, "beta": beta}
+
+
+def of_grid(name, shape, bias, ref_bias, options, dtype=torch.float32):
+    """Inputs of a case, with logits of about 1: liger's KTO has no digits far from 0."""
+    tensors = inputs(shape, bias, options["ignore_index"], dtype)
+    if options.get("use_ref_model"):
+        tensors |= reference_of(tensors, bias=bias and ref_bias)
+        if ref_bias and not bias:
+            tensors["ref_bias"] = torch.linspace(-1, 1, shape[3]).to(dtype)
+    if name == "KTO":
+        tensors["preference_labels"] = torch.arange(2 * shape[0]) % 3 == 0
+        tensors["kl"] = torch.tensor([0.4], dtype=dtype)
+    heads = {n: tensors[n] / shape[2] ** 0.5 for n in ("lin_weight", "ref_weight") if n in tensors}
+    return tensors | heads
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 8, 8), (3, 47, 31, 123)], ids=str)
+@pytest.mark.parametrize("case", grid(), ids=str)
+def test_the_grid_of_liger(shape, case):
+    name, _, _, options = case
+    check(name, of_grid(name, shape, *case[1:]), **options)
+
+
+@pytest.mark.parametrize("name", ["DPO", "SimPO", "CPO", "ORPO", "KTO"])
+def test_the_large_shape_of_liger(name):
+    """Seconds, since it is 17 GFLOP a product.
+
+    A reward below 1 is a tenth of the difference of two sums of 700 nats, whose spacing in fp32 is
+    6e-5: one such of either sum, and of both libraries, makes 2e-5.
+    """
+    options = {"ignore_index": -100, "beta": 0.1}
+    options |= {"use_ref_model": True} if name in ("DPO", "KTO") else {}
+    tensors = of_grid(name, (8, 128, 1024, 4096), True, True, options)
+    check(name, tensors, relative=2.5e-5, **options)
+
+
+@pytest.mark.parametrize("name", ["DPO", "SimPO", "CPO", "ORPO", "KTO"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 13), (3, 47, 31, 123)], ids=str)
+def test_bf16_is_no_further_from_fp32_than_liger(name, shape):
     """Liger rounds the logits to bf16, ours does not; tiny, since a CPU multiplies bf16 slowly."""
-    options = {"use_ref_model": False} if name == "DPO" else {}
-    tensors = inputs((2, 3, 8, 13), dtype=torch.bfloat16)
+    options = {"ignore_index": -100, "beta": 0.1}
+    options |= {"use_ref_model": True} if name in ("DPO", "KTO") else {}
+    tensors = of_grid(name, shape, True, True, options, torch.bfloat16)
     wide = {k: x.float() if x is not None and x.is_floating_point() else x
             for k, x in tensors.items()}  # fmt: skip
     ours, theirs = pair_of(name, **options)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref import losses
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset  # noqa: E402
+from trl_trainers import FusedDPOTrainer, history, trainers  # noqa: E402
 
 from fastpref.fused.trl import FusedDPOMixin  # noqa: E402
 
@@ -25,47 +23,10 @@ TOKEN_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/reje
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
-class FusedDPOTrainer(FusedDPOMixin, trl.DPOTrainer):
-    pass
-
-
 @pytest.fixture
 def make(tmp_path, tiny_llama, tokenizer):
     """A trainer of the tiny Llama, four pairs to a batch."""
-
-    def make(cls, model=tiny_llama, trainer=None, count=40, **config):
-        options = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 10,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "max_length": 64,
-            "seed": 3,
-        }
-        data = Dataset.from_list(rows(count))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return cls(
-                model=model,
-                args=trl.DPOConfig(**{**options, **config}),
-                train_dataset=data,
-                eval_dataset=data.select(range(6)),
-                processing_class=tokenizer,
-                **(trainer() if trainer else {}),
-            )
-
-    return make
-
-
-def history(trainer):
-    trainer.train()
-    return trainer.state.log_history
+    return trainers(tmp_path, tiny_llama, tokenizer)
 
 
 def assert_same_history(ours, theirs, pooled=False):
@@ -227,10 +188,16 @@ def test_precomputed_log_probs_are_ours(make, monkeypatch):
     assert sum(asked) == 2 * (9 + 6)
 
 
-@pytest.mark.parametrize("name", ["trl_dpo", "hf_trainer"])
-def test_the_examples_learn(name, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("trl_dpo", ["--lora", "--lr", "3e-2", "--loss", "dpo"]),
+        ("trl_dpo", ["--loss", "kto"]),
+        ("hf_trainer", []),
+    ],
+)
+def test_the_examples_learn(name, options, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    options = ["--lora", "--lr", "3e-2", "--loss", "dpo"] if name == "trl_dpo" else []
     found = importlib.import_module(name).main(["--steps", "8", *options])
     assert len(found) == 8 and found[-1] < 0.9 * found[0]
 
@@ -280,7 +247,7 @@ def test_bf16_autocast_stays_near_fp32(make):
         ({"padding_free": True}, {}, r"args.padding_free: not supported; set it to False"),
         ({}, {"compute_metrics": lambda x: {}}, r"compute_metrics: not supported"),
         ({}, {"objective": "kot"}, r"name: no objective is called 'kot'"),
-        ({}, {"objective": 3}, r"loss: expected a pairwise objective"),
+        ({}, {"objective": 3}, r"loss: expected an objective or the name of one, got 3"),
         ({}, {"peft_config": LoraConfig(**{**LORA, "modules_to_save": ["lm_head"]})},
          r"model: the head of LlamaForCausalLM must be a plain linear layer"),
         ({}, {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},

@@ -1,6 +1,6 @@
 """Losses for other people's training loops: hidden states and the head's weight in, a loss out.
 
-`FusedPreferenceLoss` takes any pairwise objective. The `FusedLinear*Loss` classes stand in for
+`FusedPreferenceLoss` takes any objective. The `FusedLinear*Loss` classes stand in for
 liger-kernel's of the same name with `Liger` before it. `fastpref.fused.trl` is for TRL's trainer.
 """
 

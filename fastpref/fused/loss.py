@@ -1,4 +1,4 @@
-"""Any pairwise objective as a module: hidden states and a head's weight in, a scalar loss out."""
+"""Any objective as a module: hidden states and a head's weight in, a scalar loss out."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ from torch import Tensor, nn
 
 from fastpref import losses, ops
 from fastpref.calibration import RewardCalibration
+from fastpref.fused import arguments, views
+from fastpref.fused.arguments import Given, Objective
 from fastpref.fused.tokens import ScoredTokens, autocast_operands
-from fastpref.logps import SequenceLogps
-from fastpref.losses import PairwiseLoss
-from fastpref.metrics import PAIR_METRICS, pair_sums
+from fastpref.losses import Logps, PointwiseOutput, TokenLevelLoss
+from fastpref.losses.pointwise import RunningMean, sum_and_count
+from fastpref.metrics import PAIR_METRICS, sums_and_counts
 from fastpref.ops import IGNORE_INDEX
+
+Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states (T, D), weight (V, D), bias (V,)
 
 
 class FusedPreferenceLoss(nn.Module):
-    """The mean loss of B preference pairs, from hidden states, without their logits.
+    """The mean loss of preference pairs, single responses or groups, without their logits.
 
     loss: an objective, such as `losses.build("simpo", beta=2.5)`, or the name of one.
-    calibration: `RewardCalibration()`; its scores are those of the head (`ops.score_geometry`).
-    accumulation_steps: training calls per optimizer step; after as many, the calibration takes the
-        statistics of all their pairs, on all ranks, into its averages, which `state_dict` holds.
+    calibration: `RewardCalibration()`, for objectives on pairs; its scores are those of the head
+        (`ops.score_geometry`).
+    accumulation_steps: training calls per optimizer step. After as many, the calibration, or the
+        mean reward that `bco` compares with, takes in what they saw, on all ranks. `state_dict`
+        holds either.
     impl, logit_scale, softcap: as in `ops.linear_logps`.
     ignore_index: the label of what is not scored; -100 means that too, whatever this is.
 
-    Sequences are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}.
+    Sequences of pairs are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}; single
+    responses come in any order, those of a group one after the other.
     """
 
     def __init__(
         self,
-        loss: PairwiseLoss | str,
+        loss: Objective | str,
         calibration: RewardCalibration | None = None,
         impl: str = "auto",
         logit_scale: float = 1.0,
@@ -42,17 +49,22 @@ class FusedPreferenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         objective = losses.build(loss) if isinstance(loss, str) else loss
-        if not isinstance(objective, PairwiseLoss):
+        if not isinstance(objective, Objective):
             raise ValueError(
-                f"loss: expected a pairwise objective or the name of one, got {loss!r}; "
+                f"loss: expected an objective or the name of one, got {loss!r}; "
                 f"`fastpref losses` lists them"
             )
         if calibration is not None and not isinstance(calibration, RewardCalibration):
             raise ValueError(f"calibration: expected a RewardCalibration, got {calibration!r}")
+        if calibration is not None and not arguments.of_pairs(objective):
+            raise ValueError(
+                f"calibration: {objective.name} is not an objective on pairs; leave it out"
+            )
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps: must be >= 1, got {accumulation_steps}")
-        self.loss: PairwiseLoss = objective
+        self.loss: Objective = objective
         self.calibration = calibration
+        self.mean_reward = RunningMean() if arguments.keeps_mean_reward(objective) else None
         self.accumulation_steps = accumulation_steps
         self._statistics: list[Tensor] = []  # of the calls since the last optimizer step
         self.ignore_index = ignore_index
@@ -64,18 +76,25 @@ class FusedPreferenceLoss(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,  # (2B, L, D), or (T, D) with cu_seqlens
+        hidden: Tensor,  # (S, L, D), or (T, D) with cu_seqlens
         weight: Tensor,  # (V, D)
-        labels: Tensor,  # (2B, L) or (T,)
-        cu_seqlens: Tensor | None = None,  # (2B + 1,)
-        attention_mask: Tensor | None = None,  # (2B, L)
+        labels: Tensor,  # (S, L) or (T,)
+        cu_seqlens: Tensor | None = None,  # (S + 1,)
+        attention_mask: Tensor | None = None,  # (S, L)
         *,
         bias: Tensor | None = None,  # (V,)
-        ref_logps: Tensor | None = None,  # (2B,)
-        ref_hidden: Tensor | None = None,  # (2B, L, E) or (T, E)
+        ref_logps: Tensor | None = None,  # (S,)
+        ref_token_logps: Tensor | None = None,  # (S, L) or (T,)
+        ref_hidden: Tensor | None = None,  # (S, L, E) or (T, E)
         ref_weight: Tensor | None = None,  # (V, E)
         ref_bias: Tensor | None = None,  # (V,)
         preference: Tensor | None = None,  # (B,)
+        token_weights: Tensor | None = None,  # (S, L) or (T,)
+        importance: Tensor | None = None,  # (S, L) or (T,)
+        desirable: Tensor | None = None,  # (S,) bool
+        reference_point: Tensor | None = None,  # ()
+        cu_groups: Tensor | None = None,  # (G + 1,)
+        scores: Tensor | None = None,  # (S,)
         shift: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss (), and metrics of the batch: detached tensors () by the names trainers log.
@@ -83,153 +102,186 @@ class FusedPreferenceLoss(nn.Module):
         `labels[..., t]` is the token that `hidden[..., t]` predicts, the one after position t. With
         `shift`, labels are aligned with the input ids as in Hugging Face models: `labels[..., t]`
         is the token at position t, and hidden states and labels are shifted against each other
-        here. Where `attention_mask` is 0 nothing is scored.
+        here. Where `attention_mask` is 0 nothing is scored. What is given per token stands where
+        its label does.
 
-        The reference's log-probs are `ref_logps`, summed in nats, or come from its hidden states
-        and head, without gradient; an objective without a reference computes none. `preference` is
-        a soft label per pair.
+        The reference's log-probs are `ref_logps`, summed in nats (`ref_token_logps` of token-level
+        objectives), or come from its hidden states and head, without gradient; an objective without
+        a reference computes none. `preference` is a soft label per pair. The other arguments are as
+        in `TokenLogps`, `UnpairedLogps` and `GroupedLogps`; each kind of objective has its own
+        (`fastpref.fused.arguments`). Divergences (tdpo) and collision entropies (wpo) are made
+        here.
 
         Only scored tokens of a padded batch reach the head; picking them out waits for the device
         of `labels`, so leave those on the CPU to keep a GPU busy. A packed batch is not
-        searched: nothing waits, and a token labelled -100 costs as much as a scored one. Under
-        autocast the head multiplies in the autocast dtype, as a linear layer does.
+        searched, except for token-level objectives: nothing waits, and a token labelled -100 costs
+        as much as a scored one. Under autocast the head multiplies in the autocast dtype, as a
+        linear layer does.
 
         The metrics are `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
-        `rewards/margins`, and `logps/chosen`, `logps/rejected`, which are sums over tokens.
+        `rewards/margins`, and `logps/chosen`, `logps/rejected`, which are sums over tokens; what
+        they count is said in `fastpref.metrics`, and they are NaN where that is nothing.
 
         Calibration measures the scores of the head: a further pass or two, and on a GPU a wait
         for `cu_seqlens`. It acts in training mode, where gradients are enabled.
 
-        Raises ValueError, naming the argument, for shapes that do not fit together, for a
-        reference that is missing or given twice, and for a bias beside a calibration.
+        Raises ValueError, naming the argument, for shapes that do not fit together, for what the
+        objective needs and does not get or gets and has no use for, for a reference that is missing
+        or given twice, and for a bias beside a calibration or a divergence.
         """
-        if bias is not None and self.calibration is not None:
-            raise ValueError(
-                "bias: the scores of a head with a bias are not measured; leave it out"
+        given: dict[str, Tensor | None] = {
+            "preference": preference, "ref_logps": ref_logps, "ref_token_logps": ref_token_logps,
+            "token_weights": token_weights, "importance": importance, "desirable": desirable,
+            "reference_point": reference_point, "cu_groups": cu_groups, "scores": scores,
+        }  # fmt: skip
+        arguments.check_shapes(self.loss, hidden, labels, cu_seqlens, attention_mask)
+        arguments.check_given(self.loss, given, labels)
+        arguments.check_biases(self.loss, self.calibration is not None, bias, ref_bias)
+        tokens = self._tokens(hidden, labels, cu_seqlens, attention_mask, shift)
+        head = autocast_operands(tokens.rows(hidden), weight, bias)
+        reference_head = None
+        if self.loss.needs_reference:
+            arguments.check_reference(
+                self.loss, hidden, len(tokens.lengths), given, ref_hidden, ref_weight, ref_bias
             )
-        _check_shapes(hidden, labels, cu_seqlens, attention_mask)
-        options: dict[str, Any] = {"shift": shift, "ignore_index": self.ignore_index}
-        if cu_seqlens is None:
-            tokens = ScoredTokens.padded(
-                labels, hidden.device, attention_mask=attention_mask, **options
-            )
-        else:
-            tokens = ScoredTokens.packed(labels, cu_seqlens, **options)
-        rows, weight, bias = autocast_operands(tokens.rows(hidden), weight, bias)
-        logps = tokens.logps(rows, weight, bias, **self.head_options)
-        policy = SequenceLogps.from_sequences(logps, tokens.lengths, preference)
+            if ref_hidden is not None and ref_weight is not None:
+                reference_head = autocast_operands(tokens.rows(ref_hidden), ref_weight, ref_bias)
+        given = _on_device(given, tokens, hidden.device)
+        logps = tokens.token_logps(*head, **self.head_options)
+        columns = self._columns(tokens, head, reference_head)
+        policy = views.policy_view(self.loss, logps, tokens, given, columns)
         reference = None
         if self.loss.needs_reference:
-            self._check_reference(logps, hidden, ref_logps, ref_hidden, ref_weight)
-            if ref_hidden is not None and ref_weight is not None:
-                with torch.no_grad():
-                    ref_rows = tokens.rows(ref_hidden)
-                    ref_logps = tokens.logps(ref_rows, ref_weight, ref_bias, **self.head_options)
-            assert ref_logps is not None
-            reference = SequenceLogps.from_sequences(ref_logps.to(logps), tokens.lengths)
-        calibrated = policy
-        if self.calibration is not None and torch.is_grad_enabled() and self.training:
-            calibrated = self._calibrated(self.calibration, policy, reference, rows, weight, tokens)
-        output = self.loss(calibrated, reference)
-        means = pair_sums(output, policy) / len(policy.chosen)
-        metrics = dict(zip(PAIR_METRICS, means.unbind(), strict=True))
-        del metrics["loss"]
-        return output.loss.mean(), metrics
+            known = self._reference_logps(tokens, reference_head, given)
+            reference = views.reference_view(policy, known.to(logps), tokens)
+        return self._output(policy, reference, tokens, head, given["reference_point"])
+
+    def _output(
+        self,
+        policy: Logps,
+        reference: Logps | None,
+        tokens: ScoredTokens,
+        head: Head,
+        point: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics, and the statistics of a training call taken note of."""
+        objective: Any = self.loss
+        trains = torch.is_grad_enabled() and self.training
+        seen = policy
+        if trains and self.calibration is not None:
+            policy = self._calibrated(self.calibration, policy, reference, tokens, head)
+        if self.mean_reward is not None:
+            point = self.mean_reward.mean
+        output = objective(policy, reference, *([] if point is None else [point]))
+        if trains and self.mean_reward is not None:
+            self._take(sum_and_count(output.rewards, tokens.lengths), self.mean_reward)
+        return output.loss.mean(), _metrics(output, seen)
+
+    def _columns(
+        self, tokens: ScoredTokens, head: Head, reference_head: Head | None
+    ) -> dict[str, Tensor]:
+        """What a token-level objective asks for of each token and the heads can tell, (T,)."""
+        asked, made = arguments.token_columns(self.loss), {}
+        if "kl" in asked:
+            assert reference_head is not None
+            hidden, weight, _ = head
+            ref_hidden, ref_weight, _ = reference_head
+            made["kl"] = ops.linear_kl(hidden, weight, ref_hidden, ref_weight, **self.head_options)
+        if "collision_entropy" in asked:
+            hidden, weight, bias = head
+            made["collision_entropy"] = ops.collision_entropy(
+                hidden, weight, tokens.labels, bias=bias, **self.head_options
+            )
+        return made
+
+    @torch.no_grad()
+    def _reference_logps(self, tokens: ScoredTokens, head: Head | None, given: Given) -> Tensor:
+        """Log-probs of the reference: per token (T,) for token-level objectives, else sums (S,)."""
+        per_token = isinstance(self.loss, TokenLevelLoss)
+        if head is not None:
+            of = tokens.token_logps if per_token else tokens.logps
+            return of(*head, **self.head_options)
+        known = given["ref_token_logps" if per_token else "ref_logps"]
+        assert known is not None
+        return known
 
     def _calibrated(
         self,
         calibration: RewardCalibration,
-        policy: SequenceLogps,
-        reference: SequenceLogps | None,
-        rows: Tensor,  # (T, D)
-        weight: Tensor,  # (V, D)
+        policy: Logps,
+        reference: Logps | None,
         tokens: ScoredTokens,
-    ) -> SequenceLogps:
+        head: Head,
+    ) -> Logps:
+        hidden, weight, _ = head
+        d_w, d_l, token_weights = losses.pair_incentives(self.loss, policy, reference)
         geometry = ops.score_geometry(
-            rows, weight, tokens.labels, tokens.cu_seqlens, per_pair=True, **self.head_options
-        )
-        incentives = losses.incentives(self.loss, policy, reference)
-        calibration.averages = calibration.averages.to(rows.device)
-        made = calibration.calibrate(policy, incentives, geometry)
-        self._statistics.append(made.sums)
+            hidden, weight, tokens.labels, tokens.cu_seqlens, token_weights=token_weights,
+            per_pair=True, **self.head_options,
+        )  # fmt: skip
+        calibration.averages = calibration.averages.to(hidden.device)
+        pairs: Any = policy
+        made = calibration.calibrate(pairs, (d_w, d_l), geometry)
+        self._take(made.sums, calibration)
+        return made.policy
+
+    def _take(self, sums: Tensor, averages: RewardCalibration | RunningMean) -> None:
+        """Take note of a training call; after the last of an optimizer step, average them in."""
+        self._statistics.append(sums)
         if len(self._statistics) == self.accumulation_steps:
             total = torch.stack(self._statistics).sum(0)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(total)
-            calibration.update(total)
+            averages.update(total)
             self._statistics = []
-        return made.policy
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The calibration's averages: part of `state_dict`."""
-        return {} if self.calibration is None else self.calibration.state_dict()
+        """The averages of the calibration or of the rewards: part of `state_dict`."""
+        averages = self.calibration or self.mean_reward
+        return {} if averages is None else averages.state_dict()
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        if self.calibration is not None and state:
-            self.calibration.load_state_dict(state)
+        averages = self.calibration or self.mean_reward
+        if averages is not None and state:
+            averages.load_state_dict(state)
 
     def extra_repr(self) -> str:
         return repr(self.loss)
 
-    def _check_reference(
+    def _tokens(
         self,
-        logps: Tensor,
         hidden: Tensor,
-        ref_logps: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-    ) -> None:
-        if (ref_hidden is None) != (ref_weight is None):
-            name = "ref_weight" if ref_weight is None else "ref_hidden"
-            raise ValueError(f"{name}: got None; pass ref_hidden and ref_weight together")
-        if (ref_logps is None) == (ref_hidden is None):
-            found = "neither" if ref_logps is None else "both"
-            raise ValueError(
-                f"ref_logps: {self.loss.name} needs a reference, as ref_logps or as ref_hidden "
-                f"and ref_weight; got {found}"
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        attention_mask: Tensor | None,
+        shift: bool,
+    ) -> ScoredTokens:
+        options: dict[str, Any] = {"shift": shift, "ignore_index": self.ignore_index}
+        if cu_seqlens is None:
+            return ScoredTokens.padded(
+                labels, hidden.device, attention_mask=attention_mask, **options
             )
-        if ref_logps is not None and ref_logps.shape != logps.shape:
-            raise ValueError(
-                f"ref_logps: expected shape {tuple(logps.shape)}, one sum per sequence, chosen "
-                f"first, got {tuple(ref_logps.shape)}"
-            )
-        if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
-            raise ValueError(
-                f"ref_hidden: expected shape {(*hidden.shape[:-1], 'E')} for the same tokens as "
-                f"hidden, got {tuple(ref_hidden.shape)}"
-            )
+        # Objectives that look at tokens count them, and must not count ignored ones.
+        scored_only = isinstance(self.loss, TokenLevelLoss)
+        return ScoredTokens.packed(labels, cu_seqlens, scored_only=scored_only, **options)
 
 
-def _check_shapes(
-    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, attention_mask: Tensor | None
-) -> None:
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels: expected shape {tuple(hidden.shape[:-1])}, one per hidden state, "
-            f"got {tuple(labels.shape)}"
-        )
-    if cu_seqlens is None:
-        if hidden.dim() != 3 or len(hidden) == 0 or len(hidden) % 2:
-            raise ValueError(
-                f"hidden: expected shape (2B, L, D), all chosen and then all rejected sequences, "
-                f"or (T, D) with cu_seqlens, got {tuple(hidden.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != labels.shape:
-            raise ValueError(
-                f"attention_mask: expected shape {tuple(labels.shape)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        return
-    if hidden.dim() != 2:
-        raise ValueError(
-            f"hidden: expected a packed (T, D) with cu_seqlens, got {tuple(hidden.shape)}"
-        )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 3 or len(cu_seqlens) % 2 == 0:
-        raise ValueError(
-            f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
-            f"got shape {tuple(cu_seqlens.shape)}"
-        )
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask: a packed batch has no padding; label what is not scored -100"
-        )
+def _on_device(
+    given: Given, tokens: ScoredTokens, device: torch.device
+) -> dict[str, Tensor | None]:
+    """The arguments where the hidden states are; of those per token the scored ones, (T,)."""
+    moved: dict[str, Tensor | None] = {}
+    for name, value in given.items():
+        value = None if value is None else value.to(device, non_blocking=True)
+        per_token = value is not None and name in arguments.PER_TOKEN
+        moved[name] = tokens.column(value) if per_token else value  # type: ignore[arg-type]
+    return moved
+
+
+def _metrics(output: losses.Output, policy: Logps) -> dict[str, Tensor]:
+    sums, counts = sums_and_counts(output, policy)
+    metrics = dict(zip(PAIR_METRICS, (sums / counts).unbind(), strict=True))
+    if isinstance(output, PointwiseOutput):  # of responses that are not paired
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    del metrics["loss"]
+    return metrics

@@ -9,6 +9,7 @@ Hugging Face models, and the first label of each sequence counts nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,19 @@ from fastpref.ops import IGNORE_INDEX
 class ScoredTokens:
     """Labels of T tokens, sequence after sequence, and where their hidden states are.
 
-    labels: (T,), on the device of the hidden states; -100 is possible in a packed batch only.
+    labels: (T,), on the device of the hidden states; -100 is possible only where all tokens of a
+        packed batch are kept.
     cu_seqlens: (S + 1,) offsets of the sequences among the T tokens.
     lengths: (S,) int64 number of scored tokens.
     positions: (T,) rows of the flattened hidden states, or None where these are the T rows.
+    shift: whether the label of a hidden state stands one position further on.
     """
 
     labels: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
     positions: Tensor | None = None
+    shift: bool = False
 
     @classmethod
     def padded(
@@ -61,7 +65,7 @@ class ScoredTokens:
         positions = scored.flatten().nonzero().squeeze(1)
         kept = labels.flatten().index_select(0, positions)
         moved = [x.to(device, non_blocking=True) for x in (kept, lengths, positions)]
-        return cls(moved[0], pad(moved[1].cumsum(0), (1, 0)), moved[1], moved[2])
+        return cls(moved[0], pad(moved[1].cumsum(0), (1, 0)), moved[1], moved[2], shift)
 
     @classmethod
     def packed(
@@ -71,14 +75,22 @@ class ScoredTokens:
         *,
         shift: bool = False,
         ignore_index: int = IGNORE_INDEX,
+        scored_only: bool = False,
     ) -> ScoredTokens:
-        """The tokens of a packed batch, all of them: what is ignored costs as much as the rest."""
+        """The tokens of a packed batch, all of them: what is ignored costs as much as the rest.
+
+        With `scored_only` the ignored ones are left out, which on a GPU waits for the GPU.
+        """
         labels = _with_our_index(labels, ignore_index)
         if shift and len(labels):
             last = (cu_seqlens[1:].long() - 1).remainder(len(labels))
             labels = labels.roll(-1).index_fill(0, last, IGNORE_INDEX)
-        scored = (labels != IGNORE_INDEX).double()
-        return cls(labels, cu_seqlens, ops.segment_sum(scored, cu_seqlens).long())
+        scored = labels != IGNORE_INDEX
+        lengths = ops.segment_sum(scored.double(), cu_seqlens).long()
+        if not scored_only:
+            return cls(labels, cu_seqlens, lengths, None, shift)
+        positions = scored.nonzero().squeeze(1)
+        return cls(labels[positions], pad(lengths.cumsum(0), (1, 0)), lengths, positions, shift)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, D) of the tokens, out of (S, L, D) or a packed (T, D)."""
@@ -86,7 +98,14 @@ class ScoredTokens:
             return hidden
         return hidden.flatten(0, -2).index_select(0, self.positions)
 
-    def logps(
+    def column(self, values: Tensor) -> Tensor:
+        """Values (T,) of the tokens, out of (S, L) or a packed (T,), that stand where labels do."""
+        values = values.flatten()
+        if self.shift:
+            values = values.roll(-1)
+        return values if self.positions is None else values.index_select(0, self.positions)
+
+    def token_logps(
         self,
         rows: Tensor,  # (T, D)
         weight: Tensor,  # (V, D)
@@ -94,13 +113,13 @@ class ScoredTokens:
         logit_scale: float = 1.0,
         softcap: float | None = None,
         impl: str = "auto",
-    ) -> Tensor:  # (S,)
-        """Summed log-prob of each sequence; under autocast in the dtype a linear layer would use.
+    ) -> Tensor:  # (T,)
+        """Log-prob of each token; under autocast in the dtype a linear layer would use.
 
         Raises ValueError as `ops.linear_logps` does.
         """
         rows, weight, bias = autocast_operands(rows, weight, bias)
-        token_logps = ops.linear_logps(
+        return ops.linear_logps(
             rows,
             weight,
             self.labels,
@@ -109,7 +128,16 @@ class ScoredTokens:
             softcap=softcap,
             impl=impl,
         )
-        return ops.segment_sum(token_logps, self.cu_seqlens)
+
+    def logps(
+        self,
+        rows: Tensor,  # (T, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None = None,  # (V,)
+        **options: Any,
+    ) -> Tensor:  # (S,)
+        """Summed log-prob of each sequence: `token_logps`, with its options, added up."""
+        return ops.segment_sum(self.token_logps(rows, weight, bias, **options), self.cu_seqlens)
 
 
 def autocast_operands(

@@ -1,13 +1,17 @@
-"""Any pairwise objective in TRL's DPO trainer, without its logits.
+"""Any objective in TRL's DPO trainer, without its logits.
 
     class FusedDPOTrainer(FusedDPOMixin, DPOTrainer): ...
 
     trainer = FusedDPOTrainer(model, args=DPOConfig(...), objective=losses.build("simpo"), ...)
 
-The mixin replaces two public methods, `compute_loss` and `compute_ref_log_probs`, and adds to the
-lines of `log`; data, reference model, adapters and the loop stay TRL's. The model is called as it
+The mixin replaces two public methods, `compute_loss` and `compute_ref_log_probs`, adds to the lines
+of `log` and lets `save_model` and `train` keep and find the averages of a calibration or of `bco`;
+data, reference model, adapters and the loop stay TRL's. The model is called as it
 is, through whatever wraps it, but asked for the logits of one position only; the decoder's last
 hidden states are caught on their way to the head by a forward hook.
+
+TRL's batches hold pairs. For an objective on single responses a pair is taken apart into a
+desirable and another one; for one on groups it is a group of two with the scores 1 and 0.
 """
 
 from __future__ import annotations
@@ -15,17 +19,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 from fastpref import losses, ops
 from fastpref.calibration import RewardCalibration
+from fastpref.fused.arguments import Objective, check_biases, needs_point, token_columns
+from fastpref.fused.importance import token_importance
 from fastpref.fused.loss import FusedPreferenceLoss
+from fastpref.fused.mismatched import Mismatched
 from fastpref.fused.tokens import ScoredTokens, autocast_operands
-from fastpref.losses import PairwiseLoss
+from fastpref.logps import segment_positions
+from fastpref.losses import GroupwiseLoss, PointwiseLoss, TokenLevelLoss
+from fastpref.losses.pointwise import pooled_mean, sum_and_count
 from fastpref.model import Policy
 
 # Options of DPOConfig that the objective takes over, or that are not supported, and their defaults.
@@ -38,26 +49,32 @@ _TAKEN_OVER = {
     "use_weighting": False,
     "ld_alpha": None,
 }
+_AVERAGES = "fused_loss.pt"  # the file in a checkpoint
 _UNSUPPORTED = {"padding_free": False, "torch_compile": False}
 
 
 class FusedDPOMixin:
     """To be put before `trl.DPOTrainer` among the bases of a trainer.
 
-    objective: a pairwise objective or the name of one; DPO with the config's beta by default.
+    objective: an objective or the name of one; DPO with the config's beta by default.
     calibration, impl: as in `FusedPreferenceLoss`.
     token_metrics: log `entropy`, `mean_token_accuracy` and `logits/*` as TRL does, at the cost of
         one more pass over the head (without gradient); `logits/*` are left out for a model with a
         softcap.
 
+    KTO's reference point, the mean log-ratio of mismatched responses (`fused.mismatched`) on all
+    ranks, costs a further forward pass of policy and reference, without gradient; the importance of
+    tokens, for `ti_dpo`, one forward and backward pass of the policy to its embeddings.
+
     `rewards/*` are the objective's own. Metrics of pairs and of tokens are means over all of them
     since the last line of the log, where TRL averages the means of batches. Nothing is read from
-    the device between two lines, except the number of scored tokens.
+    the device between two lines, except the number of scored tokens and what KTO pairs anew.
 
     Raises ValueError, naming what it is, for a config, model or set-up that is not supported: the
     options of DPOConfig that choose or change its loss, `padding_free`, `torch_compile`,
     `compute_metrics`, vision-language models, prompt-learning adapters, adapters on the head,
-    routers with an auxiliary loss, FSDP, DeepSpeed and other parallelism than DDP.
+    routers with an auxiliary loss, FSDP, DeepSpeed and other parallelism than DDP; and for
+    `precompute_ref_log_probs` where sums of the pairs' log-probs are not all that is needed.
     """
 
     args: Any
@@ -69,7 +86,7 @@ class FusedDPOMixin:
     def __init__(
         self,
         *args: Any,
-        objective: PairwiseLoss | str | None = None,
+        objective: Objective | str | None = None,
         calibration: RewardCalibration | None = None,
         impl: str = "auto",
         token_metrics: bool = True,
@@ -81,6 +98,7 @@ class FusedDPOMixin:
         self._token_metrics = token_metrics
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._num_tokens: Tensor | int = 0
+        self._mismatched: dict[str, Mismatched] = {}
         super().__init__(*args, **kwargs)
         _ = self.fused_loss  # refuse now rather than at the first step
 
@@ -93,6 +111,7 @@ class FusedDPOMixin:
         policy = Policy(self.model, self._head(self.model).weight.dtype)
         policy.check_head()
         self.model.train(was_training)
+        check_biases(objective, self._calibration is not None, self._head(self.model).bias, None)
         return FusedPreferenceLoss(
             objective, self._calibration, self._impl, policy.logit_scale, policy.softcap,
             accumulation_steps=self.args.gradient_accumulation_steps,
@@ -105,43 +124,42 @@ class FusedDPOMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Mean loss of the batch's pairs."""
+        """Mean loss of the batch."""
         if return_outputs:
             raise ValueError(
                 "return_outputs: there are no logits to return; call evaluate() without "
                 "compute_metrics, or use DPOTrainer alone"
             )
-        reference = None
-        if self.fused_loss.loss.needs_reference:
-            if self.args.precompute_ref_log_probs:
-                pair = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-            else:
-                pair = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-            reference = torch.cat(pair)
+        if isinstance(self.fused_loss.loss, GroupwiseLoss):
+            inputs = _group_by_group(inputs)
+        count = len(inputs["input_ids"])
+        chosen = self._chosen(count, inputs["input_ids"].device)
+        given = self._labels(chosen) | self._reference(inputs)
+        if needs_point(self.fused_loss.loss):
+            given["reference_point"] = self._reference_point(model, inputs)
+        if "importance" in token_columns(self.fused_loss.loss):
+            given["importance"] = self._importance(model, inputs)
         rows, tokens = self._scored(model, inputs)
         head = self._head(model)
         with self.accelerator.autocast():
+            if "importance" in given:
+                given["importance"] = tokens.column(given["importance"])
             loss, means = self.fused_loss(
-                rows, head.weight, tokens.labels, tokens.cu_seqlens, bias=head.bias,
-                ref_logps=reference,
-            )  # fmt: skip
-            pairs = len(tokens.lengths) // 2
+                rows, head.weight, tokens.labels, tokens.cu_seqlens, bias=head.bias, **given
+            )
             sums = {
-                name: torch.stack([pairs * mean, torch.full_like(mean, pairs)])
+                name: torch.stack([mean, torch.ones_like(mean)]) * (count // 2)
                 for name, mean in means.items()
             }
             if self._token_metrics:
-                sums |= self._token_sums(rows, head, tokens)
+                sums |= self._token_sums(rows, head, tokens, chosen)
         self._add(sums, inputs["attention_mask"])
         return loss
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed log-probs (B,) of the chosen and of the rejected responses, by the same op."""
-        with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
-            rows, tokens = self._scored(model, inputs)
-            head = self._head(model)
-            logps = tokens.logps(rows, head.weight, head.bias, **self.fused_loss.head_options)
-        chosen, rejected = logps.chunk(2)
+        with self._as_reference():
+            chosen, rejected = self._sequence_logps(model, inputs)[0].chunk(2)
         return chosen, rejected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -156,6 +174,83 @@ class FusedDPOMixin:
             prefix = "eval_" if mode == "eval" else ""
             logs |= {prefix + name: value for name, value in seen.items()}
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Keep what the loss has averaged, if it averages, beside the model."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if self.fused_loss.get_extra_state() and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            torch.save(self.fused_loss.state_dict(), folder / _AVERAGES)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, with the averages of the checkpoint that is resumed from."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and (path := Path(folder) / _AVERAGES).exists():
+            self.fused_loss.load_state_dict(torch.load(path, weights_only=True))
+        return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
+
+    def _chosen(self, count: int, device: torch.device) -> Tensor:
+        """Which of the sequences are the chosen ones, (2B,) bool."""
+        index = torch.arange(count, device=device)
+        grouped = isinstance(self.fused_loss.loss, GroupwiseLoss)
+        return index % 2 == 0 if grouped else index < count // 2
+
+    def _labels(self, chosen: Tensor) -> dict[str, Tensor]:
+        """What an objective on single responses or on groups is told of them."""
+        if isinstance(self.fused_loss.loss, PointwiseLoss):
+            return {"desirable": chosen}
+        if isinstance(self.fused_loss.loss, GroupwiseLoss):
+            offsets = torch.arange(0, len(chosen) + 1, 2, device=chosen.device)
+            return {"scores": chosen.float(), "cu_groups": offsets}
+        return {}
+
+    def _reference(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The reference's summed log-probs, if TRL has them, or its hidden states and head."""
+        if not self.fused_loss.loss.needs_reference:
+            return {}
+        if self.args.precompute_ref_log_probs:
+            pair = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            grouped = isinstance(self.fused_loss.loss, GroupwiseLoss)
+            return {"ref_logps": torch.stack(pair, 1).flatten() if grouped else torch.cat(pair)}
+        model = self.ref_model or self.model
+        with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
+            rows, _ = self._scored(model, inputs)
+            head = self._head(model)
+        found = {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.bias}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _reference_point(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """KTO's: the mean log-ratio () of mismatched responses, over all ranks."""
+        mode = "train" if self.model.training else "eval"
+        known = self._mismatched.setdefault(mode, Mismatched(self.args.max_length))
+        batch = known.batch(inputs)
+        sums = torch.zeros(2, dtype=torch.float64, device=inputs["input_ids"].device)
+        if batch is not None:
+            # Not through DistributedDataParallel: another rank may have nothing to compute.
+            policy, lengths = self._sequence_logps(self.accelerator.unwrap_model(model), batch)
+            reference = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, batch))
+            sums = sum_and_count(policy - reference, lengths)
+        sums = self.accelerator.reduce(sums, "sum")
+        known.point = torch.where(sums[1] > 0, pooled_mean(sums), known.point.to(sums.device))
+        return known.point
+
+    def _importance(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """How much each token of the sequences matters, (2B, L)."""
+        with self.accelerator.autocast():
+            return token_importance(
+                self._causal_lm(model), inputs["input_ids"], inputs["attention_mask"]
+            )
+
+    @torch.no_grad()
+    def _sequence_logps(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed log-probs and lengths of the responses, each (2B,), without gradient."""
+        with self.accelerator.autocast():
+            rows, tokens = self._scored(model, inputs)
+            head = self._head(model)
+            logps = tokens.logps(rows, head.weight, head.bias, **self.fused_loss.head_options)
+        return logps, tokens.lengths
 
     def _scored(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ScoredTokens]:
         """Hidden states (T, D) that predict the responses' tokens, and those tokens."""
@@ -194,13 +289,15 @@ class FusedDPOMixin:
             yield
 
     @torch.no_grad()
-    def _token_sums(self, rows: Tensor, head: Any, tokens: ScoredTokens) -> dict[str, Tensor]:
+    def _token_sums(
+        self, rows: Tensor, head: Any, tokens: ScoredTokens, chosen_sequences: Tensor
+    ) -> dict[str, Tensor]:
         """Sum and count of TRL's metrics of tokens."""
         rows, weight, bias = autocast_operands(rows, head.weight, head.bias)
         options = self.fused_loss.head_options
         stats = ops.token_stats(rows, weight, tokens.labels, bias=bias, **options)
-        index = torch.arange(len(rows), device=rows.device)
-        chosen = index < tokens.cu_seqlens[len(tokens.lengths) // 2]
+        owners, _ = segment_positions(tokens.cu_seqlens, len(rows))
+        chosen = chosen_sequences.to(rows.device)[owners]
         sums = {
             "entropy": _sum_and_count(stats.entropy, torch.ones_like(chosen)),
             "mean_token_accuracy": _sum_and_count(stats.top1, chosen),
@@ -244,6 +341,12 @@ class FusedDPOMixin:
         for name, default in _UNSUPPORTED.items():
             if getattr(self.args, name, default) != default:
                 raise ValueError(f"args.{name}: not supported; set it to {default}")
+        beyond_sums = isinstance(objective, TokenLevelLoss) or needs_point(objective)
+        if self.args.precompute_ref_log_probs and objective.needs_reference and beyond_sums:
+            raise ValueError(
+                f"args.precompute_ref_log_probs: TRL keeps sums of the pairs' log-probs, and "
+                f"{objective.name} needs more of the reference; set it to False"
+            )
         obstacles = {
             "compute_metrics": getattr(self, "compute_metrics", None) is not None,
             "processing_class (vision-language models)": not isinstance(
@@ -263,6 +366,13 @@ class FusedDPOMixin:
         for name, found in obstacles.items():
             if found:
                 raise ValueError(f"{name}: not supported by {type(self).__name__}; use DPOTrainer")
+
+
+def _group_by_group(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sequences of a batch, chosen beside rejected."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    moved = {n: torch.stack(inputs[n].chunk(2), 1).flatten(0, 1) for n in names}
+    return inputs | moved
 
 
 def _sum_and_count(values: Tensor, counted: Tensor) -> Tensor:
