@@ -71,6 +71,8 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
         ({"name": "bco", "beta": 0.1}, "alpacaeval_binary"),
         ({"name": "info_nca", "beta": 0.1}, "alpacaeval_scalar"),
         ({"name": "pro_s", "alpha": 4.0}, "alpacaeval_scalar"),
+        ({"name": "tdpo2"}, "alpacaeval_pairs"),
+        ({"name": "ti_dpo"}, "hh_harmless_pairs"),
     ],
 )
 def test_other_kinds(
