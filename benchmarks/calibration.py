@@ -38,7 +38,6 @@ from fastpref import config as configs
 from fastpref import metrics, ops
 from fastpref.band import band, parameter_geometry
 from fastpref.bench import environment, timer
-from fastpref.data.batches import micro_batch
 from fastpref.prepare import Split
 from fastpref.progress import Display
 from fastpref.train import Trainer
@@ -296,7 +295,7 @@ def outcome(trainer: Trainer, data: Split) -> dict[str, float]:
 
 def see(trainer: Trainer, data: Split, indices: list[int], geometry: bool = False) -> Any:
     """A forward pass over some pairs, `fastpref.forward.Seen`."""
-    batches = micro_batch(data.groups, indices, trainer.policy.device)
+    batches = trainer.policy.batches(data.groups, indices)
     return trainer.forward(batches, data.reference, with_geometry=geometry)
 
 

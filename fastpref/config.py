@@ -228,7 +228,16 @@ class Training(Section):
     )
     max_tokens: PositiveInt = Field(
         16384,
-        description="Padded tokens of one micro-batch; the number of accumulation steps follows.",
+        description="Tokens of one micro-batch, with padding if there is any; the number of "
+        "accumulation steps follows.",
+    )
+    layout: Literal["auto", "shared", "flat", "padded"] = Field(
+        "auto",
+        description="How groups lie in a forward pass: `shared` packs them into one row in which "
+        "the responses of a group share one copy of its prompt; `flat` into one row of separate "
+        "sequences, for flash_attention_2; `padded` makes a row of each response. `auto`: shared "
+        "where `model.attn_implementation` is left open and the model proves to give the same "
+        "hidden states, flat with flash_attention_2, else padded.",
     )
     activation_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, a third slower."

@@ -6,7 +6,7 @@ them with the head's weight to `fastpref.ops`. Logits in full never exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref import ops
-from fastpref.data.batches import Batch
+from fastpref.data.batches import Batch, collate
+from fastpref.data.plan import Layout
+from fastpref.data.tokens import Groups
 from fastpref.errors import UserError, first_line
 
 
@@ -68,6 +70,7 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm  # possibly wrapped by peft
         self.compute_dtype = compute_dtype
+        self.layout: Layout = "padded"  # how its batches lie; see `fastpref.layout`
         base = self.base
         self.logit_scale, self.softcap = _head_options(base.config)
         head = base.get_output_embeddings()
@@ -116,19 +119,38 @@ class Policy(nn.Module):
             output = output._replace(geometry=geometry)
         return output._replace(head=(hidden, weight)) if asked.head else output
 
+    def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
+        """The forward passes of a micro-batch, on this device and in the layout of this policy.
+
+        On CUDA one over all groups. On CPU one for each: a group's log-probs do not depend then, to
+        the last bit, on the groups that it happens to meet.
+        """
+        parts = [[index] for index in indices] if self.device.type == "cpu" else [indices]
+        return [
+            collate([groups[i] for i in part], groups.kind, self.layout).to(self.device)
+            for part in parts
+        ]
+
     def states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
-        """Last hidden states (S L, D) of all positions, from `embeddings` (S, L, D) if given."""
+        """Last hidden states (R L, D) of all positions, from `embeddings` (R, L, D) if given."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if embeddings is not None:
-            return self._hidden(inputs_embeds=embeddings).flatten(0, 1)
-        return self._hidden(input_ids=batch.input_ids).flatten(0, 1)
+            inputs = {"inputs_embeds": embeddings}
+        if batch.packing is not None:
+            inputs["position_ids"] = batch.position_ids
+            if self.layout == "flat":
+                inputs |= batch.packing.varlen_arguments(self.device)
+            else:
+                inputs["packing"] = batch.packing
+        return self._hidden(**inputs).flatten(0, 1)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the head, in the compute dtype."""
         head = self.base.get_output_embeddings()
         return self._compute(head.weight), self._compute(head.bias)
 
-    def _hidden(self, **inputs: Tensor) -> Tensor:
-        """Last hidden states (S, L, D) after the final norm, in the compute dtype."""
+    def _hidden(self, **inputs: Any) -> Tensor:
+        """Last hidden states (R, L, D) after the final norm, in the compute dtype."""
         with self._autocast():
             hidden = self.base.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.compute_dtype)

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from fastpref import checkpoint
 from fastpref.config import Config, ConfigError
 from fastpref.data import bpe
-from fastpref.data.batches import Plan
 from fastpref.data.formats import DataError, read_groups
 from fastpref.data.mismatched import Mismatched
+from fastpref.data.plan import Plan
 from fastpref.data.tokens import GroupDataset, Groups, load_groups
+from fastpref.layout import choose_layout
 from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
@@ -82,6 +83,7 @@ def prepare(config: Config, display: Display) -> Prepared:
     _advise_on_weights(loss, datasets[0], display)
     mismatched = [Mismatched(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
     policy = load_policy(config, tokenizer, device_of(config.training.device))
+    choose_layout(policy, config, datasets[0], display)
     seeds = (config.training.seed, None)  # held-out data is visited in its own order
     # Every budget is checked before the reference takes its time.
     plans = [
@@ -105,7 +107,7 @@ def prepare(config: Config, display: Display) -> Prepared:
 def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
     _check_context(groups, policy)
     t = config.training
-    return Plan.of(groups, t.batch_size, t.max_tokens, seed)
+    return Plan.of(groups, t.batch_size, t.max_tokens, seed, policy.layout)
 
 
 def _references(

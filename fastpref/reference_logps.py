@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpref import files, ops
-from fastpref.data.batches import Batch, Plan, micro_batch
+from fastpref.data.batches import Batch
 from fastpref.data.formats import DataError
+from fastpref.data.plan import Plan
 from fastpref.data.tokens import Groups
 from fastpref.logps import segment_positions
 from fastpref.model import Asked, Policy, PolicyOutput
@@ -132,7 +133,7 @@ def _compute(
     was_training, done = policy.training, 0
     policy.eval()
     for indices in _micro_batches(plan):
-        for batch in micro_batch(groups, indices, policy.device):
+        for batch in policy.batches(groups, indices):
             output: PolicyOutput = policy(batch)
             if starts is None:
                 logps[batch.responses] = output.logps
@@ -158,6 +159,7 @@ def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
         "compute": str(policy.compute_dtype),
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,
+        "layout": policy.layout,
         "config": _architecture(policy),
     }
     kept = "tokens" if per_token else "sums"

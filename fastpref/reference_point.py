@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.data.batches import micro_batch
 from fastpref.logps import UnpairedLogps
 from fastpref.losses import Logps, Output, PointwiseLoss, PointwiseOutput
 from fastpref.losses.pointwise import KTO, RunningMean, pooled_mean, sum_and_count
@@ -55,7 +54,7 @@ class MismatchedMean(ReferencePoint):
         was_training, sums = policy.training, []
         policy.eval()
         for indices in mismatched.plan.step(number):
-            for batch in micro_batch(mismatched.groups, indices, policy.device):
+            for batch in policy.batches(mismatched.groups, indices):
                 reference = mismatched.reference(batch)
                 assert reference is not None
                 ratios = policy(batch).logps - reference.logps

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastpref import checkpoint, interrupts, metrics, model_card, monitors, progress
 from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
-from fastpref.data.batches import Batch, micro_batch
+from fastpref.data.batches import Batch
 from fastpref.errors import UserError
 from fastpref.files import replacing
 from fastpref.forward import Forward, Seen
@@ -121,7 +121,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums, entropies = [], []
         for indices in micro_batches:
-            batches = micro_batch(self.run.train.groups, indices, self.policy.device)
+            batches = self.policy.batches(self.run.train.groups, indices)
             seen, output = self._forward(batches, self.run.train, point, with_entropy)
             self.update.backward(seen.policy, output, count)
             self.point.see(seen.policy, output)
@@ -156,7 +156,7 @@ class Trainer:
         for number, step in enumerate(split.plan.epoch()):
             point = self.point.of_step(split, number)
             for indices in step:
-                batches = micro_batch(split.groups, indices, self.policy.device)
+                batches = self.policy.batches(split.groups, indices)
                 seen, output = self._forward(batches, split, point, with_entropy=True)
                 found, contrast = self._sums(seen, output)
                 sums.append(found)

@@ -1,4 +1,4 @@
-"""The plan covers every pair once an epoch within its budgets; batches hold what they say."""
+"""Batches hold what they say, and log-probs come in the form that objectives take."""
 
 from __future__ import annotations
 
@@ -9,56 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastpref.data.batches import Batch, Plan, collate, join, pack
-from fastpref.data.formats import DataError
+from fastpref.data.batches import Batch, collate, join
 from fastpref.data.tokens import TokenGroup
 from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
-
-LENGTHS = np.random.default_rng(0).integers(2, 60, size=101)
-PAIRS = np.full(101, 2)
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int], index: int = 0) -> TokenGroup:
     ids = (np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected))
     prompt, *both = ids
     return TokenGroup(index, index + 1, prompt, tuple(both), first=2 * index)
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-@pytest.mark.parametrize("seed", [0, 7, None])
-def test_an_epoch_visits_every_pair_once(epoch: int, seed: int | None) -> None:
-    plan = Plan(LENGTHS, PAIRS, batch_size=8, max_tokens=300, seed=seed)
-    steps = list(plan.epoch(epoch))
-    assert len(steps) == plan.steps_per_epoch == 13
-    assert sorted(i for step in steps for part in step for i in part) == list(range(101))
-    assert [sum(map(len, step)) for step in steps] == [8] * 12 + [5]
-
-
-def test_micro_batches_keep_the_budget_and_the_step_its_pairs() -> None:
-    small, large = (Plan(LENGTHS, PAIRS, 8, tokens, seed=3) for tokens in (120, 10_000))
-    for number in range(small.steps_per_epoch):
-        parts = small.step(number)
-        assert all(2 * len(part) * LENGTHS[part].max() <= 120 for part in parts)
-        (whole,) = large.step(number)
-        assert sorted(i for part in parts for i in part) == sorted(whole)
-
-
-def test_the_plan_is_a_function_of_the_seed_and_the_step() -> None:
-    plan, twin, other = (Plan(LENGTHS, PAIRS, 8, 300, seed) for seed in (1, 1, 2))
-    assert [plan.step(k) for k in range(30)] == [twin.step(k) for k in range(30)]
-    assert plan.step(0) != other.step(0)
-    assert plan.step(0) != plan.step(plan.steps_per_epoch), "epochs are shuffled anew"
-
-
-def test_a_budget_below_the_longest_pair_is_refused() -> None:
-    cost = 2 * int(LENGTHS.max())
-    with pytest.raises(DataError, match=rf"training.max_tokens: {cost - 1} cannot hold .*{cost} "):
-        Plan(LENGTHS, PAIRS, 8, cost - 1, seed=0)
-    Plan(LENGTHS, PAIRS, 8, cost, seed=0)
-
-
-def test_a_pair_over_the_budget_is_packed_alone() -> None:
-    assert pack([0, 1, 2], np.array([100, 3, 3]), PAIRS, max_tokens=12) == [[0], [1, 2]]
 
 
 def test_collate() -> None:
@@ -82,22 +41,6 @@ def group(sizes: list[int], labels: list[float] | None, first: int = 0) -> Token
     return TokenGroup(
         0, 1, prompt, responses, None if labels is None else tuple(labels), first=first
     )
-
-
-def test_groups_of_many_sizes_keep_the_budget() -> None:
-    sizes = np.random.default_rng(1).integers(1, 6, size=101)
-    plan = Plan(LENGTHS, sizes, 16, 300, seed=3)
-    steps = list(plan.epoch())
-    assert sorted(i for step in steps for part in step for i in part) == list(range(101))
-    for step in steps:
-        costs = [sizes[part].sum() * LENGTHS[part].max() for part in step]
-        assert max(costs) <= 300
-        # The first group of a micro-batch had no room in the one before.
-        for before, part, cost in zip(step, step[1:], costs, strict=False):
-            assert cost + sizes[part[0]] * LENGTHS[before].max() > 300
-    largest = int((sizes * LENGTHS).max())
-    with pytest.raises(DataError, match=rf"cannot hold the longest group \({largest} padded"):
-        Plan(LENGTHS, sizes, 16, largest - 1, seed=3, unit="group")
 
 
 def test_collate_keeps_the_responses_of_a_group_together() -> None:

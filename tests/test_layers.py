@@ -24,7 +24,7 @@ LAYERS = [
     {"bench", "config_reference", "data", "objectives_reference"},
     {"attention"},
     {"attribution", "generate", "metrics", "model", "monitors"},
-    {"adapters"},
+    {"adapters", "layout"},
     {"checkpoint", "fused", "model_card", "optim", "pretrained", "reference_logps"},
     {"forward", "prepare"},
     {"balance", "reference_point", "sample", "train", "update"},

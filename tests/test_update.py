@@ -31,11 +31,9 @@ def test_chosen_rise_and_rejected_do_not(make_config: MakeConfig, display: Displ
 
 def logps(trainer: Trainer) -> torch.Tensor:
     """Mean log-probs of the chosen and of the rejected responses, (2,)."""
-    from fastpref.data.batches import micro_batch
-
     policy, (indices,) = trainer.policy, trainer.plan.step(0)
     with torch.no_grad():
-        passes = micro_batch(trainer.run.train.groups, indices, policy.device)
+        passes = policy.batches(trainer.run.train.groups, indices)
         sums = torch.stack([policy(batch).logps for batch in passes])
     return sums.mean(0)
 

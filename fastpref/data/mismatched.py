@@ -51,9 +51,13 @@ class Mismatched:
         own, other = self._dataset.prompt_lengths, self._dataset.response_lengths[self._partners]
         return np.minimum(own + other, self._max_length)
 
+    @property
+    def prompt_lengths(self) -> Lengths:
+        return self._dataset.prompt_lengths
+
     @cached_property
     def response_lengths(self) -> Lengths:
-        return self.padded_lengths - self._dataset.prompt_lengths
+        return self.padded_lengths - self.prompt_lengths
 
     def given_reference_logps(self) -> None:
         """Data brings reference log-probs of its own responses at most."""

@@ -73,6 +73,10 @@ class Groups(Protocol):
     offsets: Lengths  # (N + 1,) group g owns the responses offsets[g] to offsets[g + 1] - 1
 
     @property
+    def prompt_lengths(self) -> Lengths:
+        """Tokens of the prompt of each group, (N,)."""
+
+    @property
     def response_lengths(self) -> Lengths:
         """Tokens of all responses, (offsets[N],)."""
 

@@ -1,0 +1,66 @@
+"""How the groups of a run lie in a forward pass: chosen, checked on the model, and reported."""
+
+from __future__ import annotations
+
+from fastpref import attention
+from fastpref.config import Config, ConfigError
+from fastpref.data.plan import Layout, tokens_of
+from fastpref.data.tokens import Groups
+from fastpref.model import Policy
+from fastpref.progress import Display
+
+# Largest relative difference of a hidden state, packed against alone, that is rounding.
+_ROUNDING = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+
+
+def choose_layout(policy: Policy, config: Config, groups: Groups, display: Display) -> None:
+    """Set `policy.layout`, and its attention code with it; say what that saves.
+
+    Raises ConfigError for a layout that the config asks for and the model cannot have.
+    """
+    asked, code = config.training.layout, config.model.attn_implementation
+    layout: Layout
+    if asked == "auto":
+        layout = "flat" if code == "flash_attention_2" else "padded"
+        if code == "auto":
+            layout = "shared"
+    else:
+        layout = asked
+    if layout == "flat" and code != "flash_attention_2":
+        raise ConfigError(
+            "training.layout: flat is for model.attn_implementation: flash_attention_2; set that, "
+            "or use shared"
+        )
+    if layout == "shared" and not _can_share(policy, groups):
+        name = type(policy.base).__name__
+        if asked == "shared":
+            raise ConfigError(
+                f"training.layout: {name} gives other hidden states for shared prompts; use padded"
+            )
+        display.note(f"note: {name} cannot share prompts; each response has a row of its own")
+        layout = "padded"
+    if layout == "shared":
+        policy.base.set_attn_implementation(attention.register())
+    policy.layout = layout
+    if layout != "padded":
+        display.note(_savings(groups, layout))
+
+
+def _can_share(policy: Policy, groups: Groups) -> bool:
+    """Whether the two longest groups have the hidden states that their sequences have alone."""
+    longest = tokens_of(groups, "shared").argsort(kind="stable")[-2:]
+    dtype = str(policy.base.dtype).removeprefix("torch.")
+    error = attention.packing_error(policy.base, [groups[int(index)] for index in longest])
+    return error <= _ROUNDING[dtype]
+
+
+def _savings(groups: Groups, layout: Layout) -> str:
+    """What a layout leaves out of padded rows, each group padded alone."""
+    padded, flat, packed = (
+        int(tokens_of(groups, each).sum()) for each in ("padded", "flat", layout)
+    )
+    shared = f", {(flat - packed) / padded:.0%} by sharing prompts" if layout == "shared" else ""
+    return (
+        f"tokens: {packed:,} in packed rows instead of {padded:,}; "
+        f"{(padded - flat) / padded:.0%} saved by leaving out padding{shared}"
+    )
