@@ -239,7 +239,8 @@ def did_entropy(
         reference,
         prompts,
         out,
-        Sampling(responses, temperature, 1.0, max_new_tokens, batch_size, seed),
+        # Not vllm: an entropy needs samples of the very distribution that scores them.
+        Sampling(responses, temperature, 1.0, max_new_tokens, batch_size, seed, "transformers"),
         pairs=samples,
         held_out=held_out,
         limit=limit,

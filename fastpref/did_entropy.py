@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class Estimate:
     reference: str
     prompts: str  # file or Hub data set
     out: Path  # for pairs, the run of pi' and did_entropy.json
-    sampling: Sampling = Sampling(n=4)  # noqa: RUF009 - frozen; n samples of pi' for each prompt
+    sampling: Sampling  # n samples of pi' for each prompt
     pairs: int = 1  # for each prompt
     held_out: str | None = None  # prompts to sample pi' on, instead of those it is trained on
     limit: int | None = None
@@ -77,6 +78,7 @@ class Estimate:
         """
         if self.out.exists() and any(self.out.iterdir()):
             raise UserError(f"--out: {self.out} is not empty; choose another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
         display.note(f"1. pairs: chosen from {self.policy}, rejected from {self.reference}")
         sampler = self._sampler(self.policy)
         tokenizer = sampler.tokenizer
@@ -87,9 +89,9 @@ class Estimate:
         chosen = sampler.draw(prompts, self._sampling(0, self.pairs), display)
         del sampler  # one model in memory at a time
         sampler = self._sampler(self.reference, tokenizer)
+        rejected = sampler.draw(prompts, self._sampling(1, self.pairs), display)
         if sampler.is_adapter:
             export(sampler.policy, tokenizer, self._merged, merge=True)
-        rejected = sampler.draw(prompts, self._sampling(1, self.pairs), display)
         del sampler
         write_pairs(Path(config.data.train), chosen, rejected, tokenizer.eos_token or "")
         display.note("2. pi', trained on them from the reference")
@@ -123,7 +125,7 @@ class Estimate:
         return self.out / "reference"  # written where the reference is an adapter
 
     def _config(self, policy: Sampler) -> configs.Config:
-        """The config of pi', also written to `out`; ConfigError for an override at fault."""
+        """The config of pi'; ConfigError for an override at fault."""
         start = str(self._merged) if is_adapter(self.reference) else self.reference
         context = context_length(policy.policy)
         values = {
@@ -148,10 +150,10 @@ class Estimate:
                 "output": str(self.out / "training"),
             },
         }
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "training.yaml"
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return configs.load(path, list(self.overrides))
+        with tempfile.TemporaryDirectory() as folder:  # what is refused leaves `out` empty
+            path = Path(folder) / "config.yaml"
+            path.write_text(yaml.safe_dump(values), encoding="utf-8")
+            return configs.load(path, list(self.overrides))
 
     def _log_ratios(
         self, drawn: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, display: Display

@@ -60,6 +60,8 @@ class Sampler:
     ) -> None:
         require("device", device, device in ("auto", "cpu", "cuda"), "auto or cpu or cuda")
         require("dtype", dtype, dtype in (None, *DTYPES), " or ".join(DTYPES))
+        gpu = torch.cuda.is_available()
+        require("device", device, gpu or device != "cuda", "cpu, for torch finds no GPU")
         on = device_of(device)
         self.source = source
         self.dtype = dtype or ("bfloat16" if on.type == "cuda" else "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,13 @@ def test_what_a_user_can_cause(tiny_llama: str, tmp_path: Path, display: Display
     wrong = Estimate(*models, out, SHORT, overrides=("optim.lr=-1",), device="cpu")
     with pytest.raises(ConfigError, match=r"optim\.lr: must be > 0, got -1"):
         wrong.run(display)
-    assert not (out / "pairs.jsonl").exists()
+    long = replace(SHORT, max_new_tokens=250)
+    with pytest.raises(UserError, match="--max-new-tokens: 250 after the prompt of row 1"):
+        Estimate(*models, out, long, device="cpu").run(display)
+    assert list(out.iterdir()) == []  # so that it can be tried again
+    (out / "mine").touch()
     with pytest.raises(UserError, match=r"--out: .*out is not empty; choose another folder"):
-        wrong.run(display)
+        Estimate(*models, out, SHORT, device="cpu").run(display)
 
 
 def test_the_command(tiny_llama: str, other_llama: str, tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ def test_models_that_cannot_be_sampled(
         Sampler(tiny_llama, "cpu", "fp8")
     with pytest.raises(UserError, match="--device: expected auto or cpu or cuda, got 'tpu'"):
         Sampler(tiny_llama, "tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device: expected cpu, for torch finds no GPU, got"):
+            Sampler(tiny_llama, "cuda")
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"tea": 0})))
     with pytest.raises(ModelError, match="its vocabulary is not that of the model"):
         Sampler(tiny_llama, "cpu", tokenizer=other)
