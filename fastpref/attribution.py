@@ -26,8 +26,18 @@ def importance(policy: Policy, batch: Batch) -> Tensor:
     embeddings = policy.base.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
     ends = batch.label_positions[batch.cu_seqlens[1:] - 1]
     last = policy.states(batch, embeddings).index_select(0, ends)
-    weight, bias = policy.head()
-    logits = torch.nn.functional.linear(last, weight, bias)
-    (gradient,) = torch.autograd.grad((policy.logit_scale * logits).amax(1).sum(), embeddings)
-    rows = gradient.flatten(0, 1).index_select(0, batch.label_positions)
-    return torch.linalg.vector_norm(rows.to(torch.promote_types(rows.dtype, torch.float32)), 1, 1)
+    of_all = gradient_norms(last, *policy.head(), embeddings)
+    return of_all.flatten().index_select(0, batch.label_positions)
+
+
+def gradient_norms(
+    last: Tensor,  # (S, D) hidden states at the ends of the sequences
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    embeddings: Tensor,  # (..., E) leaves that the hidden states come from
+) -> Tensor:  # (...)
+    """L1 norm of the gradient that each embedding gets from the largest logits, summed over S."""
+    largest = torch.nn.functional.linear(last, weight, bias).amax(1)
+    (gradient,) = torch.autograd.grad(largest.sum(), embeddings)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient.to(wide), 1, -1)

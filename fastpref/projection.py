@@ -6,7 +6,8 @@ rejected responses (Definition H.1 of "Differential Information", arXiv:2505.237
     g = g_w                                     where <g_w, g_l> <= 0
     g = g_w - (<g_w, g_l> / |g_l|^2) g_l        else
 
-takes the place of the gradient: no reference, no hyperparameter. For a small step along -g,
+takes the place of the gradient: no reference, no hyperparameter. It is reconstructed from the
+structure of the paper's proofs, which fixes it. For a small step along -g,
 
 - the mean chosen log-prob rises, strictly unless g_w is a positive multiple of g_l (Theorem H.4);
 - the mean rejected log-prob does not rise (Theorem H.5).

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from fastpref.attribution import gradient_norms
 
 
 def token_importance(
@@ -42,7 +43,4 @@ def token_importance(
     head = causal_lm.get_output_embeddings()
     with torch.enable_grad():
         ends = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        logits = linear(ends, head.weight, head.bias)
-        (gradient,) = torch.autograd.grad(logits.amax(1).sum(), embeddings)
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.to(wide), 1, -1)
+        return gradient_norms(ends, head.weight, head.bias, embeddings[0])
