@@ -1,0 +1,260 @@
+"""What `end_to_end.py` trains: models, lengths of data, and who takes part.
+
+Data of the presets for GPUs is words drawn uniformly, one token each, in prompts and responses of
+log-normal lengths; times depend on lengths alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+Values = dict[str, Any]
+TEXTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Log-normal lengths in tokens: median and standard deviation of the logarithm."""
+
+    prompt: tuple[float, float]
+    response: tuple[float, float]
+
+    def draw(self, pairs: int, longest: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Lengths of prompt, chosen and rejected, (pairs, 3); no prompt is over 3/4 of `longest`,
+        so that none is left without a response."""
+        normal = np.random.default_rng(seed).standard_normal((pairs, 3))
+        medians, spreads = zip(self.prompt, self.response, self.response, strict=True)
+        drawn = np.exp(np.log(medians) + np.array(spreads) * normal).round().astype(np.int64)
+        return drawn.clip(1, [3 * longest // 4, longest, longest])
+
+
+SHORT = Lengths((120, 0.8), (250, 0.6))  # as in UltraFeedback
+LONG = Lengths((1500, 0.4), (200, 0.6))  # as with retrieved text or long conversations
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One comparison: every contestant trains the same model on the same pairs in the same steps.
+
+    All contestants take `steps` optimizer steps, those with a curve `curve_steps`; both count the
+    first `warm_up`, whose times are left out. They take turns of `block` steps.
+    """
+
+    name: str
+    model: Values  # a Hugging Face config
+    max_length: int
+    device: str
+    dtype: str
+    lengths: Lengths | None  # None: real text, tokenised with a BPE trained on it
+    steps: int
+    curve_steps: int
+    block: int
+    batch_size: int  # pairs of an optimizer step
+    micro_batch: int  # pairs of a forward pass of TRL, which is told; fastpref finds its own
+    minutes: float
+    lr: float
+    adapter: Values | None = None
+    warm_up: int = 1
+
+    @property
+    def pairs(self) -> int:
+        return self.curve_steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A trainer and what it is told beyond the preset."""
+
+    name: str
+    trainer: str  # fastpref, trl, or trl with fastpref's loss
+    options: Values = field(default_factory=dict)  # of fastpref's `training`, or of DPOConfig
+    curve: bool = False
+
+
+OURS, PEER = "fastpref", "TRL"
+# The most wanted first, for where time runs out.
+CONTESTANTS = (
+    Contestant(OURS, "fastpref", curve=True),
+    Contestant(PEER, "trl", curve=True),
+    Contestant("TRL, reference precomputed", "trl", {"precompute_ref_log_probs": True}),
+    Contestant("TRL, liger's layers", "trl", {"use_liger_kernel": True}),
+    Contestant("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
+    Contestant("TRL, fastpref's loss", "mixin"),
+    Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": False}),
+)
+
+
+def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], **more: Any) -> Values:
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+_CPU = Preset(
+    "cpu",
+    _llama(256, 640, 4, (4, 4), vocab_size=16000),  # 11.2M parameters
+    max_length=1024,
+    device="cpu",
+    dtype="float32",
+    lengths=None,
+    steps=6,
+    curve_steps=24,
+    block=2,
+    batch_size=4,
+    micro_batch=4,
+    minutes=12,
+    lr=1e-5,
+)
+_LORA = Preset(
+    "lora-8b",
+    _llama(4096, 14336, 32, (32, 8)),  # Llama-3-8B
+    max_length=2048,
+    device="cuda",
+    dtype="bfloat16",
+    lengths=SHORT,
+    steps=8,
+    curve_steps=8,
+    block=8,
+    batch_size=16,
+    micro_batch=4,
+    minutes=9,
+    lr=5e-6,
+    adapter={"name": "lora", "r": 16, "alpha": 32, "targets": "all-linear"},
+    warm_up=2,
+)
+_QLORA = replace(_LORA, name="qlora-8b", adapter={**(_LORA.adapter or {}), "quantize": "nf4"})
+# TRL's policy, gradient, moments and reference in fp32 are 20 bytes a parameter: 30 GB.
+_FULL = replace(
+    _LORA,
+    name="full-1.5b",
+    model=_llama(1536, 8960, 28, (12, 2), tie_word_embeddings=True),
+    adapter=None,
+    lr=5e-7,
+)
+
+
+def _long(preset: Preset) -> Preset:
+    name = f"{preset.name}-long"
+    return replace(preset, name=name, lengths=LONG, max_length=4096, batch_size=8, micro_batch=2)
+
+
+PRESETS = {
+    preset.name: preset
+    for short in (_LORA, _QLORA, _FULL)
+    for preset in (short, _long(short))
+} | {_CPU.name: _CPU}  # fmt: skip
+
+
+def tiny(preset: Preset) -> Preset:
+    """The same path in seconds on a CPU."""
+    lengths = preset.lengths or SHORT
+    (prompt, a), (response, b) = lengths.prompt, lengths.response
+    small = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return replace(
+        preset,
+        model={**preset.model, **small, **heads},
+        max_length=preset.max_length // 32,
+        device="cpu",
+        lengths=Lengths((prompt / 32, a), (response / 32, b)),
+        steps=2,
+        curve_steps=3,
+        block=1,
+        batch_size=4,
+        micro_batch=2,
+        warm_up=1,
+    )
+
+
+def synthetic(preset: Preset, seed: int = 0) -> Iterator[Row]:
+    """Pairs of words `w0`, `w1`, … one for each token that is not special."""
+    assert preset.lengths is not None
+    chance = np.random.default_rng(seed + 1)
+    words = preset.model["vocab_size"] - len(SPECIAL)
+    for lengths in preset.lengths.draw(preset.pairs, preset.max_length, seed):
+        parts = [" ".join(f"w{k}" for k in chance.integers(words, size=n)) for n in lengths]
+        yield dict(zip(TEXTS, (parts[0], f" {parts[1]}", f" {parts[2]}"), strict=True))
+
+
+def real(path: Path, count: int) -> list[Row]:
+    """The first pairs of a JSONL file, without soft labels."""
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+    return [{name: row[name] for name in TEXTS} for row in rows]
+
+
+SPECIAL = ("<s>", "</s>", "<pad>")
+
+
+def word_tokenizer(size: int) -> Any:
+    """One token for each word of `synthetic`, as a Hugging Face tokenizer of `size` tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL, *(f"w{k}" for k in range(size - len(SPECIAL)))]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos, eos, pad = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+
+
+def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps: int) -> Values:
+    """The config of a run on `folder`'s model and pairs; adapter options may be unknown to it."""
+    optim = {"lr": preset.lr, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    training = {"batch_size": preset.batch_size, "steps": steps, "seed": 0, "device": preset.device}
+    training |= {"checkpoint_every": None, "output": str(folder / contestant.name)}
+    return {
+        "model": {"path": str(folder / "model"), "dtype": preset.dtype},
+        "data": {
+            "train": str(folder / "pairs.jsonl"),
+            "max_length": preset.max_length,
+            "cache": str(folder / "cache"),
+        },
+        "loss": {"name": "dpo", "beta": 0.1},
+        "optim": optim,
+        "training": {**training, **contestant.options},
+        **({} if preset.adapter is None else {"adapter": preset.adapter}),
+    }
+
+
+def trl_config(preset: Preset, contestant: Contestant, folder: Path, steps: int) -> Values:
+    """Arguments of DPOConfig; what is not here is TRL's default."""
+    return {
+        "output_dir": str(folder / contestant.name),
+        "max_steps": steps,
+        "per_device_train_batch_size": preset.micro_batch,
+        "gradient_accumulation_steps": math.ceil(preset.batch_size / preset.micro_batch),
+        "train_sampling_strategy": "sequential",
+        "max_length": preset.max_length,
+        "beta": 0.1,
+        "learning_rate": preset.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": preset.dtype == "bfloat16",
+        "use_cpu": preset.device == "cpu",
+        "logging_steps": 1,  # costs it nothing: it works all metrics out in every step
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **contestant.options,
+    }
