@@ -14,6 +14,9 @@ counts nothing. Which responses are chosen and rejected, `fastpref.metrics` says
 | `contrast/mean` | pairs | Z |
 | `contrast/below`, `contrast/inside`, `contrast/above` | pairs | the share there of two margins |
 
+An evaluation adds `contrast/histogram` of Z, and `preference/calibration`: sums of ph and of p in
+ten bins of ph.
+
 ph = sigmoid(z_w − z_l) is the policy's own probability of preferring `chosen`; PCI is 0 when every
 pair is decided and 1/2 when none is. Z is the contrastive logit of StaPO: the difference of the
 mean log-probs per token for an objective without a reference, and for one that has it the
@@ -22,7 +25,7 @@ difference of the log-ratios, (z_w − r_w) − (z_l − r_l).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +69,8 @@ def monitor_sums(
             sums[f"logps/{name}_change"] = masked_sum(change, side)
     sums["lengths/empty"] = masked_sum(lengths == 0, every)
     if isinstance(policy, SequenceLogps | TokenLogps) and policy.preference is not None:
-        sums |= _preferences(logps, policy.preference)
+        for name, values in preferences(_margins(logps), policy.preference).items():
+            sums[f"preference/{name}"] = masked_sum(values, every[: len(values)])
     if contrast is not None:
         below, above = contrast < margins[0], contrast > margins[1]
         columns = {"mean": contrast, "below": below, "inside": ~(below | above), "above": above}
@@ -99,6 +103,25 @@ def histogram(values: Tensor, bins: int = 50) -> dict[str, list[float]]:
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
+def calibration_sums(policy: Logps, bins: int = 10) -> Tensor:
+    """Sums of ph, of p and of 1 over the pairs with a soft label, by the bin of ph, (3, bins) fp64.
+
+    Bin k of ph is [k / bins, (k + 1) / bins), the last one closed.
+    """
+    logps, *_ = _responses(policy)
+    sums = logps.new_zeros(3, bins, dtype=torch.float64)
+    if not isinstance(policy, SequenceLogps | TokenLogps) or policy.preference is None:
+        return sums
+    predicted = _margins(logps).sigmoid()
+    columns = torch.stack([predicted, policy.preference.double(), torch.ones_like(predicted)])
+    return sums.index_add(1, (predicted * bins).long().clamp(0, bins - 1), columns)
+
+
+def calibration(sums: Tensor) -> dict[str, list[float]]:
+    """`calibration_sums` as a record of metrics has them."""
+    return dict(zip(("predicted", "target", "count"), sums.tolist(), strict=True))
+
+
 class _Responses(NamedTuple):
     logps: Tensor  # (S,) without gradient
     lengths: Tensor  # (S,)
@@ -125,16 +148,22 @@ def _responses(policy: Logps) -> _Responses:
     return _Responses(policy.logps.detach(), policy.lengths, *sides)
 
 
-def _preferences(logps: Tensor, preference: Tensor) -> dict[str, Tensor]:
+def _margins(logps: Tensor) -> Tensor:
+    """z_w − z_l of pairs from the log-probs (2 B,) of all chosen and then all rejected, fp64."""
     chosen, rejected = logps.double().chunk(2)
-    p, margin = preference.double(), chosen - rejected
-    predicted = margin.sigmoid()
+    return chosen - rejected
+
+
+def preferences(margin: Tensor, preference: Tensor) -> dict[str, Tensor]:
+    """What `preference/*` are means of, each (B,) fp64.
+
+    margin: (B,) fp64, z_w − z_l. preference: (B,), p.
+    """
+    p, predicted = preference.double(), margin.sigmoid()
     cross_entropy = -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
     entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
-    columns: dict[str, Any] = {
-        "accuracy": (predicted > 0.5) == (p > 0.5),
+    return {
+        "accuracy": ((predicted > 0.5) == (p > 0.5)).double(),
         "mean_kl": cross_entropy - entropy,
         "pci": torch.minimum(predicted, 1 - predicted),
     }
-    every = torch.ones_like(p, dtype=torch.bool)
-    return {f"preference/{name}": masked_sum(values, every) for name, values in columns.items()}

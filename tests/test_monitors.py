@@ -134,3 +134,21 @@ def test_the_histogram_counts_every_finite_value() -> None:
 
 def test_the_histogram_of_equal_values() -> None:
     assert sum(monitors.histogram(torch.zeros(7))["counts"]) == 7
+
+
+def test_calibration_sums_by_the_bin_of_the_prediction() -> None:
+    """ph .05, .5, 1 - 1e-22 (rounds to 1) and .55: bins 0, 5, 9 and 5."""
+    p = [0.1, 0.2, 1.0, 0.4]
+    made = monitors.calibration(
+        monitors.calibration_sums(logps([math.log(1 / 19), 0, 50, math.log(0.55 / 0.45)], p))
+    )
+    count, predicted, target = ([0.0] * 10 for _ in range(3))
+    count[0], predicted[0], target[0] = 1, pytest.approx(0.05), 0.1
+    count[5], predicted[5], target[5] = 2, pytest.approx(1.05), pytest.approx(0.6)
+    count[9], predicted[9], target[9] = 1, 1.0, 1.0
+    assert made == {"count": count, "predicted": predicted, "target": target}
+
+
+def test_calibration_counts_no_pair_without_a_soft_label() -> None:
+    policy, _ = pairs()
+    assert monitors.calibration_sums(policy).count_nonzero() == 0
