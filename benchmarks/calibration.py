@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ MOMENTA = (None, 0.98, 0.9)  # None: not calibrated
 ONE_STEP_PAIRS = 48
 T, D, V = 2048, 512, 32000  # of the head whose ops are timed
 ROUNDS, STEPS_A_TURN = 7, 4
+SETTING = ("optimizer", "objective", "momentum", "scope")
 BAND_COLUMNS = {  # title: name in the summary, digits
     "inside the band": ("in_training/band/inside", 2),
     "log r": ("in_training/band/log_r", 2),
@@ -100,21 +101,25 @@ class Job:
     optimizer: str
     objective: str
     momentum: float | None
+    scope: str = "head"
 
     @property
     def name(self) -> str:
-        return f"{self.optimizer}-{self.objective}-{self.momentum}-{self.seed}"
+        return f"{self.optimizer}-{self.objective}-{self.momentum}-{self.scope}-{self.seed}"
 
 
 def jobs(seeds: int) -> list[Job]:
-    """All objectives under AdamW; under gradient descent, which the theory is about, DPO alone."""
+    """All objectives under AdamW; under gradient descent, which the theory is about, DPO alone.
+
+    Each without calibration and with two momenta of it; CPO, whose incentives are far from even,
+    also with the scores of all parameters.
+    """
     settings = [("adamw", objective) for objective in OBJECTIVES] + [("sgd", "dpo")]
-    return [
-        Job(seed, optimizer, objective, momentum)
-        for seed in range(seeds)
-        for optimizer, objective in settings
-        for momentum in MOMENTA
-    ]
+    made = []
+    for seed in range(seeds):
+        made += [Job(seed, *setting, momentum) for setting in settings for momentum in MOMENTA]
+        made.append(Job(seed, "adamw", "cpo", 0.98, "full"))
+    return made
 
 
 def main() -> None:
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80, help=f"of {BATCH} pairs, in one epoch")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--add", action="store_true", help="keep the runs of the result file")
     parser.add_argument("--overhead", action="store_true", help="measure the costs instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -136,29 +142,42 @@ def main() -> None:
             report["overhead"] = {**environment.describe("cpu"), **overhead(Path(folder))}
             print(json.dumps(report["overhead"], indent=1))
         else:
-            report["training"] = {**environment.describe("cpu"), **study(Path(folder), options)}
+            known = report.get("training", {}) if options.add else {}
+            found = study(Path(folder), options, known)
+            report["training"] = {**environment.describe("cpu"), **found}
             print(tables(report["training"]["summary"]))
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def study(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """SFT of each seed, then all runs from it."""
+def study(folder: Path, options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """SFT of each seed, then all runs from it, but for those known with the same settings."""
+    settings = {
+        "model": LLAMA, "data": options.data.name, "train_pairs": options.steps * BATCH,
+        "held_out_pairs": HELD_OUT, "batch_size": BATCH, "steps": options.steps,
+        "objectives": OBJECTIVES, "optimizers": OPTIMIZERS,
+    }  # fmt: skip
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
         speakers = list(pool.map(partial(speak, folder), range(options.seeds)))
-        runs = list(pool.map(partial(train, folder), jobs(options.seeds)))
+        if known and (known["settings"], known["sft"]) != (settings, speakers):
+            raise SystemExit("--add: the runs of the result file have other settings; leave it out")
+        done = {json.dumps(_job(run)): run for run in known.get("runs", [])}
+        wanted = jobs(options.seeds)
+        new = [job for job in wanted if json.dumps(vars(job)) not in done]
+        done |= {json.dumps(_job(run)): run for run in pool.map(partial(train, folder), new)}
+    runs = [done[json.dumps(vars(job))] for job in wanted]
     return {
-        "settings": {
-            "model": LLAMA, "data": options.data.name, "train_pairs": options.steps * BATCH,
-            "held_out_pairs": HELD_OUT, "batch_size": BATCH, "steps": options.steps,
-            "objectives": OBJECTIVES, "optimizers": OPTIMIZERS,
-        },
-        "seconds": round(time.monotonic() - started),
+        "settings": settings,
+        "seconds": round(time.monotonic() - started) + known.get("seconds", 0),
         "sft": speakers,
         "summary": summary(runs),
         "runs": runs,
-    }  # fmt: skip
+    }
+
+
+def _job(run: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: run[field.name] for field in fields(Job)}
 
 
 def split(rows: list[dict[str, Any]], folder: Path, seeds: int, train_pairs: int) -> None:
@@ -232,7 +251,9 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
         model={"path": str(folder / str(job.seed) / "sft" / "model"), "dtype": "float32"},
         loss=OBJECTIVES[job.objective],
         reference="cached",  # also where the objective needs none, to be measured against
-        calibration=None if job.momentum is None else {"momentum": job.momentum, "scope": "head"},
+        calibration=None
+        if job.momentum is None
+        else {"momentum": job.momentum, "scope": job.scope},
         monitor={"band": 1},
         optim=OPTIMIZERS[job.optimizer],
     )
@@ -355,14 +376,10 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean, least and most over the seeds, of each setting."""
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
-        settings.setdefault((run["optimizer"], run["objective"], run["momentum"]), []).append(run)
+        settings.setdefault(tuple(run[name] for name in SETTING), []).append(run)
     rows = []
-    for (optimizer, objective, momentum), members in settings.items():
-        row: dict[str, Any] = {
-            "optimizer": optimizer,
-            "objective": objective,
-            "momentum": momentum,
-        }
+    for setting, members in settings.items():
+        row: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
         for part in ("in_training", "train", "held_out"):
             for name in members[0][part]:
                 values = [member[part][name] for member in members if name in member[part]]
@@ -381,6 +398,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> s
     for row in rows:
         title = f"{row['objective']}, {row['optimizer']}"
         title += "" if row["momentum"] is None else f", RC {row['momentum']}"
+        title += ", all scores" if row["scope"] == "full" else ""
         cells = []
         for name, digits in columns.values():
             mean, least, most = (f"{value:.{digits}f}" for value in row[name])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpref import losses
+from fastpref import losses, ranks
 from fastpref.band import band_metrics, band_sums, parameter_geometry
 from fastpref.calibration import RewardCalibration
 from fastpref.config import Config, ConfigError
@@ -67,7 +67,7 @@ class Balancing(Balance):
         self.parameters = parameters
         self._step = torch.zeros(8, dtype=torch.float64, device=device)
         self._window = torch.zeros(8, dtype=torch.float64, device=device)
-        self._band = torch.zeros(16, dtype=torch.float64, device=device)
+        self._band, self._own_band = torch.zeros(2, 16, dtype=torch.float64, device=device)
 
     def wants_geometry(self, step: int) -> bool:
         return self.parameters is None and self._measures(step)
@@ -86,16 +86,17 @@ class Balancing(Balance):
             policy, factor, sums = self.calibration.calibrate(policy, (d_w, d_l), geometry)
             d_w, d_l = d_w * factor, d_l / factor
             self._step += sums
-        self._band += band_sums(d_w, d_l, geometry)
+        self._own_band += band_sums(d_w, d_l, geometry)
         return policy
 
     def end_step(self) -> None:
         if self.calibration is not None:
-            self.calibration.update(self._step)
+            self.calibration.update(ranks.sum_(self._step))
             self._window += self._step
             self._step.zero_()
 
     def flush(self) -> dict[str, float]:
+        self._take_in_band()
         found = band_metrics(self._band)
         if self.calibration is not None:
             found |= self.calibration.metrics(self._window)
@@ -105,6 +106,7 @@ class Balancing(Balance):
         return {name: value for name, value in numbers if value == value}  # NaN: no pair had it
 
     def state(self) -> State:
+        self._take_in_band()
         averages = [] if self.calibration is None else self.calibration.averages.tolist()
         return {
             "averages": averages,
@@ -120,6 +122,11 @@ class Balancing(Balance):
         if self.calibration is not None and state["averages"]:
             averages = torch.tensor(state["averages"], dtype=torch.float64)
             self.calibration.load_state_dict({"averages": averages})
+
+    def _take_in_band(self) -> None:
+        """Add what each rank has measured of its own pairs to what all know."""
+        self._band += ranks.sum_(self._own_band)
+        self._own_band.zero_()
 
     def _measures(self, step: int) -> bool:
         return self.calibration is not None or (step + 1) % self.every == 0
@@ -147,7 +154,12 @@ def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
     if scope == "head":
         _check_head(policy, "calibration.scope", "use last_adapter or full")
         return None
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    trained = policy.trained()
+    if policy.sharded:
+        raise ConfigError(
+            f"calibration.scope: {scope} takes gradients of its own, which a sharded model does "
+            "not give; use head, or set mesh.shard=1"
+        )
     if scope == "full":
         return list(trained.values())
     layers = {name: _layer(name) for name in trained}

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _exit(f"error: {error}", 2)
+        _exit(f"error: {error}" if error.is_news else "", 2)
     except OSError as error:  # files that cannot be read or written, a full disk
         _exit(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
     except Interrupted as stop:
@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+    if message:
+        print(" ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -72,8 +73,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the config, print it in full, and stop.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write a trace and a table of steps 4 to 6 to profile/."),
+    ] = False,
 ) -> None:
-    """Train a model on preference data."""
+    """Train a model on preference data. On several GPUs: torchrun … -m fastpref train …"""
     from fastpref.config import load
 
     loaded = load(config, overrides)
@@ -81,11 +86,31 @@ def train(
         print(loaded.to_yaml(), end="")
         return
 
+    from fastpref import ranks
     from fastpref.progress import Display
     from fastpref.train import train as run
 
-    quiet_transformers()
-    with Display(Console()) as display:
+    quiet_libraries()
+    with ranks.joined(), Display(Console(quiet=not ranks.is_first())) as display:
+        run(loaded, display, profile)
+
+
+@app.command()
+def precompute(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value …]", help="As for train.")
+    ] = None,
+) -> None:
+    """Compute the reference log-probs of a config, for all runs with its model and data."""
+    from fastpref import ranks
+    from fastpref.config import load
+    from fastpref.prepare import precompute as run
+    from fastpref.progress import Display
+
+    loaded = load(config, overrides)
+    quiet_libraries()
+    with ranks.joined(), Display(Console(quiet=not ranks.is_first())) as display:
         run(loaded, display)
 
 
@@ -100,7 +125,7 @@ def demo(
     from fastpref.demo import run
     from fastpref.progress import Display
 
-    quiet_transformers()
+    quiet_libraries()
     with Display(Console()) as display:
         run(out, seed, display)
 
@@ -147,6 +172,27 @@ def bench(
         )
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run directories of `fastpref train`.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Default: the run directory; of several runs, report."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again while the runs go on, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show runs as one page of pictures and tables: DIR/report.html."""
+    from fastpref.progress import Display
+    from fastpref.report import report as make
+
+    with Display(Console()) as display:
+        make(runs, out, watch, display)
+
+
 # What the commands that draw from models share.
 _PROMPTS = typer.Option(metavar="FILE", help="Data with prompts, in any of the formats.")
 _DEVICE = typer.Option(metavar="auto|cpu|cuda", help="auto: cuda if there.")
@@ -186,7 +232,7 @@ def sample(
     from fastpref.sample import run
 
     sampling = Sampling(n, temperature, top_p, max_new_tokens, batch_size, seed, engine)
-    quiet_transformers()
+    quiet_libraries()
     with Display(Console(stderr=True)) as display:  # stdout is for the completions
         run(
             model,
@@ -248,11 +294,58 @@ def did_entropy(
         device=device,
         dtype=dtype,
     )
-    quiet_transformers()
+    quiet_libraries()
     with Display(Console()) as display:
         result = estimate.run(display)
     Console().print(table(result))
     print(out / "did_entropy.json")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name; or an adapter's folder.")
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Pairs, in any of the formats.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The reference of changes and log-ratios.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Default: the table alone.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="As data.max_length; default: 2048, or what the model knows."),
+    ] = None,
+    truncation: Annotated[
+        str, typer.Option(metavar="keep_start|keep_end", help="As data.truncation.")
+    ] = "keep_start",
+    add_eos: Annotated[bool, typer.Option("--eos/--no-eos", help="As data.add_eos.")] = True,
+    cache: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for tokenised data; safe to delete.")
+    ] = "~/.cache/fastpref",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 16384,
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Measure a model on pairs: accuracy, margins, KL, PCI, entropy, lengths, with intervals."""
+    from fastpref.evaluate import run
+    from fastpref.progress import Display
+
+    quiet_libraries()
+    with Display(Console()) as display:
+        run(
+            model,
+            data,
+            out,
+            display,
+            against=against,
+            max_length=max_length,
+            max_tokens=max_tokens,
+            options={"truncation": truncation, "add_eos": add_eos, "cache": cache},
+            device=device,
+            dtype=dtype,
+        )
 
 
 @app.command()
@@ -303,11 +396,15 @@ def pure_semantic(
         print(path)
 
 
-def quiet_transformers() -> None:
+def quiet_libraries() -> None:
     """Progress bars of weight loading and such would break the run's own."""
+    import warnings
+
     import datasets
     import transformers
 
+    # That one process saves its checkpoints alone is no news.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -77,6 +77,12 @@ class Model(Section):
         "auto",
         description="Attention code of transformers; `auto`: sdpa where the model supports it.",
     )
+    kernels: Literal["auto", "liger", "torch"] = Field(
+        "auto",
+        description="RMSNorm, rotary embedding and gated MLP of the layers: `liger` takes those of "
+        "liger-kernel, on CUDA; `auto`: liger where it is installed and knows the model, except "
+        "with float64.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you ask."
     )
@@ -108,9 +114,44 @@ class Adapter(Section):
         "all-linear",
         description="Module names, or `all-linear`: every linear layer except the head.",
     )
-    merge: bool = Field(
-        True, description="Export the merged model; `false` exports the adapter alone."
+    rslora: bool = Field(
+        False, description="Scale by `alpha / √r` instead, arXiv:2312.03732, for high ranks."
     )
+    dora: bool = Field(
+        False,
+        description="Train the norms of the weights' rows apart from their directions (DoRA, "
+        "arXiv:2402.09353). In bfloat16 the norms are rounded, for the reference too. Not for "
+        "weights that are sharded.",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="`nf4` keeps the frozen linear layers, but not the head, in 4 bits "
+        "(bitsandbytes, double quantisation; QLoRA, arXiv:2305.14314). Over many ranks each has "
+        "all of them.",
+    )
+    path: str | None = Field(
+        None,
+        description="Folder or Hub name of an adapter that is trained on, e.g. of SFT. It brings "
+        "its own rank, scale, dropout, targets and kind; the reference is the model with this "
+        "adapter as it was.",
+    )
+    merge: bool = Field(
+        True,
+        description="Export the merged model, in `model.dtype` throughout; `false` exports the "
+        "adapter alone.",
+    )
+
+    @property
+    def foreign_options(self) -> tuple[str, ...]:
+        """Those that an adapter which is loaded brings itself."""
+        return ("r", "alpha", "dropout", "targets", "rslora", "dora") if self.path else ()
+
+    @model_validator(mode="after")
+    def _a_loaded_one_describes_itself(self) -> Adapter:
+        for name in self.foreign_options:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: the adapter at path brings its own; remove it")
+        return self
 
 
 class Data(Section):
@@ -186,13 +227,18 @@ class Monitor(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "rmsprop"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="Optimizer. The 8-bit ones (bitsandbytes, not for weights that are sharded) "
+        "keep the moments of matrices in a byte each; the paged one lets them leave the GPU's "
+        "memory when it is short.",
+    )
     lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
     weight_decay: NonNegativeFloat = Field(
-        0.0, description="Weight decay on matrices (decoupled for adamw)."
+        0.0, description="Weight decay on matrices (decoupled, except for rmsprop)."
     )
     betas: tuple[Fraction, Fraction] = Field(
-        (0.9, 0.999), description="adamw: decay of the two moments."
+        (0.9, 0.999), description="All but rmsprop: decay of the two moments."
     )
     alpha: Fraction = Field(0.99, description="rmsprop: decay of the squared gradient.")
     eps: PositiveFloat = Field(1e-8, description="Added to the denominator.")
@@ -206,8 +252,8 @@ class Optim(Section):
 
     @property
     def foreign_option(self) -> str:
-        """The one option that belongs to the other optimizer."""
-        return {"adamw": "alpha", "rmsprop": "betas"}[self.name]
+        """The one option that belongs to the other optimizers."""
+        return "betas" if self.name == "rmsprop" else "alpha"
 
     @model_validator(mode="after")
     def _options_of_this_optimizer(self) -> Optim:
@@ -239,9 +285,13 @@ class Training(Section):
         "where `model.attn_implementation` is left open and the model proves to give the same "
         "hidden states, flat with flash_attention_2, else padded.",
     )
-    activation_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: less memory, a third slower."
+    activation_checkpointing: Literal["full", "selective", "off"] = Field(
+        "full",
+        description="Recompute activations in the backward pass: `full` in every block, less "
+        "memory and a third slower; `selective` in every other one; `off`. `true` and `false` are "
+        "full and off.",
     )
+    compile: bool = Field(False, description="`torch.compile` each block of the model.")
     seed: NonNegativeInt = Field(0, description="Order of the data, random weights, dropout.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda if there.")
     log_every: PositiveInt = Field(10, description="Steps averaged into one line of metrics.")
@@ -255,6 +305,33 @@ class Training(Section):
     output: str = Field("runs/my-run", description="Run directory.")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Also send metrics there (`pip install fastpref[track]`)."
+    )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class Mesh(Section):
+    replicate: PositiveInt | None = Field(
+        None,
+        description="Copies of the model (HSDP); ranks = replicate · shard. Default: as many as "
+        "`shard` makes, else 1.",
+    )
+    shard: PositiveInt | None = Field(
+        None,
+        description="Ranks that share one copy; default: all of ranks / `replicate`. 1: every rank "
+        "has all weights, and gradients are added up once per step.",
+    )
+    reshard: bool = Field(
+        True,
+        description="Free a block's gathered weights after its forward pass, and gather them again "
+        "in the backward pass; `false` sends less and keeps more.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep weights, gradients and optimizer state in CPU memory, and update there.",
     )
 
 
@@ -292,6 +369,9 @@ class Config(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and schedule.")
     training: Training = Field(Training(), description="The loop.")
+    mesh: Mesh = Field(
+        Mesh(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
+    )
     resume: str | None = Field(
         None,
         description="`auto` continues the newest complete checkpoint of the run directory (and "
@@ -392,6 +472,8 @@ class Config(Section):
         values["loss"] = losses.config_of(loss)
         values["reference"] = self.reference_mode
         del values["optim"][self.optim.foreign_option]
+        for name in self.adapter.foreign_options if self.adapter else ():
+            del values["adapter"][name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -532,6 +614,6 @@ def section_of(path: list[str]) -> type[Section]:
 
 def _nearest(location: list[str]) -> str:
     known = list(section_of(location).model_fields)
-    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
     guess = f"did you mean {close[0]}? " if close else ""
     return f"{guess}known: {', '.join(known)}"

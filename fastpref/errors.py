@@ -7,6 +7,8 @@ class UserError(ValueError):
     Anything else that escapes to the command line is a bug of fastpref and shows a traceback.
     """
 
+    is_news = True  # False where another rank of the run says the same
+
 
 def first_line(error: BaseException) -> str:
     """The message of somebody else's exception, short enough for one line of ours."""

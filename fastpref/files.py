@@ -15,21 +15,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = temporary.with_suffix(".old")
     _remove(temporary)  # a killed process may have had this number
-    _remove(old)
     try:
         yield temporary
-        _sync_tree(temporary)
-        if path.is_dir():
-            os.replace(path, old)
-            os.replace(temporary, path)
-            _remove(old)
-        else:
-            os.replace(temporary, path)
-        _sync(path.parent)
+        replace(path, temporary)
     finally:
         _remove(temporary)
+
+
+def replace(path: Path, temporary: Path) -> None:
+    """Have a complete file or folder on disk and move it onto `path`, in the same folder."""
+    _sync_tree(temporary)
+    if path.is_dir():
+        old = temporary.with_suffix(".old")
+        _remove(old)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        _remove(old)
+    else:
+        os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def _remove(path: Path) -> None:

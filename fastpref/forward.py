@@ -37,7 +37,12 @@ class Forward:
     def __init__(self, loss: Any, policy: Policy) -> None:
         self._loss, self._policy = loss, policy
         self._columns = loss.columns if isinstance(loss, TokenLevelLoss) else ()
-        if "kl" in self._columns and policy.head()[1] is not None:
+        if "importance" in self._columns and policy.sharded:
+            raise ConfigError(
+                f"loss: {loss.name} takes gradients of its own in every forward pass, which a "
+                "sharded model does not give; set mesh.shard=1"
+            )
+        if "kl" in self._columns and policy.base.get_output_embeddings().bias is not None:
             raise ConfigError(
                 f"loss: {loss.name} measures a KL divergence, which is not implemented for heads "
                 f"with a bias such as that of {type(policy.base).__name__}"

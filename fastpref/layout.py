@@ -39,18 +39,24 @@ def choose_layout(policy: Policy, config: Config, groups: Groups, display: Displ
             )
         display.note(f"note: {name} cannot share prompts; each response has a row of its own")
         layout = "padded"
+    use_layout(policy, layout)
+    if layout != "padded":
+        display.note(_savings(groups, layout))
+
+
+def use_layout(policy: Policy, layout: Layout) -> None:
+    """Set `policy.layout`, and the attention code that it needs."""
     if layout == "shared":
         policy.base.set_attn_implementation(attention.register())
     policy.layout = layout
-    if layout != "padded":
-        display.note(_savings(groups, layout))
 
 
 def _can_share(policy: Policy, groups: Groups) -> bool:
     """Whether the two longest groups have the hidden states that their sequences have alone."""
     longest = tokens_of(groups, "shared").argsort(kind="stable")[-2:]
-    dtype = str(policy.base.dtype).removeprefix("torch.")
-    error = attention.packing_error(policy.base, [groups[int(index)] for index in longest])
+    computed = policy.compute_dtype if policy.sharded else policy.base.dtype  # without autocast
+    dtype = str(computed).removeprefix("torch.")
+    error = policy.packing_error([groups[int(index)] for index in longest])
     return error <= _ROUNDING[dtype]
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastpref import ranks
 from fastpref.errors import UserError, first_line
 from fastpref.files import replacing
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
@@ -146,17 +147,20 @@ class NonFinite(NamedTuple):
 class Window:
     """Sums of the optimizer steps since the last line of metrics, kept on the device.
 
-    names: the metrics whose sums it keeps; the first is the loss. Reading them is the only host
-    sync of the training loop.
+    Each rank adds its own. Reading them, which all ranks do at the same steps, adds them up; it is
+    the only host sync of the training loop.
+
+    names: the metrics whose sums it keeps; the first is the loss.
     """
 
     def __init__(self, names: tuple[str, ...] = PAIR_METRICS) -> None:
         self._names = names
         self._steps: list[int] = []
         self._rows: list[Tensor] = []  # each (1 + 2 M,): gradient norm, sums, counts
+        self._settled = 0  # so many of the rows are those of all ranks
 
     def add(self, step: int, grad_norm: Tensor, sums: Tensor) -> None:
-        """Take in a step's gradient norm () and its sums and counts (2, M)."""
+        """Take in a step's gradient norm (), the same on all ranks, and sums and counts (2, M)."""
         self._steps.append(step)
         self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
@@ -173,19 +177,25 @@ class Window:
     def flush(self) -> Metrics:
         """Means over the window and the mean gradient norm; empties the window."""
         rows = self.state()[1]
-        self._steps, self._rows = [], []
+        self.restore([], rows[:0])
         return {
             **means(rows[:, 1:].sum(0).view(2, -1), self._names),
             "grad_norm": rows[:, 0].mean().item(),
         }
 
     def state(self) -> tuple[list[int], Tensor]:
-        """Steps and their rows on the host, for a checkpoint."""
+        """Steps and their rows of all ranks on the host, for a checkpoint."""
+        if self._settled < len(self._rows):
+            own = torch.stack(self._rows[self._settled :])
+            totals = ranks.sum_(own.clone())
+            totals[:, 0] = own[:, 0]
+            self._rows[self._settled :] = totals.cpu()
+            self._settled = len(self._rows)
         empty = torch.zeros(0, 1 + 2 * len(self._names), dtype=torch.float64)
-        return self._steps, torch.stack([row.cpu() for row in self._rows]) if self._rows else empty
+        return self._steps, torch.stack(self._rows) if self._rows else empty
 
     def restore(self, steps: list[int], rows: Tensor) -> None:
-        self._steps, self._rows = list(steps), list(rows)
+        self._steps, self._rows, self._settled = list(steps), list(rows), len(rows)
 
 
 def mean(sum_and_count: Tensor | None) -> float | None:
@@ -197,10 +207,10 @@ def mean(sum_and_count: Tensor | None) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at most so far: allocated on the GPU, or resident in this process."""
+    """GiB at most so far, of the rank with most: allocated on its GPU, or resident in memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return ranks.largest(torch.cuda.max_memory_allocated(device) / 2**30)
+    return ranks.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 class Tracker(Protocol):
@@ -266,7 +276,12 @@ class WandB:
 def trackers(
     folder: Path, names: Iterable[str], config: dict[str, Any], resume_step: int
 ) -> list[Tracker]:
-    """The metrics file and whatever else was asked for; lines after `resume_step` are dropped."""
+    """The metrics file and whatever else was asked for; lines after `resume_step` are dropped.
+
+    The first rank writes for all.
+    """
+    if not ranks.is_first():
+        return []
     made: list[Tracker] = [JsonLines(folder / "metrics.jsonl", resume_step)]
     for name in names:
         made.append(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref import ops
+from fastpref.attention import packing_error
 from fastpref.data.batches import Batch, collate
 from fastpref.data.plan import Layout
-from fastpref.data.tokens import Groups
+from fastpref.data.tokens import Groups, TokenGroup
 from fastpref.errors import UserError, first_line
 
 
@@ -71,6 +72,9 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm  # possibly wrapped by peft
         self.compute_dtype = compute_dtype
         self.layout: Layout = "padded"  # how its batches lie; see `fastpref.layout`
+        self.sharded = False  # over many ranks; see `fastpref.sharding`
+        self.kernels = "torch"  # of its layers; see `fastpref.liger_layers`
+        self.fresh_adapter = True  # if it has one: it adds zero until it is trained
         base = self.base
         self.logit_scale, self.softcap = _head_options(base.config)
         head = base.get_output_embeddings()
@@ -86,6 +90,29 @@ class Policy(nn.Module):
         """The Hugging Face model without the adapters' wrapper."""
         unwrap: Any = getattr(self.causal_lm, "get_base_model", None)
         return unwrap() if unwrap is not None else cast(PreTrainedModel, self.causal_lm)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base has linear layers in 4 bits, which every rank must have whole."""
+        return bool(getattr(self.base, "is_loaded_in_4bit", False))
+
+    def blocks(self) -> nn.ModuleList:
+        """The layers of the trunk."""
+        lists = (m for m in self.base.base_model.modules() if isinstance(m, nn.ModuleList))
+        return max(lists, key=len)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: of a sharded model this rank's shards."""
+        self.free()
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def free(self) -> None:
+        """Of a sharded model, let go of what a forward pass without a backward pass leaves."""
+        if self.sharded:
+            cast(Any, self).reshard()
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if "lora_" in name]
 
     @property
     def device(self) -> torch.device:
@@ -122,10 +149,12 @@ class Policy(nn.Module):
     def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
         """The forward passes of a micro-batch, on this device and in the layout of this policy.
 
-        On CUDA one over all groups. On CPU one for each: a group's log-probs do not depend then, to
-        the last bit, on the groups that it happens to meet.
+        One over all groups on CUDA, and where the model is sharded: ranks gather it together. On
+        CPU else one for each: a group's log-probs do not depend then, to the last bit, on the
+        groups that it happens to meet.
         """
-        parts = [[index] for index in indices] if self.device.type == "cpu" else [indices]
+        apart = self.device.type == "cpu" and not self.sharded
+        parts = [[index] for index in indices] if apart else [indices]
         return [
             collate([groups[i] for i in part], groups.kind, self.layout).to(self.device)
             for part in parts
@@ -166,6 +195,10 @@ class Policy(nn.Module):
     def head_options(self) -> dict[str, Any]:
         """Those that `fastpref.ops` take for this model."""
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def packing_error(self, groups: Sequence[TokenGroup]) -> float:
+        """`attention.packing_error` of this model."""
+        return packing_error(self.base, groups)
 
     @torch.no_grad()
     def check_head(self) -> None:

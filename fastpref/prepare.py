@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastpref import checkpoint
+from fastpref import checkpoint, ranks
 from fastpref.config import Config, ConfigError
 from fastpref.data import bpe
+from fastpref.data.batches import Batch
 from fastpref.data.formats import DataError, read_groups
 from fastpref.data.mismatched import Mismatched
 from fastpref.data.plan import Plan
 from fastpref.data.tokens import GroupDataset, Groups, load_groups
-from fastpref.layout import choose_layout
+from fastpref.layout import choose_layout, use_layout
 from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
@@ -42,6 +44,11 @@ class Visits:
     plan: Plan
     reference: Reference
 
+    def batches(self, policy: Policy, indices: list[int]) -> list[Batch]:
+        """The forward passes of a micro-batch, or of one that holds nothing: ranks gather the model
+        together, so where a rank has no group left it takes one that does not count."""
+        return policy.batches(self.groups, indices or [self.plan.shortest])
+
 
 @dataclass(frozen=True)
 class Split(Visits):
@@ -52,28 +59,51 @@ class Split(Visits):
 
 
 @dataclass(frozen=True)
-class Prepared:
-    folder: Path
-    checkpoint: Path | None  # to continue from
+class Loaded:
     tokenizer: PreTrainedTokenizerBase
-    policy: Policy  # as loaded; not yet restored from the checkpoint
+    policy: Policy  # as loaded; not yet restored from a checkpoint
     loss: Loss
     train: Split
     eval: Split | None = None
 
 
+@dataclass(frozen=True)
+class Prepared(Loaded):
+    folder: Path = Path()
+    checkpoint: Path | None = None  # to continue from
+
+
 def prepare(config: Config, display: Display) -> Prepared:
-    """Load, tokenise and plan; the reference is taken from the policy as it was loaded.
+    """Claim the run directory and `load`.
 
     Raises UserError in one line for anything a user can mend.
     """
     folder = Path(config.training.output)
     found = _claim(folder, config)
-    tokenizer = _tokenizer(config)
+    return Prepared(**vars(load(config, display)), folder=folder, checkpoint=found)
+
+
+def precompute(config: Config, display: Display) -> None:
+    """Have the reference log-probs in the cache, for runs with the same model and data.
+
+    Raises UserError as `prepare`, and where the config caches none.
+    """
+    if config.reference_mode != "cached":
+        raise ConfigError(
+            f"reference: {config.reference_mode} keeps no log-probs; use reference: cached"
+        )
+    load(config, display)
+    display.note(f"reference log-probs are in {Path(config.data.cache).expanduser()}/reference")
+
+
+def load(config: Config, display: Display) -> Loaded:
+    """Load, tokenise and plan; the reference is taken from the policy as it was loaded."""
     loss, data = config.build_loss(), config.data
-    datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
-    if data.eval is not None:
-        datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
+    with ranks.first_goes_first():
+        tokenizer = _tokenizer(config)
+        datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
+        if data.eval is not None:
+            datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
     for name, dataset in zip(("train", "eval"), datasets, strict=False):
         display.note(f"{name}: {dataset.summary()}")
         _check_labels(loss, dataset)
@@ -92,7 +122,8 @@ def prepare(config: Config, display: Display) -> Prepared:
     others = [
         _plan(config, policy, groups, seed) for groups, seed in zip(mismatched, seeds, strict=False)
     ]
-    reference = _references(config, policy, display, isinstance(loss, TokenLevelLoss))
+    loaded = partial(load_policy, config, tokenizer, policy.device)
+    reference = _references(config, policy, loaded, display, isinstance(loss, TokenLevelLoss))
     visits = [
         Visits(groups, plan, reference(groups, plan))
         for groups, plan in zip(mismatched, others, strict=True)
@@ -101,24 +132,33 @@ def prepare(config: Config, display: Display) -> Prepared:
         Split(dataset, plan, reference(dataset, plan), other)
         for dataset, plan, other in zip_longest(datasets, plans, visits)
     ]
-    return Prepared(folder, found, tokenizer, policy, loss, *splits)
+    torch.manual_seed(config.training.seed + ranks.rank())  # dropout is not alike on all
+    return Loaded(tokenizer, policy, loss, *splits)
 
 
 def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
     _check_context(groups, policy)
     t = config.training
-    return Plan.of(groups, t.batch_size, t.max_tokens, seed, policy.layout)
+    shared = ranks.count(), ranks.rank()
+    return Plan.of(groups, t.batch_size, t.max_tokens, seed, policy.layout, *shared)
 
 
 def _references(
-    config: Config, policy: Policy, display: Display, per_token: bool
+    config: Config,
+    policy: Policy,
+    loaded: Callable[[], Policy],
+    display: Display,
+    per_token: bool,
 ) -> Callable[[Groups, Plan], Reference]:
-    """Makes the reference for groups and their plan; a frozen copy is made once for all."""
+    """Makes the reference for groups and their plan; a frozen one is loaded once for all."""
     mode, cache = config.reference_mode, Path(config.data.cache).expanduser()
     if mode == "none":
         return lambda groups, plan: no_reference
     if mode in ("frozen", "adapter"):
-        live = FrozenReference(policy) if mode == "frozen" else AdapterReference(policy)
+        live: Reference = AdapterReference(policy)
+        if mode == "frozen":
+            use_layout(second := loaded(), policy.layout)
+            live = FrozenReference(second)
         return lambda groups, plan: live
     return lambda groups, plan: cached_reference(policy, groups, plan, cache, display, per_token)
 
@@ -190,7 +230,8 @@ def _check_context(groups: Groups, policy: Policy) -> None:
 
 def _claim(folder: Path, config: Config) -> Path | None:
     """Make the run directory and find the checkpoint to continue from, if that is asked for."""
-    if config.resume is None and (folder / "metrics.jsonl").exists():
+    taken = config.resume is None and (folder / "metrics.jsonl").exists()
+    if not ranks.all_of(not taken):
         raise ConfigError(
             f"training.output: {folder} already holds a run; continue it with resume=auto or "
             "choose another folder"
@@ -226,9 +267,14 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of `training.device`; raises ConfigError for a GPU that is not there."""
+    """The device of `training.device`, of several GPUs this rank's own.
+
+    Raises ConfigError for a GPU that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("training.device: cuda is asked for, but torch finds no GPU")
+    if name == "cuda" and ranks.count() > 1:
+        return torch.device("cuda", ranks.local_rank())
     return torch.device(name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -16,50 +19,96 @@ from transformers import (
 )
 
 from fastpref import config as configs
-from fastpref.adapters import add_adapter
+from fastpref import ranks, sharding
+from fastpref.adapters import TRAINED, add_adapter, initialize, merged, merged_updates
 from fastpref.errors import UserError
+from fastpref.liger_layers import use_liger
 from fastpref.model import ModelError, Policy, cannot_load
+from fastpref.packages import require
+from fastpref.quantize import check_quantization, load_in_4bit, reloaded_in_4bit
+
+FILE_BYTES = 5 * 10**9  # of an export's files, as transformers makes them
 
 
 def load_policy(
     config: configs.Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Policy:
-    """Load or build the model, add adapters, and prove its head.
+    """Load or build the model, add adapters, cut it over the ranks, and prove its head.
 
     Weights that are trained are kept in fp32 at least and cast by autocast; frozen ones are kept
-    in the compute dtype. Raises ModelError in one line.
+    in the compute dtype. Of a pretrained model each rank reads its own shards alone. Raises
+    ModelError in one line.
     """
+    mesh = sharding.make_mesh(config.mesh, device)
+    in_4bit = config.adapter is not None and config.adapter.quantize is not None
+    if in_4bit:
+        mesh = None  # such weights cannot be cut: each rank has all of them
     compute_dtype = getattr(torch, config.model.dtype)
     full = config.adapter is None
     storage = torch.promote_types(compute_dtype, torch.float32) if full else compute_dtype
     torch.manual_seed(config.training.seed)
-    causal_lm: Any = _build(config.model, tokenizer, storage).to(device)
+    causal_lm: Any = _build(
+        config.model, tokenizer, storage, mesh is not None, device if in_4bit else None
+    )
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"model: the tokenizer has {len(tokenizer):,} tokens but the embedding only "
             f"{rows:,} rows"
         )
+    liger = use_liger(causal_lm, config.model.kernels, device)
     wrapped: nn.Module = causal_lm
     if config.adapter is not None:
         causal_lm.requires_grad_(False)
-        wrapped = add_adapter(causal_lm, config.adapter)
+        beside = config.reference_mode == "adapter"
+        wrapped = add_adapter(causal_lm, config.adapter, beside, sharded=mesh is not None)
     policy = Policy(wrapped, compute_dtype)
+    policy.kernels = "liger" if liger else "torch"
+    if config.training.activation_checkpointing != "off":
+        _checkpoint_activations(
+            policy, every=1 + (config.training.activation_checkpointing == "selective")
+        )
+    if config.training.compile:
+        for block in policy.blocks():
+            block.compile()
+    if mesh is None:
+        policy.to(device)
+    else:
+        sharding.shard(policy, mesh, config.mesh)
+        sharding.materialize(policy, torch.device("cpu") if config.mesh.offload else device)
+        if config.model.path is not None:
+            sharding.load(policy, _local_folder(config.model.path))
+    if config.adapter is not None:
+        initialize(policy, config.adapter, config.training.seed)
     try:
         policy.check_head()
     except RuntimeError as error:  # e.g. heads that do not divide the width, in a config of theirs
         raise ModelError(cannot_load("model", type(causal_lm).__name__, error)) from None
-    if config.training.activation_checkpointing:
-        if not causal_lm.supports_gradient_checkpointing:
-            raise ModelError(
-                f"training.activation_checkpointing: {type(causal_lm).__name__} does not support "
-                "it; set it to false"
-            )
-        # transformers 5.x is renaming the method; both take torch's checkpoint options first.
-        older = causal_lm.gradient_checkpointing_enable
-        enable = getattr(causal_lm, "activation_checkpointing_enable", older)
-        enable({"use_reentrant": False})
     return policy.train()
+
+
+def _checkpoint_activations(policy: Policy, every: int) -> None:
+    causal_lm: Any = policy.base
+    if not causal_lm.supports_gradient_checkpointing:
+        raise ModelError(
+            f"training.activation_checkpointing: {type(causal_lm).__name__} does not support "
+            "it; set it to off"
+        )
+    # transformers 5.x is renaming the method; both take torch's checkpoint options first.
+    older = causal_lm.gradient_checkpointing_enable
+    enable = getattr(causal_lm, "activation_checkpointing_enable", older)
+    enable({"use_reentrant": False})
+    for number, block in enumerate(policy.blocks()):
+        vars(block)["gradient_checkpointing"] = number % every == 0
+
+
+def _local_folder(path: str) -> Path:
+    """The folder of a model's safetensors files, from the Hub if it is not on this machine."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
 
 
 def load_tokenizer(model: configs.Model) -> PreTrainedTokenizerBase | None:
@@ -74,20 +123,39 @@ def load_tokenizer(model: configs.Model) -> PreTrainedTokenizerBase | None:
         raise ModelError(cannot_load(f"model.{field}", source, error)) from None
 
 
-def _build(model: configs.Model, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
+def _build(
+    model: configs.Model,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    empty: bool,
+    in_4bit_on: torch.device | None,
+) -> Any:
+    """The model, on the CPU, or in 4 bits on a device.
+
+    Of a pretrained one with `empty` the buffers alone, weights on the meta device.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation != "auto":
         options["attn_implementation"] = model.attn_implementation
+    if model.attn_implementation == "flash_attention_2":
+        require("flash-attn", "model.attn_implementation: flash_attention_2")
     try:
         if model.path is None:
-            config = _random_config(dict(model.config or {}), tokenizer)
-            return AutoModelForCausalLM.from_config(_without_dropout(config), **options)
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"model.path: {model.path} is quantised, which is not supported")
-        return AutoModelForCausalLM.from_pretrained(
-            model.path, config=_without_dropout(config), **options
+            config = _without_dropout(_random_config(dict(model.config or {}), tokenizer))
+            built = AutoModelForCausalLM.from_config(config, **options)
+            return built if in_4bit_on is None else reloaded_in_4bit(built, in_4bit_on, options)
+        config = _without_dropout(
+            AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         )
+        check_quantization(model.path, config, wanted=in_4bit_on is not None)
+        if in_4bit_on is not None:
+            return load_in_4bit(model.path, config, in_4bit_on, options)
+        if empty:
+            with init_empty_weights(include_buffers=False):
+                causal_lm = AutoModelForCausalLM.from_config(config, **options)
+            causal_lm.tie_weights()
+            return causal_lm
+        return AutoModelForCausalLM.from_pretrained(model.path, config=config, **options)
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
@@ -124,16 +192,74 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
     With adapters and `merge`, the merged weights; else the adapters alone, for peft to load.
     """
     model: Any = policy.causal_lm
+    if policy.sharded and (merge or model is policy.base):
+        _export_shards(policy, folder)
+        if ranks.is_first():
+            tokenizer.save_pretrained(folder)
+        return
+    if not ranks.is_first():  # what is to be written is whole on every rank
+        return
     if merge and model is not policy.base:
-        model = model.merge_and_unload()  # the base itself, its weights changed
+        model = merged(policy)  # the base itself, its weights changed
     base = policy.base
     base.config.dtype = policy.compute_dtype
     if model is base:
         state = _cast(model.state_dict(), policy.compute_dtype)
         model.save_pretrained(folder, state_dict=state)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, selected_adapters=[TRAINED])
     tokenizer.save_pretrained(folder)
+
+
+def _export_shards(policy: Policy, folder: Path) -> None:
+    """Write merged weights file by file, of which the first rank holds one at a time.
+
+    Every rank sends its shards of one weight after the other.
+    """
+    base: Any = policy.base
+    weights = sharding.base_weights(policy)
+    updates = merged_updates(policy)
+    files = _files(weights, policy.compute_dtype.itemsize)
+    for number, names in enumerate(files, 1):
+        held: dict[str, Tensor] = {}
+        for name in names:
+            weight = sharding.whole(weights[name])
+            if name in updates:
+                weight = weight + updates[name]().to(weight.dtype)
+            if ranks.is_first():
+                dtype = policy.compute_dtype if weight.is_floating_point() else weight.dtype
+                held[name] = weight.to("cpu", dtype)
+        if ranks.is_first():
+            folder.mkdir(exist_ok=True)
+            save_file(held, folder / _file_name(number, len(files)), metadata={"format": "pt"})
+    if not ranks.is_first():
+        return
+    if len(files) > 1:
+        where = {n: _file_name(k, len(files)) for k, names in enumerate(files, 1) for n in names}
+        index = {"metadata": {}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    base.config.dtype = policy.compute_dtype
+    base.config.save_pretrained(folder)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(folder)
+
+
+def _files(weights: dict[str, Tensor], itemsize: int) -> list[list[str]]:
+    """Names of weights, in files of `FILE_BYTES` at most or of a single weight."""
+    files: list[list[str]] = []
+    room = 0
+    for name, weight in weights.items():
+        size = weight.numel() * itemsize
+        if size > room:
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,25 +2,26 @@
 
 `cached` computes them once, in the order and the forward passes of the first epoch, and keeps them
 on disk under a hash of what decides them: the weights, the arithmetic and the token ids. Learning
-rate, objective, batch size and seed are not among those, so runs share them. `frozen` and `adapter`
+rate, objective, batch size and seed are not among those, so runs share them; a run that is stopped
+half-way leaves what it has. `frozen` and `adapter`
 run the reference beside the policy, in every step: they also bring its hidden states, from which a
 divergence between the two is measured.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastpref import files, ops
+from fastpref import files, ops, ranks
+from fastpref.adapters import as_loaded, weights_as_loaded
 from fastpref.data.batches import Batch
 from fastpref.data.formats import DataError
 from fastpref.data.plan import Plan
@@ -28,7 +29,9 @@ from fastpref.data.tokens import Groups
 from fastpref.logps import segment_positions
 from fastpref.model import Asked, Policy, PolicyOutput
 from fastpref.progress import Display
+from fastpref.sharding import whole
 
+PARTS = 20  # so many times the log-probs known so far are put on disk
 _VERSION = "2"  # raise it when the same weights and tokens give other log-probs, or the layout
 Progress = Callable[[int], None]  # groups done
 
@@ -48,10 +51,10 @@ def no_reference(batch: Batch) -> None:
 
 
 class FrozenReference:
-    """A second copy of the model beside the policy."""
+    """A second model beside the policy, as it was loaded."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._copy = copy.deepcopy(policy).eval().requires_grad_(False)
+    def __init__(self, loaded: Policy) -> None:
+        self._copy = loaded.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
@@ -60,15 +63,14 @@ class FrozenReference:
 
 
 class AdapterReference:
-    """The policy itself without its adapters, which were fresh when training began."""
+    """The policy itself, its adapters off or as they were when it was loaded."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
-        causal_lm: Any = self._policy.causal_lm
-        with causal_lm.disable_adapter():
+        with as_loaded(self._policy):
             output: PolicyOutput = self._policy(batch, Asked(head=True))
         return output
 
@@ -114,41 +116,87 @@ def cached_reference(
     path = cache / "reference" / f"{_key(policy, groups, per_token)}.safetensors"
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
-    if not path.exists():
-        display.phase("reference", len(groups))
-        logps = _compute(policy, groups, plan, starts, display.advance)
-        with files.replacing(path) as temporary:
-            save_file({"logps": logps.cpu().contiguous()}, temporary)
-    return CachedReference(load_file(path)["logps"].to(policy.device), starts)
+    if ranks.all_of(path.exists()):
+        return CachedReference(load_file(path)["logps"].to(policy.device), starts)
+    display.phase("reference", len(groups))
+    known = _Known.found(path.with_suffix(".partial"), policy, groups, per_token)
+    _compute(policy, groups, plan, starts, known, display.advance)
+    known.save(path)
+    return CachedReference(known.logps, starts)
 
 
 @torch.no_grad()
 def _compute(
-    policy: Policy, groups: Groups, plan: Plan, starts: Tensor | None, progress: Progress
-) -> Tensor:
+    policy: Policy,
+    groups: Groups,
+    plan: Plan,
+    starts: Tensor | None,
+    known: _Known,
+    progress: Progress,
+) -> None:
     """Log-probs of all responses, or of all their tokens, under the policy as it is now."""
-    dtype = torch.promote_types(policy.compute_dtype, torch.float32)
-    size = groups.offsets[-1] if starts is None else groups.response_lengths.sum()
-    logps = torch.empty(int(size), dtype=dtype, device=policy.device)
-    was_training, done = policy.training, 0
+    was_training = policy.training
     policy.eval()
-    for indices in _micro_batches(plan):
-        for batch in policy.batches(groups, indices):
-            output: PolicyOutput = policy(batch)
-            if starts is None:
-                logps[batch.responses] = output.logps
-            else:
-                owners, places = segment_positions(batch.cu_seqlens, len(batch.labels))
-                logps[starts[batch.responses][owners] + places] = output.token_logps
-        done += len(indices)
-        progress(done)
+    steps, own = plan.steps_per_epoch, torch.zeros_like(known.logps)
+    for number in range(steps):
+        missing = [index for index in plan.groups(number) if not known.groups[index]]
+        for indices in plan.parts(missing) if missing else ():
+            for batch in policy.batches(groups, indices or [plan.shortest]):
+                output: PolicyOutput = policy(batch)
+                if not indices:
+                    continue
+                if starts is None:
+                    own[batch.responses] = output.logps
+                else:
+                    owners, places = segment_positions(batch.cu_seqlens, len(batch.labels))
+                    own[starts[batch.responses][owners] + places] = output.token_logps
+        known.groups[missing] = True
+        progress(int(known.groups.sum()))
+        last = number + 1 == steps
+        if last or (number + 1) % max(1, steps // PARTS) == 0:
+            known.take_in(own, save=not last)
     policy.train(was_training)
-    return logps
 
 
-def _micro_batches(plan: Plan) -> Iterator[list[int]]:
-    for step in plan.epoch(0):
-        yield from step
+class _Known:
+    """The log-probs that are known so far, of all ranks, in a file that a stopped run leaves."""
+
+    def __init__(self, path: Path, logps: Tensor, groups: Tensor) -> None:
+        self._path = path
+        self.logps = logps  # of all responses or tokens; 0 where it is not known
+        self.groups = groups  # (N,) bool, on the CPU
+
+    @classmethod
+    def found(cls, path: Path, policy: Policy, groups: Groups, per_token: bool) -> _Known:
+        """What is on disk, where all ranks see the same; else nothing."""
+        dtype = torch.promote_types(policy.compute_dtype, torch.float32)
+        size = int(groups.response_lengths.sum() if per_token else groups.offsets[-1])
+        saved: dict[str, Tensor] = load_file(path) if path.exists() else {}
+        count = float(saved["groups"].sum()) if saved else 0.0
+        if not saved or not ranks.all_equal(count):
+            saved = {
+                "logps": torch.zeros(size, dtype=dtype),
+                "groups": torch.zeros(len(groups), dtype=torch.bool),
+            }
+        return cls(path, saved["logps"].to(policy.device), saved["groups"])
+
+    def take_in(self, own: Tensor, save: bool) -> None:
+        """Add what this rank has found since the last call; `own` begins anew."""
+        self.logps += ranks.sum_(own)
+        own.zero_()
+        if save:
+            self._write(self._path, {"logps": self.logps, "groups": self.groups})
+
+    def save(self, path: Path) -> None:
+        """Write the complete log-probs; what was kept on the way goes."""
+        self._write(path, {"logps": self.logps})
+        if ranks.local_rank() == 0:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        if ranks.local_rank() == 0:  # the machines' disks may be their own
+            with files.replacing(path) as temporary:
+                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
 def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
@@ -160,6 +208,7 @@ def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,
         "layout": policy.layout,
+        "kernels": policy.kernels,
         "config": _architecture(policy),
     }
     kept = "tokens" if per_token else "sums"
@@ -175,14 +224,11 @@ def _architecture(policy: Policy) -> dict[str, object]:
 
 
 def weights_sha256(policy: Policy) -> str:
-    """Hash of all weights by name, shape, dtype and bytes.
-
-    Adapters are left out: where the reference is taken they are fresh and add zero.
-    """
+    """Hash of the weights as they were loaded, by name, shape, dtype and bytes."""
     digest = hashlib.sha256()
-    for name, weight in policy.state_dict().items():
-        if "lora_" in name:
-            continue
+    for name, weight in weights_as_loaded(policy):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(
+            whole(weight.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        )
     return digest.hexdigest()

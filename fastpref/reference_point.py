@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpref import ranks
 from fastpref.logps import UnpairedLogps
 from fastpref.losses import Logps, Output, PointwiseLoss, PointwiseOutput
 from fastpref.losses.pointwise import KTO, RunningMean, pooled_mean, sum_and_count
@@ -51,34 +52,37 @@ class MismatchedMean(ReferencePoint):
     def of_step(self, split: Split, number: int) -> Tensor:
         mismatched, policy = split.mismatched, self._policy
         assert mismatched is not None
-        was_training, sums = policy.training, []
+        was_training = policy.training
+        sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
         policy.eval()
         for indices in mismatched.plan.step(number):
-            for batch in policy.batches(mismatched.groups, indices):
+            for batch in mismatched.batches(policy, indices):
                 reference = mismatched.reference(batch)
                 assert reference is not None
                 ratios = policy(batch).logps - reference.logps
-                sums.append(sum_and_count(ratios, batch.lengths))
+                if indices:
+                    sums += sum_and_count(ratios, batch.lengths)
         policy.train(was_training)
-        return pooled_mean(torch.stack(sums).sum(0))
+        return pooled_mean(ranks.sum_(sums))
 
 
 class RewardMean(ReferencePoint):
     """BCO's: the mean of all rewards of the steps before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._mean, self._seen = RunningMean(device), list[Tensor]()
+        self._mean = RunningMean(device)
+        self._seen = torch.zeros(2, dtype=torch.float64, device=device)
 
     def of_step(self, split: Split, number: int) -> Tensor:
         return self._mean.mean
 
     def see(self, policy: Logps, output: Output) -> None:
         assert isinstance(policy, UnpairedLogps) and isinstance(output, PointwiseOutput)
-        self._seen.append(sum_and_count(output.rewards, policy.lengths))
+        self._seen += sum_and_count(output.rewards, policy.lengths)
 
     def end_step(self) -> None:
-        self._mean.update(torch.stack(self._seen).sum(0))
-        self._seen.clear()
+        self._mean.update(ranks.sum_(self._seen))
+        self._seen.zero_()
 
     def state(self) -> State:
         return {name: value.item() for name, value in self._mean.state_dict().items()}

@@ -7,6 +7,7 @@ is the only normalisation, so micro-batches and accumulation do not change the r
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -17,10 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref import checkpoint, interrupts, metrics, model_card, monitors, progress
+from fastpref import (
+    checkpoint,
+    interrupts,
+    metrics,
+    model_card,
+    monitors,
+    progress,
+    ranks,
+    sharding,
+)
 from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
 from fastpref.data.batches import Batch
+from fastpref.data.plan import tokens_of
 from fastpref.errors import UserError
 from fastpref.files import replacing
 from fastpref.forward import Forward, Seen
@@ -28,6 +39,7 @@ from fastpref.losses import Output
 from fastpref.optim import learning_rate, make_optimizer
 from fastpref.prepare import Split, prepare
 from fastpref.pretrained import export
+from fastpref.profiling import Profiler, part, profiling
 from fastpref.reference_point import reference_point
 from fastpref.update import Gradient, Projected
 
@@ -38,14 +50,18 @@ class Diverged(UserError):
     """The loss or the gradient is no longer finite."""
 
 
-def train(config: Config, display: progress.Display) -> Path:
+def train(config: Config, display: progress.Display, profile: bool = False) -> Path:
     """Run a config to its end and return the folder of the exported model.
 
-    Raises UserError for what a user can mend, and Interrupted after SIGTERM or Ctrl-C.
+    profile: write where the time of a step goes. Raises UserError for what a user can mend, and
+    Interrupted after SIGTERM or Ctrl-C.
     """
     trainer = Trainer(config, display)
-    with interrupts.collecting() as signals:
+    folder = trainer.run.folder / "profile" if profile and ranks.is_first() else None
+    with interrupts.collecting() as signals, profiling(folder) as trainer.profiler:
         trainer.loop(signals)
+    if folder is not None:
+        display.note(f"profile: {folder}\n{(folder / 'table.txt').read_text()}")
     return trainer.export()
 
 
@@ -57,14 +73,20 @@ class Trainer:
         self.run = prepare(config, display)
         self.policy, self.plan = self.run.policy, self.run.train.plan
         self.loss: Any = self.run.loss
+        self.trained = list(self.policy.trained().values())
         self.forward = Forward(self.loss, self.policy)
         self.point = reference_point(self.loss, self.policy)
         self.balance = balance(config, self.loss, self.policy)
-        self.update = Projected(self._trained) if config.update == "projected" else Gradient()
+        self.update = (Projected if config.update == "projected" else Gradient)(self.trained)
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
-        self.optimizer = make_optimizer(config.optim, self._trained)
+        self.optimizer = make_optimizer(config.optim, self.trained)
         self.window = metrics.Window(NAMES)
         self.margins = config.margins
+        self.lengths = tokens_of(self.run.train.groups, "flat")
+        self.checkpoints = checkpoint.Checkpoints(
+            self.run.folder / "checkpoints", config.training.keep_checkpoints
+        )
+        self.profiler = Profiler()
         self.step = self.tokens = 0
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
@@ -75,10 +97,20 @@ class Trainer:
         if self.run.checkpoint is not None and saved.exists():
             for difference in config.differences(saved):
                 display.note(f"changed since the run began: {difference}")
-        saved.write_text(config.to_yaml(), encoding="utf-8")
+        if ranks.is_first():
+            saved.write_text(config.to_yaml(), encoding="utf-8")
 
     def loop(self, signals: list[int]) -> None:
         """Train from the current step to the last; a signal ends it after the step at hand."""
+        gc.collect()
+        gc.disable()  # it would stop the one or the other rank at any moment
+        try:
+            self._loop(signals)
+        finally:
+            gc.enable()
+            self.checkpoints.close()
+
+    def _loop(self, signals: list[int]) -> None:
         t = self.config.training
         self.display.phase("train", self.steps, self.step)
         if self.run.eval and self.step == 0:
@@ -89,6 +121,8 @@ class Trainer:
             logs = last or self.step == 0 or _due(self.step + 1, t.log_every)
             entropy = self._train_step(with_entropy=logs)
             self.display.advance(self.step)
+            self.checkpoints.poll()
+            self.profiler.step()
             saves = _due(self.step, t.checkpoint_every)
             saves |= last and t.checkpoint_every is not None
             evaluates = self.run.eval and (last or _due(self.step, t.eval_every))
@@ -99,51 +133,63 @@ class Trainer:
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
             # Looked at once, here: a signal may come at any moment, and must not go unsaved.
-            stops = bool(signals) and not last
+            stops = not ranks.all_of(not signals) and not last
             if saves or stops:
                 self._stop_unless_finite()
                 self._save()
             if stops:
+                number = signals[0] if signals else signal.SIGTERM  # another rank's
                 raise interrupts.Interrupted(
-                    signals[0],
-                    f"stopped by {signal.Signals(signals[0]).name} after step {self.step}; "
+                    number,
+                    f"stopped by {signal.Signals(number).name} after step {self.step}; "
                     "continue with resume=auto",
                 )
 
     def _train_step(self, with_entropy: bool) -> Tensor | None:
         """One optimizer step; returns (sum of token entropies, tokens) where it is asked for."""
-        micro_batches = self.plan.step(self.step)
-        count = sum(map(len, micro_batches))
+        groups = self.plan.groups(self.step)
         point = self.point.of_step(self.run.train, self.step)
         rate = learning_rate(self.config.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums, entropies = [], []
-        for indices in micro_batches:
-            batches = self.policy.batches(self.run.train.groups, indices)
-            seen, output = self._forward(batches, self.run.train, point, with_entropy)
-            self.update.backward(seen.policy, output, count)
-            self.point.see(seen.policy, output)
-            sums.append(self._sums(seen, output)[0])
-            entropies.append(seen.entropy)
-            self.tokens += sum(batch.tokens for batch in batches)
-        self.update.finish()
-        norm = nn.utils.clip_grad_norm_(self._trained, self.config.optim.max_grad_norm or math.inf)
-        self.optimizer.step()
+        sums, entropy = self._zeros(2, len(NAMES)), self._zeros(2)
+        for indices in self.plan.step(self.step):
+            counts = bool(indices)
+            with part("batch"):
+                batches = self.run.train.batches(self.policy, indices)
+            with part("forward and loss"):
+                seen, output = self._forward(batches, self.run.train, point, with_entropy, counts)
+            with part("backward"):
+                self.update.backward(seen.policy, output, len(groups) if counts else math.inf)
+            if counts:
+                self.point.see(seen.policy, output)
+                sums += self._sums(seen, output)[0]
+                entropy += 0 if seen.entropy is None else seen.entropy
+        with part("clip and update"):
+            self.update.finish()
+            limit = self.config.optim.max_grad_norm or math.inf
+            norm = sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+            self.optimizer.step()
         self.point.end_step()
         self.balance.end_step()
         self.step += 1
-        self.window.add(self.step, norm, torch.stack(sums).sum(0))
-        return torch.stack(entropies).sum(0) if with_entropy else None  # type: ignore[arg-type]
+        self.tokens += int(self.lengths[groups].sum())
+        self.window.add(self.step, norm, sums)
+        return entropy if with_entropy else None
 
     def _forward(
-        self, batches: list[Batch], split: Split, point: Tensor | None, with_entropy: bool
+        self,
+        batches: list[Batch],
+        split: Split,
+        point: Tensor | None,
+        with_entropy: bool,
+        counts: bool,
     ) -> tuple[Seen, Output]:
         """Log-probs and losses of one micro-batch, in one or more forward passes."""
         geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
         seen = self.forward(batches, split.reference, with_entropy, geometry)
-        calibrated = self.balance.calibrated(seen, self.step)
+        calibrated = self.balance.calibrated(seen, self.step) if counts else seen.policy
         output = self.loss(calibrated, seen.reference, *([] if point is None else [point]))
         return seen, output
 
@@ -151,24 +197,29 @@ class Trainer:
     def _evaluate(self, split: Split) -> None:
         """Metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        sums, entropies = [], []
-        contrasts: list[Any] = []  # tensors, or None for objectives without pairs
+        sums, entropy = self._zeros(2, len(NAMES)), self._zeros(2)
+        contrasts, calibration = [self._zeros(0)], self._zeros(3, 10)
         for number, step in enumerate(split.plan.epoch()):
             point = self.point.of_step(split, number)
             for indices in step:
-                batches = self.policy.batches(split.groups, indices)
-                seen, output = self._forward(batches, split, point, with_entropy=True)
-                found, contrast = self._sums(seen, output)
-                sums.append(found)
-                entropies.append(seen.entropy)
-                contrasts.append(contrast)
+                batches = split.batches(self.policy, indices)
+                seen, output = self._forward(batches, split, point, True, bool(indices))
+                if indices:
+                    found, contrast = self._sums(seen, output)
+                    sums += found
+                    entropy += 0 if seen.entropy is None else seen.entropy
+                    contrasts += [] if contrast is None else [contrast.double()]
+                    calibration += monitors.calibration_sums(seen.policy)
         self.policy.train()
-        means = metrics.means(torch.stack(sums).sum(0), NAMES)
+        means = metrics.means(ranks.sum_(sums), NAMES)
         record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
         record |= {f"eval_{name}": value for name, value in means.items()}
-        record["eval_entropy"] = metrics.mean(torch.stack(entropies).sum(0))  # type: ignore[arg-type]
-        if contrasts[0] is not None:
-            record["eval_contrast/histogram"] = monitors.histogram(torch.cat(contrasts))
+        record["eval_entropy"] = metrics.mean(ranks.sum_(entropy))
+        if self.loss.kind == "pairwise":
+            found = ranks.gather(torch.cat(contrasts))
+            record["eval_contrast/histogram"] = monitors.histogram(found)
+        if split.groups.has_preferences:
+            record["eval_preference/calibration"] = monitors.calibration(ranks.sum_(calibration))
         self._track(record)
         self.display.note(progress.evaluation(record))
 
@@ -180,6 +231,7 @@ class Trainer:
         return torch.cat([metrics.sums_and_counts(output, policy), watched], 1), contrast
 
     def _log(self, entropy: Tensor | None, done: float) -> None:
+        gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
         record: dict[str, Any] = {
@@ -188,9 +240,8 @@ class Trainer:
             **self.window.flush(),
             **self.balance.flush(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "entropy": metrics.mean(
-                entropy
-            ),  # of this step alone: it costs one more pass over the head
+            # Of this step alone: it costs one more pass over the head.
+            "entropy": None if entropy is None else metrics.mean(ranks.sum_(entropy)),
             "num_tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
             "peak_memory_gib": metrics.peak_memory(self.policy.device),
@@ -207,11 +258,12 @@ class Trainer:
         found = self.window.first_non_finite()
         if found is None:
             return
-        indices = [index for part in self.plan.step(found.step - 1) for index in part]
+        indices = self.plan.groups(found.step - 1)
         rows = sorted({self.run.train.groups[index].row for index in indices})
         report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
         path = self.run.folder / "nonfinite.json"
-        path.write_text(json.dumps({**report, "rows": rows}, indent=1))
+        if ranks.is_first():
+            path.write_text(json.dumps({**report, "rows": rows}, indent=1))
         raise Diverged(
             f"training stopped: {found.metric} is {found.value} at step {found.step}; "
             f"the rows of that step are in {path}; lower optim.lr or look at them"
@@ -219,11 +271,14 @@ class Trainer:
 
     def _save(self) -> None:
         steps, rows = self.window.state()
-        position: dict[str, Any] = {"tokens": self.tokens, "window": steps}
-        position |= {"plan": self._plan_key, "reference_point": self.point.state()}
-        position |= {"balance": self.balance.state()}
-        root, keep = self.run.folder / "checkpoints", self.config.training.keep_checkpoints
-        checkpoint.save(root, self.step, self.policy, self.optimizer, position, rows, keep)
+        position = {
+            "tokens": self.tokens,
+            "window": [steps, rows.tolist()],
+            "plan": self._plan_key,
+            "reference_point": self.point.state(),
+            "balance": self.balance.state(),
+        }
+        self.checkpoints.save(self.step, self.policy, self.optimizer, position)
 
     def _resume(self, folder: Path) -> None:
         position = checkpoint.position(folder)
@@ -232,8 +287,9 @@ class Trainer:
                 "resume: the data, training.batch_size or training.seed are not those of "
                 f"{folder}; restore them or choose another training.output"
             )
-        rows = checkpoint.restore(folder, self.policy, self.optimizer)
-        self.window.restore(position["window"], rows)
+        checkpoint.restore(folder, self.policy, self.optimizer)
+        steps, rows = position["window"]
+        self.window.restore(steps, torch.tensor(rows, dtype=torch.float64))
         self.point.restore(position["reference_point"])
         self.balance.restore(position["balance"])
         self.step, self.tokens = position["step"], position["tokens"]
@@ -244,15 +300,18 @@ class Trainer:
         for tracker in self.trackers:
             tracker.close()
         adapter, folder = self.config.adapter, self.run.folder / "model"
+        merge = adapter is None or adapter.merge
+        if not ranks.is_first():
+            export(self.policy, self.run.tokenizer, folder, merge)  # sends its shards
+            return folder
         with replacing(folder) as temporary:
-            export(self.policy, self.run.tokenizer, temporary, adapter is None or adapter.merge)
+            export(self.policy, self.run.tokenizer, temporary, merge)
             model_card.write(temporary, self.config, self.run.folder / "metrics.jsonl")
         self.display.note(f"model: {folder}")
         return folder
 
-    @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.policy.device)
 
     @property
     def _plan_key(self) -> list[Any]:

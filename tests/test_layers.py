@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "fastpref"
 # A module may import from its own layer's modules and from those above it in this list.
 LAYERS = [
-    {"version", "errors", "files", "logps", "interrupts"},
+    {"version", "errors", "files", "logps", "interrupts", "packages"},
+    {"ranks"},
     {"reference"},
     {"backend", "chunked", "cpu", "score_products"},
     {"implementations"},
@@ -22,13 +23,13 @@ LAYERS = [
     {"band", "calibration", "projection"},
     {"config", "progress"},
     {"bench", "config_reference", "data", "objectives_reference"},
-    {"attention"},
+    {"attention", "profiling"},
     {"attribution", "generate", "metrics", "model", "monitors"},
-    {"adapters", "layout"},
+    {"adapters", "layout", "liger_layers", "quantize", "sharding"},
     {"checkpoint", "fused", "model_card", "optim", "pretrained", "reference_logps"},
     {"forward", "prepare"},
     {"balance", "reference_point", "sample", "train", "update"},
-    {"demo", "did_entropy"},
+    {"demo", "did_entropy", "evaluate", "report"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -71,6 +72,7 @@ def test_losses_import_only_logps_and_their_base() -> None:
         ("fastpref.config", ("transformers", "triton", "datasets")),
         ("fastpref.bench.run", ("fastpref_kernels", "matplotlib", "trl", "liger_kernel")),
         ("fastpref.train", ("fastpref_kernels", "matplotlib", "wandb", "peft")),
+        ("fastpref.report", ("transformers", "triton", "datasets")),
     ],
 )
 def test_optional_and_heavy_imports_are_lazy(module: str, absent: tuple[str, ...]) -> None:

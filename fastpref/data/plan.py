@@ -1,6 +1,7 @@
 """The deterministic plan of which groups meet in which optimizer step and micro-batch.
 
-Step k is a function of (data, batch_size, seed, k) alone: resuming needs no more than k.
+The groups of step k are a function of (data, batch_size, seed, k) alone: resuming needs no more
+than k, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Plan:
     rows: (N,) how many such it has, or None where groups are packed.
     seed: of the order, anew in each epoch; None is the order of the data.
     unit: what a group is called in messages.
+    ranks: processes that share a step; `step` gives the micro-batches of `rank`.
     """
 
     costs: Lengths
@@ -37,6 +39,8 @@ class Plan:
     max_tokens: int
     seed: int | None = None
     unit: str = "pair"
+    ranks: int = 1
+    rank: int = 0
 
     def __post_init__(self) -> None:
         largest = int((self.costs if self.rows is None else self.costs * self.rows).max())
@@ -54,21 +58,38 @@ class Plan:
         max_tokens: int,
         seed: int | None = None,
         layout: Layout = "padded",
+        ranks: int = 1,
+        rank: int = 0,
     ) -> Plan:
         costs, rows = tokens_of(groups, layout), None
         if layout == "padded":
             costs, rows = groups.padded_lengths, np.diff(groups.offsets)
-        return cls(costs, rows, batch_size, max_tokens, seed, UNITS[groups.kind])
+        return cls(costs, rows, batch_size, max_tokens, seed, UNITS[groups.kind], ranks, rank)
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.costs) // self.batch_size)
 
-    def step(self, number: int) -> list[Indices]:
-        """Micro-batches of the optimizer step `number`, counted from 0 over all epochs."""
+    @property
+    def shortest(self) -> int:
+        """A group for a rank that has none, where the others have."""
+        return int(self.costs.argmin())
+
+    def groups(self, number: int) -> Indices:
+        """All groups of the optimizer step `number`, counted from 0 over all epochs."""
         epoch, position = divmod(number, self.steps_per_epoch)
         chosen = self._order(epoch)[position * self.batch_size :][: self.batch_size]
-        return self.pack(map(int, chosen))
+        return [int(index) for index in chosen]
+
+    def step(self, number: int) -> list[Indices]:
+        """Micro-batches of this rank in a step; all ranks have as many, some of them empty."""
+        return self.parts(self.groups(number))
+
+    def parts(self, indices: Indices) -> list[Indices]:
+        """Micro-batches of this rank, of groups that all ranks share."""
+        if self.ranks == 1:
+            return self.pack(indices)
+        return self.spread(indices)[self.rank :: self.ranks]
 
     def epoch(self, number: int = 0) -> Iterator[list[Indices]]:
         """All steps of one epoch; every group comes exactly once."""
@@ -77,24 +98,67 @@ class Plan:
 
     def pack(self, indices: Iterable[int]) -> list[Indices]:
         """Micro-batches within the budget: each group, longest first, into the first with room."""
-        micro_batches: list[Indices] = []
-        room: list[int] = []  # tokens, or rows of padded ones, whose first group is the longest
-        for index in sorted(indices, key=lambda i: (-self.costs[i], i)):
-            size = int(self.costs[index] if self.rows is None else self.rows[index])
-            fitting = (k for k, left in enumerate(room) if size <= left)
-            k = next(fitting, len(room))
-            if k == len(room):
-                micro_batches.append([])
-                width = 1 if self.rows is None else int(self.costs[index])
-                room.append(self.max_tokens // width)
-            micro_batches[k].append(index)
-            room[k] -= size
-        return micro_batches
+        bins: list[_Bin] = []
+        for index in self._longest_first(indices):
+            size = self._size(index)
+            found = next((each for each in bins if size <= each.room), None)
+            if found is None:
+                bins.append(found := self._bin_for(index))
+            found.take(index, size, self._load(index))
+        return [each.indices for each in bins]
+
+    def spread(self, indices: Indices) -> list[Indices]:
+        """Micro-batches within the budget for all ranks: a multiple of their number, as even as
+        longest first into the emptiest makes them, the heaviest first."""
+        count = -(-len(self.pack(indices)) // self.ranks) * self.ranks
+        while (bins := self._even(indices, count)) is None:
+            count += self.ranks
+        return bins
+
+    def _even(self, indices: Indices, count: int) -> list[Indices] | None:
+        bins: list[_Bin] = []
+        for index in self._longest_first(indices):
+            size = self._size(index)
+            if len(bins) < count:
+                bins.append(self._bin_for(index))
+            fitting = bins[-1:] if not bins[-1].indices else [b for b in bins if size <= b.room]
+            if not fitting:
+                return None
+            min(fitting, key=lambda each: each.load).take(index, size, self._load(index))
+        bins.sort(key=lambda each: -each.load)
+        return [each.indices for each in bins] + [[] for _ in range(count - len(bins))]
+
+    def _longest_first(self, indices: Iterable[int]) -> Indices:
+        return sorted(indices, key=lambda i: (-self.costs[i], i))
+
+    def _size(self, index: int) -> int:
+        """What a group takes of a micro-batch's room: tokens, or rows of padded ones."""
+        return int(self.costs[index] if self.rows is None else self.rows[index])
+
+    def _load(self, index: int) -> int:
+        return int(self.costs[index] * (1 if self.rows is None else self.rows[index]))
+
+    def _bin_for(self, index: int) -> _Bin:
+        """An empty micro-batch whose first group, and so its longest, is to be this one."""
+        return _Bin(self.max_tokens // (1 if self.rows is None else int(self.costs[index])))
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self.seed is None:
             return np.arange(len(self.costs))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
+
+
+class _Bin:
+    """A micro-batch while it is filled."""
+
+    def __init__(self, room: int) -> None:
+        self.indices: Indices = []
+        self.room, self.load = room, 0
+
+    def take(self, index: int, size: int, load: int) -> None:
+        self.indices.append(index)
+        self.room -= size
+        self.load += load
 
 
 def tokens_of(groups: Groups, layout: Layout) -> Lengths:
