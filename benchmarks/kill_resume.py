@@ -1,11 +1,12 @@
 """Kill a training run with SIGKILL at random moments, resume it, compare with an unbroken run.
 
-    python benchmarks/kill_resume.py --kills 20
+    python benchmarks/kill_resume.py --kills 20 [--ranks 2] [--during step|checkpoint]
 
 Each trial starts `fastpref train`, kills it after a random step and a random fraction of a second,
-resumes with `resume=auto`, and demands the same lines of metrics (but for timing) and the same
-exported weights, bit for bit. Prints one line a trial; exit code 1 if any trial differs. `--out`
-writes the result file.
+or while a checkpoint is being written, resumes with `resume=auto`, and demands the same lines of
+metrics (but for timing) and the same exported weights, bit for bit. Of several ranks one is killed,
+any of them, and the others have to end by themselves. Prints one line a trial; exit code 1 if any
+trial differs. `--out` writes the result file, or the part of it that is of these options.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from fastpref import metrics
@@ -35,6 +38,8 @@ STEPS = 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--during", choices=("step", "checkpoint"), default="step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=None)
@@ -42,21 +47,26 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-resume-"))
     folder.mkdir(parents=True, exist_ok=True)
     config = write_config(folder)
-    start(config, folder / "whole").wait()
+    start = partial(launch, config, options.ranks)
+    start(folder / "whole").wait()
     expected = outcome(folder / "whole")
+    assert expected["weights"], "the run that nobody killed has no export"
     chance, equal, steps = random.Random(options.seed), 0, []
     for trial in range(options.kills):
         run = folder / f"trial-{trial}"
-        step = kill_at_random(config, run, chance)
-        start(config, run, "resume=auto").wait()
+        step = kill_at_random(start(run), run, options.during, chance)
+        start(run, "resume=auto").wait()
         same = outcome(run) == expected
         equal += same
         steps.append(step)
         print(f"trial {trial}: killed after step {step}: {'equal' if same else 'DIFFERENT'}")
     print(f"{equal} of {options.kills} resumed runs equal the uninterrupted one")
     if options.out is not None:
-        report = {"benchmark": "kill_resume", **environment.describe(), "kills": options.kills}
-        report |= {"equal": equal, "killed_after_step": steps, "steps": STEPS}
+        report = json.loads(options.out.read_text()) if options.out.exists() else {}
+        report["benchmark"] = "kill_resume"
+        part = {**environment.describe(), "kills": options.kills, "equal": equal, "steps": STEPS}
+        part["killed_after_step"] = steps
+        report[f"ranks {options.ranks}, in a {options.during}"] = part
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(equal != options.kills)
 
@@ -85,23 +95,35 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(config: Path, run: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "ignore", "-m", "fastpref", "train", str(config)]
+def launch(config: Path, ranks: int, run: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-W", "ignore", "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command += ["fastpref", "train", str(config), f"training.output={run}", *overrides]
     return subprocess.Popen(
-        [*command, f"training.output={run}", *overrides],
+        command,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stderr=None if ranks == 1 else subprocess.DEVNULL,  # torchrun says at length who died
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
 
 
-def kill_at_random(config: Path, run: Path, chance: random.Random) -> int:
-    """Start a run and SIGKILL it; returns the last step whose metrics were on disk."""
-    process, target = start(config, run), chance.randrange(1, STEPS - 1)
+def kill_at_random(
+    process: subprocess.Popen[bytes], run: Path, during: str, chance: random.Random
+) -> int:
+    """SIGKILL a run, or one of its ranks; returns the last step whose metrics were on disk."""
+    target = chance.randrange(1, STEPS - 3)
     while process.poll() is None and last_step(run) < target:
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.1))  # into a step, a line of metrics, or a checkpoint
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if during == "step":
+        time.sleep(chance.uniform(0, 0.1))
+    else:
+        while process.poll() is None and not any((run / "checkpoints").glob(".step-*")):
+            pass
+        time.sleep(chance.uniform(0, 0.01))
+    victims = psutil.Process(process.pid).children() or [psutil.Process(process.pid)]
+    chance.choice(victims).send_signal(signal.SIGKILL)
+    process.wait(timeout=120)
     return last_step(run)
 
 

@@ -22,6 +22,7 @@ from fastpref.model import ModelError, Policy, cannot_load
 TRAINED, REFERENCE = "default", "reference"
 _ADDS_ZERO = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # of a fresh adapter
 _BESIDE = ("modules_to_save", "trainable_token_indices", "layer_replication")
+_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change it
 
 
 def add_adapter(
@@ -152,14 +153,16 @@ def _read(path: str) -> Any:
     except Exception as error:  # peft, json and the Hub raise unrelated types
         raise ModelError(cannot_load("adapter.path", path, error)) from None
     if not isinstance(described, peft.LoraConfig):
-        kind = described.peft_type
-        raise ModelError(f"adapter.path: {path} is of type {kind}; only LoRA can be trained on")
+        kind = described.peft_type.value
+        raise ModelError(f"adapter.path: {path} is of type {kind}; only LORA can be trained on")
     odd = [name for name in _BESIDE if getattr(described, name, None)]
     if described.bias != "none":
         odd.append("bias")
+    if str(described.init_lora_weights).startswith(_OF_THE_BASE):
+        odd.append("init_lora_weights")
     if odd:
         raise ModelError(
-            f"adapter.path: {path} trains weights of the model beside its own ({odd[0]}: "
+            f"adapter.path: {path} changes weights of the model beside its own ({odd[0]}: "
             f"{getattr(described, odd[0])}); merge it into the model, and train a fresh adapter"
         )
     described.inference_mode = False

@@ -172,8 +172,8 @@ class _Known:
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         size = int(groups.response_lengths.sum() if per_token else groups.offsets[-1])
         saved: dict[str, Tensor] = load_file(path) if path.exists() else {}
-        count = float(saved["groups"].sum()) if saved else 0.0
-        if not saved or not ranks.all_equal(count):
+        alike = ranks.all_equal(float(saved["groups"].sum()) if saved else 0.0)
+        if not saved or not alike:
             saved = {
                 "logps": torch.zeros(size, dtype=dtype),
                 "groups": torch.zeros(len(groups), dtype=torch.bool),
@@ -228,7 +228,6 @@ def weights_sha256(policy: Policy) -> str:
     digest = hashlib.sha256()
     for name, weight in weights_as_loaded(policy):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(
-            whole(weight.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        )
+        held = whole(weight.detach()).cpu().contiguous().view(-1)
+        digest.update(held.view(torch.uint8).numpy().data)
     return digest.hexdigest()

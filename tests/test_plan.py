@@ -93,3 +93,32 @@ def test_tokens_of_a_layout(layout: Any, tokens: list[int]) -> None:
     assert Plan.of(groups, 3, max(tokens), layout=layout).steps_per_epoch == 1
     with pytest.raises(DataError, match=f"cannot hold the longest group .{max(tokens)} tokens"):
         Plan.of(groups, 3, max(tokens) - 1, layout=layout)
+
+
+@pytest.mark.parametrize("rows", [None, PAIRS])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_the_groups_of_a_step(ranks: int, rows: Any) -> None:
+    alone = Plan(LENGTHS, rows, 16, 150, seed=3)
+    shared = [Plan(LENGTHS, rows, 16, 150, seed=3, ranks=ranks, rank=r) for r in range(ranks)]
+    for number in range(alone.steps_per_epoch):
+        parts = [plan.step(number) for plan in shared]
+        assert len({len(own) for own in parts}) == 1, "all ranks have as many micro-batches"
+        assert sorted(i for own in parts for part in own for i in part) == sorted(
+            alone.groups(number)
+        )
+        for part in (part for own in parts for part in own if part):
+            longest, size = LENGTHS[part].max(), 2 * len(part)
+            assert (LENGTHS[part].sum() if rows is None else longest * size) <= 150
+
+
+def test_the_micro_batches_of_all_ranks_weigh_much_the_same() -> None:
+    plans = [Plan(LENGTHS, None, 64, 400, seed=3, ranks=4, rank=r) for r in range(4)]
+    loads = [LENGTHS[part].sum() for plan in plans for part in plan.step(0)]
+    assert max(loads) - min(loads) <= LENGTHS.min() + 10
+
+
+def test_a_rank_without_groups_has_empty_micro_batches() -> None:
+    plans = [Plan(LENGTHS[:5], None, 5, 400, ranks=8, rank=r) for r in range(8)]
+    assert [sum(map(len, plan.step(0))) for plan in plans] == [1] * 5 + [0] * 3
+    assert all(len(plan.step(0)) == 1 for plan in plans)
+    assert LENGTHS[plans[0].shortest] == LENGTHS[:5].min()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from conftest import rows, write_jsonl
 
 from fastpref import reference_logps as module
-from fastpref.config import Config
-from fastpref.prepare import Prepared, prepare
+from fastpref.config import Config, ConfigError
+from fastpref.model import Policy
+from fastpref.prepare import Prepared, precompute, prepare
 from fastpref.progress import Display
 
 
@@ -128,3 +130,42 @@ def test_a_frozen_copy_gives_the_same_log_probs(ready: Callable[..., Prepared]) 
     with torch.no_grad():
         now = frozen.policy(batch).logps
     assert torch.equal(second, now)
+
+
+@pytest.mark.parametrize("change", [{}, {"loss": "ti_dpo"}])
+def test_a_stopped_computation_goes_on_where_it_was(
+    make_config: Callable[..., Config],
+    display: Display,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: dict[str, Any],
+) -> None:
+    whole = logps_of(prepare(make_config(**change, data__cache=str(tmp_path / "other")), display))
+    seen: list[int] = []
+    original = Policy.batches
+
+    def counting(policy: Policy, groups: Any, indices: list[int]) -> Any:
+        seen.extend(indices)
+        if len(seen) > 16:
+            raise KeyboardInterrupt
+        return original(policy, groups, indices)
+
+    monkeypatch.setattr(Policy, "batches", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_config(**change), display)
+    seen.clear()
+    assert torch.equal(logps_of(prepare(make_config(**change), display)), whole)
+    assert len(seen) == 8, "of 24 pairs, two steps of 8 were known"
+    files = [path.suffix for path in (tmp_path / "cache" / "reference").iterdir()]
+    assert files == [".safetensors"]
+
+
+def test_precomputing_is_all_that_a_run_needs(
+    make_config: Callable[..., Config], display: Display, computed: list[int], tmp_path: Path
+) -> None:
+    precompute(make_config(), display)
+    assert len(computed) == 1 and not (tmp_path / "run").exists()
+    prepare(make_config(optim__lr=0.5), display)
+    assert len(computed) == 1
+    with pytest.raises(ConfigError, match="reference: none keeps no log-probs"):
+        precompute(make_config(loss="simpo"), display)

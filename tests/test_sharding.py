@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen reference": {"reference": "frozen"},
     "calibrated": {"calibration": RC, "training": {"max_tokens": 160}},
     "calibrated copies": {"mesh": {"shard": 1}, "adapter": LORA, "calibration": RC},
+    "hybrid": {"mesh": {"replicate": 2}, "training": {"max_tokens": 160}},
     "copies": {"mesh": {"shard": 1}, "loss": "ti_dpo", "training": {"max_tokens": 160}},
     "projected": {"update": "projected"},
     "projected lora": {"update": "projected", "adapter": LORA, "training": {"max_tokens": 160}},
@@ -42,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "running mean": {"loss": "bco", "data": {"train": "labelled"}},
     "groupwise": {"loss": "nca", "data": {"train": "scored"}},
 }
-ON_FOUR = ("full", "accumulated", "tied", "lora", "calibrated", "pointwise")
+ON_FOUR = ("full", "accumulated", "tied", "lora", "calibrated", "pointwise", "hybrid")
 RESUMED = ("calibrated", "running mean", "lora")
 
 

@@ -45,7 +45,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        # From pinned memory a copy waits for nothing.
+        tensors = {
+            k: v.pin_memory().to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
         return Batch(**{**vars(self), **tensors})
 
     def view(self, logps: Tensor) -> Logps:
