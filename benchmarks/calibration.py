@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -80,6 +80,12 @@ BAND_COLUMNS = {  # title: name in the summary, digits
     "steps both up": ("in_training/pathway_i", 2),
     "both down": ("in_training/pathway_ii", 2),
     "apart": ("in_training/pathway_iii", 2),
+}
+ONE_STEP_COLUMNS = {  # title: name in `one_step`
+    "inside the band": "inside",
+    "went as predicted": "agree",
+    "inside by the head's scores": "head_inside",
+    "went as these predict": "head_agree",
 }
 OUTCOME_COLUMNS = {
     "train: chosen": ("train/chosen_change", 1),
@@ -140,12 +146,12 @@ def main() -> None:
         split(rows, Path(folder), options.seeds, options.steps * BATCH)
         if options.overhead:
             report["overhead"] = {**environment.describe("cpu"), **overhead(Path(folder))}
-            print(json.dumps(report["overhead"], indent=1))
+            print(overhead_table(report["overhead"]))
         else:
             known = report.get("training", {}) if options.add else {}
             found = study(Path(folder), options, known)
             report["training"] = {**environment.describe("cpu"), **found}
-            print(tables(report["training"]["summary"]))
+            print("\n\n".join(tables(report["training"])))
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -388,22 +394,49 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Two tables in Markdown: the band in training, and the outcome."""
-    return "\n\n".join(_table(rows, columns) for columns in (BAND_COLUMNS, OUTCOME_COLUMNS))
+def tables(training: dict[str, Any]) -> tuple[str, str, str]:
+    """In Markdown: the band in training, the outcome, and what a step of gradient descent does."""
+    rows = training["summary"]
+    band_in_training, outcomes = (
+        _table(columns, {_title(row): _cells(row, columns) for row in rows})
+        for columns in (BAND_COLUMNS, OUTCOME_COLUMNS)
+    )
+    measured = [run for run in training["runs"] if "one_step" in run]
+    one_steps = {
+        _title(run): [f"{run['one_step'].get(name, 0):.0%}" for name in ONE_STEP_COLUMNS.values()]
+        for run in measured
+    }
+    return band_in_training, outcomes, _table(ONE_STEP_COLUMNS, one_steps)
 
 
-def _table(rows: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        title = f"{row['objective']}, {row['optimizer']}"
-        title += "" if row["momentum"] is None else f", RC {row['momentum']}"
-        title += ", all scores" if row["scope"] == "full" else ""
-        cells = []
-        for name, digits in columns.values():
-            mean, least, most = (f"{value:.{digits}f}" for value in row[name])
-            cells.append(f"{mean} ({least} to {most})")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+def overhead_table(found: dict[str, Any]) -> str:
+    """In Markdown: what a step costs by scope, and the geometry beside the log-probs of a head."""
+    rows = {}
+    for part, base in (("seconds_per_step", "none"), ("seconds_of_head", "linear_logps")):
+        whole = found[part][base]["median"]
+        for name, times in found[part].items():
+            rows[name] = [f"{times['median'] * 1e3:.0f} ms", f"{times['median'] / whole:.2f}"]
+    return _table(("time", "beside the first"), rows)
+
+
+def _title(row: dict[str, Any]) -> str:
+    title = f"{row['objective']}, {row['optimizer']}"
+    title += "" if row["momentum"] is None else f", RC {row['momentum']}"
+    return title + (", all scores" if row["scope"] == "full" else "")
+
+
+def _cells(row: dict[str, Any], columns: dict[str, tuple[str, int]]) -> list[str]:
+    cells = []
+    for name, digits in columns.values():
+        mean, least, most = (f"{value:.{digits}f}" for value in row[name])
+        cells.append(f"{mean} ({least} to {most})")
+    return cells
+
+
+def _table(columns: Iterable[str], rows: dict[str, list[str]]) -> str:
+    names = list(columns)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows.items()]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,18 @@ def test_the_memory_figures() -> None:
     ):
         points = [point("linear_logps", name, "frozen", T=1024, V=V) for V in (32768, 262144)]
         assert words.format(*(p["extra_bytes"] / 2**20 for p in points if p)) in text
+
+
+def test_the_tables_of_calibration() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import calibration
+    finally:
+        sys.path.pop(0)
+    found = json.loads((ROOT / "benchmarks/results/calibration.json").read_text())
+    text = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
+    tables = *calibration.tables(found["training"]), calibration.overhead_table(found["overhead"])
+    assert [table for table in tables if table not in text] == []
+    assert all(
+        run["one_step"]["agree"] == 1 for run in found["training"]["runs"] if "one_step" in run
+    )

@@ -13,11 +13,15 @@ import torch
 import torch.multiprocessing as mp
 from conftest import labelled, rows, scored, write_jsonl
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref import config as configs
 from fastpref import metrics, ranks, sharding
+from fastpref.config import ConfigError
+from fastpref.model import ModelError, Policy
+from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.train import Trainer
 
@@ -205,3 +209,46 @@ def test_only_the_first_rank_writes(home: Path) -> None:
     assert json.loads((home / "full-4" / "metrics.jsonl").read_text().splitlines()[0])
     steps = [line["step"] for line in metrics.read(home / "full-4" / "metrics.jsonl")]
     assert steps == [line["step"] for line in metrics.read(home / "full-1" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"replicate": 2, "shard": 2}, "replicate 2 · shard 2 needs 4 ranks, and there is 1"),
+        ({"shard": 8}, "replicate 1 · shard 8 needs 8 ranks, and there is 1"),
+        ({"replicate": 3}, "replicate 3 · shard 1 needs 3 ranks, and there is 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(configs.Mesh(**mesh), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mesh", [{}, {"replicate": 1}, {"shard": 1}])
+def test_a_rank_alone_needs_no_mesh(mesh: dict[str, Any]) -> None:
+    assert sharding.make_mesh(configs.Mesh(**mesh), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "ti_dpo"}, "ti_dpo takes gradients of its own .* set mesh.shard=1"),
+        ({"calibration": {"scope": "full"}}, "scope: full takes gradients .* use head, or set"),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_is_refused(
+    make_config: Any, display: Display, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+) -> None:
+    monkeypatch.setattr(Policy, "sharded", property(lambda self: True, lambda self, value: None))
+    monkeypatch.setattr(Policy, "reshard", lambda self: None, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(make_config(**change), display)
+
+
+def test_weights_under_other_names_are_named(make_config: Any, tmp_path: Path) -> None:
+    config = make_config()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    policy = load_policy(config, tokenizer, torch.device("cpu"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"has no weights named lm_head.weight \(of 21 that are"):
+        sharding.load(policy, tmp_path)
