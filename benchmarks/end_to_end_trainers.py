@@ -139,7 +139,8 @@ def _fastpref(job: Job, turns: Turns) -> None:
     from fastpref import metrics
     from fastpref.config import parse
     from fastpref.progress import Display
-    from fastpref.train import NAMES, Trainer
+    from fastpref.tally import NAMES
+    from fastpref.train import Trainer
 
     class Watch(Display):
         """The trainer's one window to the outside; a step's sums are read from its own window."""

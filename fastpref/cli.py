@@ -115,6 +115,35 @@ def precompute(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value …]", help="E.g. training.max_tokens=8192"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="h100, h200, b200, a100-80gb, l40s, 4090, cpu, …")
+    ] = "h100",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that train together.")] = 1,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT,RESPONSE", help="Mean tokens, instead of reading the data."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the prediction there.")
+    ] = None,
+) -> None:
+    """Predict memory, time and fit of a run before it starts; exit code 1 if it does not fit."""
+    from fastpref.config import load
+    from fastpref.estimate.run import run
+
+    loaded = load(config, overrides)
+    quiet_libraries()
+    if not run(loaded, Console(), device, ranks, lengths, json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs, table and picture.")] = Path(
         "runs/demo"

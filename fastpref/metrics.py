@@ -198,12 +198,11 @@ class Window:
         self._steps, self._rows, self._settled = list(steps), list(rows), len(rows)
 
 
-def mean(sum_and_count: Tensor | None) -> float | None:
-    """The mean of a (2,) sum and count; None stays None."""
-    if sum_and_count is None:
-        return None
+def mean(sum_and_count: Tensor) -> float:
+    """The mean of a (2,) sum and count."""
     total, count = sum_and_count.tolist()
-    return total / count
+    mean: float = total / count
+    return mean
 
 
 def peak_memory(device: torch.device) -> float:

@@ -25,6 +25,7 @@ from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.wrappers import TokenWeighted
 from fastpref.model import ModelError, Policy, context_length
+from fastpref.optim import check_eight_bit
 from fastpref.pretrained import load_policy, load_tokenizer
 from fastpref.progress import Display
 from fastpref.reference_logps import (
@@ -112,7 +113,9 @@ def load(config: Config, display: Display) -> Loaded:
         loss = TokenWeighted(loss)
     _advise_on_weights(loss, datasets[0], display)
     mismatched = [Mismatched(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
-    policy = load_policy(config, tokenizer, device_of(config.training.device))
+    device = device_of(config.training.device)
+    check_eight_bit(config.optim, device)
+    policy = load_policy(config, tokenizer, device)
     choose_layout(policy, config, datasets[0], display)
     seeds = (config.training.seed, None)  # held-out data is visited in its own order
     # Every budget is checked before the reference takes its time.

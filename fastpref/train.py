@@ -23,7 +23,6 @@ from fastpref import (
     interrupts,
     metrics,
     model_card,
-    monitors,
     progress,
     ranks,
     sharding,
@@ -41,9 +40,8 @@ from fastpref.prepare import Split, prepare
 from fastpref.pretrained import export
 from fastpref.profiling import Profiler, part, profiling
 from fastpref.reference_point import reference_point
+from fastpref.tally import NAMES, Tally
 from fastpref.update import Gradient, Projected
-
-NAMES = metrics.PAIR_METRICS + monitors.MONITORS
 
 
 class Diverged(UserError):
@@ -108,7 +106,7 @@ class Trainer:
             self._loop(signals)
         finally:
             gc.enable()
-            self.checkpoints.close()
+            self.checkpoints.wait()
 
     def _loop(self, signals: list[int]) -> None:
         t = self.config.training
@@ -119,7 +117,7 @@ class Trainer:
         while self.step < self.steps:
             last = self.step + 1 == self.steps
             logs = last or self.step == 0 or _due(self.step + 1, t.log_every)
-            entropy = self._train_step(with_entropy=logs)
+            tally = self._train_step(with_entropy=logs)
             self.display.advance(self.step)
             self.checkpoints.poll()
             self.profiler.step()
@@ -129,7 +127,7 @@ class Trainer:
             if logs or evaluates:
                 self._stop_unless_finite()
             if logs:
-                self._log(entropy, done=(self.step - first) / (self.steps - first))
+                self._log(tally, done=(self.step - first) / (self.steps - first))
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
             # Looked at once, here: a signal may come at any moment, and must not go unsaved.
@@ -145,15 +143,15 @@ class Trainer:
                     "continue with resume=auto",
                 )
 
-    def _train_step(self, with_entropy: bool) -> Tensor | None:
-        """One optimizer step; returns (sum of token entropies, tokens) where it is asked for."""
+    def _train_step(self, with_entropy: bool) -> Tally:
+        """One optimizer step."""
         groups = self.plan.groups(self.step)
         point = self.point.of_step(self.run.train, self.step)
         rate = learning_rate(self.config.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums, entropy = self._zeros(2, len(NAMES)), self._zeros(2)
+        tally = Tally(self.loss, self.margins, self.policy.device)
         for indices in self.plan.step(self.step):
             counts = bool(indices)
             with part("batch"):
@@ -164,8 +162,7 @@ class Trainer:
                 self.update.backward(seen.policy, output, len(groups) if counts else math.inf)
             if counts:
                 self.point.see(seen.policy, output)
-                sums += self._sums(seen, output)[0]
-                entropy += 0 if seen.entropy is None else seen.entropy
+                tally.add(seen, output)
         with part("clip and update"):
             self.update.finish()
             limit = self.config.optim.max_grad_norm or math.inf
@@ -175,8 +172,8 @@ class Trainer:
         self.balance.end_step()
         self.step += 1
         self.tokens += int(self.lengths[groups].sum())
-        self.window.add(self.step, norm, sums)
-        return entropy if with_entropy else None
+        self.window.add(self.step, norm, tally.sums)
+        return tally
 
     def _forward(
         self,
@@ -197,40 +194,21 @@ class Trainer:
     def _evaluate(self, split: Split) -> None:
         """Metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        sums, entropy = self._zeros(2, len(NAMES)), self._zeros(2)
-        contrasts, calibration = [self._zeros(0)], self._zeros(3, 10)
+        tally = Tally(self.loss, self.margins, self.policy.device, closely=True)
         for number, step in enumerate(split.plan.epoch()):
             point = self.point.of_step(split, number)
             for indices in step:
                 batches = split.batches(self.policy, indices)
                 seen, output = self._forward(batches, split, point, True, bool(indices))
                 if indices:
-                    found, contrast = self._sums(seen, output)
-                    sums += found
-                    entropy += 0 if seen.entropy is None else seen.entropy
-                    contrasts += [] if contrast is None else [contrast.double()]
-                    calibration += monitors.calibration_sums(seen.policy)
+                    tally.add(seen, output)
         self.policy.train()
-        means = metrics.means(ranks.sum_(sums), NAMES)
-        record: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
-        record |= {f"eval_{name}": value for name, value in means.items()}
-        record["eval_entropy"] = metrics.mean(ranks.sum_(entropy))
-        if self.loss.kind == "pairwise":
-            found = ranks.gather(torch.cat(contrasts))
-            record["eval_contrast/histogram"] = monitors.histogram(found)
-        if split.groups.has_preferences:
-            record["eval_preference/calibration"] = monitors.calibration(ranks.sum_(calibration))
+        found = tally.evaluation(split.groups.has_preferences)
+        record = {"step": self.step, "epoch": self._epoch, **found}
         self._track(record)
         self.display.note(progress.evaluation(record))
 
-    def _sums(self, seen: Seen, output: Output) -> tuple[Tensor, Tensor | None]:
-        """Sums and counts of NAMES over a micro-batch, and the contrastive logits of its pairs."""
-        policy, reference = seen.policy, seen.reference
-        contrast = monitors.contrastive_logits(policy, reference, self.loss.needs_reference)
-        watched = monitors.monitor_sums(policy, reference, contrast, self.margins)
-        return torch.cat([metrics.sums_and_counts(output, policy), watched], 1), contrast
-
-    def _log(self, entropy: Tensor | None, done: float) -> None:
+    def _log(self, tally: Tally, done: float) -> None:
         gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
@@ -241,7 +219,7 @@ class Trainer:
             **self.balance.flush(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             # Of this step alone: it costs one more pass over the head.
-            "entropy": None if entropy is None else metrics.mean(ranks.sum_(entropy)),
+            "entropy": tally.entropy(),
             "num_tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
             "peak_memory_gib": metrics.peak_memory(self.policy.device),
@@ -296,7 +274,8 @@ class Trainer:
         self.display.note(f"resumed from {folder}")
 
     def export(self) -> Path:
-        """Close the trackers and write the model in Hugging Face format; returns its folder."""
+        """Close what is open and write the model in Hugging Face format; returns its folder."""
+        self.checkpoints.close()
         for tracker in self.trackers:
             tracker.close()
         adapter, folder = self.config.adapter, self.run.folder / "model"
@@ -309,9 +288,6 @@ class Trainer:
             model_card.write(temporary, self.config, self.run.folder / "metrics.jsonl")
         self.display.note(f"model: {folder}")
         return folder
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=self.policy.device)
 
     @property
     def _plan_key(self) -> list[Any]:

@@ -28,8 +28,9 @@ LAYERS = [
     {"adapters", "layout", "liger_layers", "quantize", "sharding"},
     {"checkpoint", "fused", "model_card", "optim", "pretrained", "reference_logps"},
     {"forward", "prepare"},
+    {"tally"},
     {"balance", "reference_point", "sample", "train", "update"},
-    {"demo", "did_entropy", "evaluate", "report"},
+    {"demo", "did_entropy", "estimate", "evaluate", "report"},
     {"cli"},
     {"__main__", "__init__"},
 ]

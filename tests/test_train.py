@@ -310,7 +310,7 @@ def test_a_non_finite_step_stops_the_run_and_names_its_rows(
     config = make_config(training__log_every=3, training__epochs=3, training__checkpoint_every=9)
     trainer = Trainer(config, display)
     original = trainer._train_step
-    parameter = trainer._trained[0]
+    parameter = trainer.trained[0]
 
     def poisoned(with_entropy: bool) -> Any:
         if trainer.step == 4 and poison == "output":

@@ -20,7 +20,7 @@ def test_chosen_rise_and_rejected_do_not(make_config: MakeConfig, display: Displ
     """One plain step on all pairs: the statement of the theorem, measured."""
     config = make_config(update="projected", training__batch_size=24, optim__lr=1e-3)
     trainer = Trainer(config, display)
-    parameters = trainer._trained
+    parameters = trainer.trained
     trainer.optimizer = torch.optim.SGD(parameters, lr=1e-3)
     before = logps(trainer)
     trainer._train_step(with_entropy=False)
