@@ -34,7 +34,7 @@ class Shapes:
     in_blocks: int  # those of the base's blocks
     largest_block: int
     quantized: int  # those of linear layers in 4 bits
-    largest_linear: int
+    largest_linear: int  # of those
     adapter: int  # trained beside the base; 0: the base is trained
     tied: bool  # embeddings and head are one
     compute: int  # bytes of a number in the forward pass
@@ -87,46 +87,35 @@ def empty_policy(config: Config, vocabulary: int | None, sharded: bool) -> Polic
 
 def shapes_of(policy: Policy, config: Config) -> Shapes:
     """Counted on a policy that may be empty."""
-    base = policy.base
+    base, compute = policy.base, policy.compute_dtype
     text = base.config.get_text_config()
-    adapter = {id(p): p for p in policy.adapter_parameters()}
-    ours = {id(p): p.numel() for p in base.parameters() if id(p) not in adapter}
-    blocks = [
-        sum(p.numel() for p in block.parameters() if id(p) in ours) for block in policy.blocks()
-    ]
-    head: Any = base.get_output_embeddings()
-    linear = [m.weight.numel() for m in policy.blocks().modules() if type(m) is nn.Linear]
-    linear = [] if adapter and not linear else linear
-    wide = config.adapter is None
-    compute = policy.compute_dtype
     heads = getattr(text, "num_attention_heads", 1)
-    kept = torch.promote_types(compute, torch.float32) if wide else compute
+    head: Any = base.get_output_embeddings()
+    adapter = {id(p): p for p in policy.adapter_parameters()}
+
+    def own(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if id(p) not in adapter)
+
+    blocks = [own(block) for block in policy.blocks()]
+    in_4bit = config.adapter is not None and config.adapter.quantize is not None
+    linear = [own(m) for m in policy.blocks().modules() if type(m) is nn.Linear] if in_4bit else []
+    stored = compute if adapter else torch.promote_types(compute, torch.float32)
     return Shapes(
         width=head.weight.shape[1],
         vocabulary=head.weight.shape[0],
         blocks=len(blocks),
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
-        base=sum(ours.values()),
+        base=own(base),
         in_blocks=sum(blocks),
         largest_block=max(blocks),
-        quantized=_quantized(policy, adapter) if _in_4bit(config) else 0,
+        quantized=sum(linear),
         largest_linear=max(linear, default=0),
-        adapter=sum(p.numel() for p in adapter.values() if p.requires_grad),
+        adapter=sum(p.numel() for p in adapter.values()),
         tied=head.weight is base.get_input_embeddings().weight,
         compute=compute.itemsize,
-        stored=kept.itemsize,
+        stored=stored.itemsize,
         adapter_stored=max((p.dtype.itemsize for p in adapter.values()), default=0),
     )
-
-
-def _in_4bit(config: Config) -> bool:
-    return config.adapter is not None and config.adapter.quantize is not None
-
-
-def _quantized(policy: Policy, adapter: dict[int, nn.Parameter]) -> int:
-    """Weights of all linear layers of the base but the head."""
-    layers = (m for m in policy.blocks().modules() if type(m) is nn.Linear)
-    return sum(m.weight.numel() for m in layers if id(m.weight) not in adapter)
 
 
 def _empty(

@@ -9,9 +9,9 @@ beyond is linear in both.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from fastpref.data.plan import Layout
 from fastpref.data.tokens import TokenGroup
 from fastpref.errors import first_line
 from fastpref.layout import use_layout
-from fastpref.losses import Kind
 from fastpref.model import ModelError, Policy
 from fastpref.sharding import materialize
 
@@ -60,18 +59,22 @@ class _Run(NamedTuple):
     backward_flops: float
 
 
-def trace(policy: Policy, prompt: int, responses: Sequence[int], layout: Layout, cpu: bool) -> Trace:
-    """Of an empty policy, which it uses up, from a group of these lengths and one twice as long.
+def trace(policy: Policy, group: Sequence[int], layout: Layout, one_kernel: bool) -> Trace:
+    """Of an empty policy, which it uses up, over a group and over one twice as long.
 
-    cpu: attention goes through a packed row sequence by sequence; else in one kernel. Raises
-    ModelError for a model whose code needs values.
+    group: tokens of the prompt and of the responses. one_kernel: attention takes a packed row at
+    once; else sequence by sequence, as on CPU. Raises ModelError for a model whose code needs
+    values.
     """
-    # The attention of packed rows, with or without a packing, keeps what flash attention does.
-    use_layout(policy, "padded" if layout == "padded" else "shared")
+    if policy.base.config._attn_implementation != "eager":
+        # With a packing or without, it keeps what flash attention does; transformers would make
+        # masks for tensors without values.
+        use_layout(policy, "shared")
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(policy, torch.device("cpu"))
-            return _fit(policy, prompt, responses, layout, cpu)
+            batches = [_batch([n * k for n in group], layout, one_kernel) for k in (1, 2)]
+            return _fit(policy, batches)
     except Exception as error:  # a model's own code may raise anything
         raise ModelError(
             f"model: {type(policy.base).__name__} cannot be traced without values: "
@@ -79,16 +82,12 @@ def trace(policy: Policy, prompt: int, responses: Sequence[int], layout: Layout,
         ) from None
 
 
-def _fit(
-    policy: Policy, prompt: int, responses: Sequence[int], layout: Layout, cpu: bool
-) -> Trace:
-    batches = [
-        _batch(prompt * k, [n * k for n in responses], layout, one_kernel=not cpu) for k in (1, 2)
-    ]
+def _fit(policy: Policy, batches: list[Batch]) -> Trace:
     short, long = (batch.input_ids.numel() for batch in batches)
     blocks = policy.blocks()
     count = len(blocks)
     alike = len({sum(p.numel() for p in block.parameters()) for block in blocks}) == 1
+    # Selective checkpointing comes round every second block.
     many = min(count, 4) if alike else count
     few = max(1, many // 2)
     runs = {}
@@ -107,28 +106,23 @@ def _fit(
     return Trace(*lines)
 
 
-def _batch(prompt: int, responses: Sequence[int], layout: Layout, one_kernel: bool) -> Batch:
-    def ids(count: int) -> Any:
-        return np.zeros(count, dtype=np.int32)
-
-    group = TokenGroup(0, 1, ids(prompt), tuple(map(ids, responses)))
-    kind: Kind = "groupwise"
-    batch = collate([group], kind, layout)
+def _batch(lengths: Sequence[int], layout: Layout, one_kernel: bool) -> Batch:
+    prompt, *responses = (np.zeros(length, dtype=np.int32) for length in lengths)
+    batch = collate([TokenGroup(0, 1, prompt, tuple(responses))], "groupwise", layout)
     return replace(batch, packing=None) if one_kernel else batch
 
 
 def _run(policy: Policy, batch: Batch) -> _Run:
     """One forward and one backward pass of the trunk from its embeddings."""
-    embeddings = policy.base.get_input_embeddings().weight
-    dtype, trained = embeddings.dtype, embeddings.requires_grad
-    inputs = torch.empty(*batch.input_ids.shape, embeddings.shape[1], dtype=dtype)
-    inputs.requires_grad_(trained)
+    embeddings = cast(Tensor, policy.base.get_input_embeddings().weight)
+    shape = *batch.input_ids.shape, embeddings.shape[1]
     hooks = [
         p.register_post_accumulate_grad_hook(_forget_gradient)
         for p in policy.parameters()
         if p.requires_grad
     ]
-    with FlopCounterMode(display=False) as flops, _Alive() as alive:
+    with FlopCounterMode(display=False) as flops, _Alive(policy.parameters()) as alive:
+        inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
         root = policy.states(batch, inputs).sum()
         kept, forward, forward_flops = alive.now, alive.peak, flops.get_total_flops()
         alive.peak = kept
@@ -136,9 +130,7 @@ def _run(policy: Policy, batch: Batch) -> _Run:
         total = flops.get_total_flops()
     for hook in hooks:
         hook.remove()
-    return _Run(
-        kept, forward - kept, alive.peak - kept, forward_flops, total - forward_flops
-    )
+    return _Run(kept, forward - kept, alive.peak - kept, forward_flops, total - forward_flops)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -148,10 +140,12 @@ def _forget_gradient(parameter: Tensor) -> None:
 class _Alive(TorchDispatchMode):
     """Bytes of the storages that were made within and still exist, and the most there were."""
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
+        for tensor in existing:
+            self._see(tensor.untyped_storage(), size=0)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -159,11 +153,12 @@ class _Alive(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                self._see(storage, storage.nbytes())
         return output
 
-    def _see(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
+    def _see(self, storage: Any, size: int) -> None:
+        key = id(storage)
         if key in self._known:
             return
         self.now += size
