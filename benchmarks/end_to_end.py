@@ -1,13 +1,14 @@
 """Whole training steps beside TRL's: time, memory, and that both train the same.
 
-    python benchmarks/end_to_end.py --preset cpu --data PAIRS.jsonl       less than twelve minutes
+    python benchmarks/end_to_end.py --preset cpu --data PAIRS.jsonl       twenty minutes at most
     python benchmarks/end_to_end.py --preset lora-8b                      on a GPU, less than nine
     python benchmarks/end_to_end.py --dry-run                             all presets, tiny, no GPU
 
 DPO with the same model, pairs, order, precision, AdamW and clipping in every trainer; what else
-there is to choose is its own default, or what the contestant's name says. Each runs in a process
-of its own. On a CPU they take turns of a few steps, so that whatever slows the machine for a while
-slows all of them; a GPU does not hold them side by side, and they run one after the other.
+there is to choose is its own default, or what the contestant's name or the preset says. Each runs
+in a process of its own. On a CPU they take turns of a few steps, so that whatever slows the machine
+for a while slows all of them; a GPU does not hold them side by side, and they run one after the
+other.
 
 The order is that of fastpref's plan: TRL gets the pairs in this order and reads them sequentially.
 Before the first step, both report the token ids of each step's pairs, as they reach the model;
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="JSONL of pairs, for the preset cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/end-to-end-*.json")
     parser.add_argument("--steps", type=int, help="of every contestant; fewer for a quick look")
-    parser.add_argument("--only", help="contestants whose names begin so, comma-separated")
+    parser.add_argument("--only", help="contestants by name, or all whose names begin so; with ;")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
     options = parser.parse_args()
     chosen = [PRESETS[options.preset or "cpu"]]
@@ -77,8 +78,9 @@ def main() -> None:
         parser.error(f"--preset {chosen[0].name}: there is no CUDA device; --dry-run works without")
     if options.steps:
         chosen = [replace(p, steps=options.steps, curve_steps=options.steps) for p in chosen]
-    names = tuple(options.only.split(",")) if options.only else ("",)
-    contestants = [c for c in CONTESTANTS if c.name.startswith(names)]
+    names = tuple(options.only.split(";")) if options.only else ("",)
+    exact = [c for c in CONTESTANTS if c.name in names]
+    contestants = exact if len(names) > 1 else [c for c in CONTESTANTS if c.name.startswith(names)]
     if not contestants:
         parser.error(f"--only: expected some of {', '.join(c.name for c in CONTESTANTS)}")
     # A forked contestant starts at once, but the pages of its libraries come back in its memory.

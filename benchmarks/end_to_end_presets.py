@@ -63,6 +63,7 @@ class Preset:
     lr: float
     adapter: Values | None = None
     warm_up: int = 1
+    ours: Values = field(default_factory=dict)  # fastpref's `training`, where not its defaults
 
     @property
     def pairs(self) -> int:
@@ -84,11 +85,15 @@ OURS, PEER = "fastpref", "TRL"
 CONTESTANTS = (
     Contestant(OURS, "fastpref", curve=True),
     Contestant(PEER, "trl", curve=True),
+    Contestant(
+        "fastpref, defaults",
+        "fastpref",
+        {"max_tokens": 16384, "activation_checkpointing": "full"},
+    ),
     Contestant("TRL, reference precomputed", "trl", {"precompute_ref_log_probs": True}),
     Contestant("TRL, liger's layers", "trl", {"use_liger_kernel": True}),
     Contestant("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
     Contestant("TRL, fastpref's loss", "mixin"),
-    Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": False}),
 )
 
 
@@ -119,8 +124,10 @@ _CPU = Preset(
     block=2,
     batch_size=4,
     micro_batch=4,
-    minutes=12,
+    minutes=20,
     lr=1e-5,
+    # A CPU computes pair by pair: with room for one or two there is nothing to recompute.
+    ours={"max_tokens": 2048, "activation_checkpointing": "off"},
 )
 _LORA = Preset(
     "lora-8b",
@@ -231,7 +238,7 @@ def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps:
         },
         "loss": {"name": "dpo", "beta": 0.1},
         "optim": optim,
-        "training": {**training, **contestant.options},
+        "training": {**training, **preset.ours, **contestant.options},
         **({} if preset.adapter is None else {"adapter": preset.adapter}),
     }
 

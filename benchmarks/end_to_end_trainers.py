@@ -80,7 +80,7 @@ class Turns:
         call counts."""
         if self._baseline is None:
             gc.collect()
-            self._baseline = _memory_now(self._job.device)
+            self._baseline = memory_now(self._job.device)
             self._started = time.perf_counter()
 
     def ready(self, pairs: Iterator[str]) -> None:
@@ -107,7 +107,7 @@ class Turns:
     def end(self, metrics: list[Values]) -> None:
         """Report the metrics of all steps and the memory."""
         names = ("loss", "rewards/chosen", "rewards/rejected")
-        peak = _memory_peak(self._job.device)
+        peak = memory_peak(self._job.device)
         assert self._baseline is not None
         self._connection.send(
             {
@@ -265,7 +265,7 @@ def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
     return [items[k : k + size] for k in range(0, len(items), size)]
 
 
-def _memory_now(device: str) -> int:
+def memory_now(device: str) -> int:
     """Bytes in use; the peak counts from here."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -275,7 +275,7 @@ def _memory_now(device: str) -> int:
     return _resident("VmRSS")
 
 
-def _memory_peak(device: str) -> int:
+def memory_peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from end_to_end_presets import PRESETS, SHORT, TEXTS, Lengths, Values, word_tokenizer
-from end_to_end_trainers import _memory_now, _memory_peak
+from end_to_end_trainers import memory_now, memory_peak
 from rich.console import Console
 
 from fastpref import config as configs
@@ -205,11 +205,11 @@ def measure(name: str, folder: Path) -> Values:
         train(config_of(name, folder, tiny, "tiny"))
     gc.collect()
     device = "cpu" if name in CPU_CHECKS else "cuda"
-    before = _memory_now(device)
+    before = memory_now(device)
     start = time.perf_counter()
     steps = train(config_of(name, folder, CHECKS[name]["model"]))
     return {
-        "bytes": _memory_peak(device) - before,
+        "bytes": memory_peak(device) - before,
         "step_seconds": steps,
         "seconds": time.perf_counter() - start,
     }

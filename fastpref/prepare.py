@@ -101,7 +101,7 @@ def load(config: Config, display: Display) -> Loaded:
     """Load, tokenise and plan; the reference is taken from the policy as it was loaded."""
     loss, data = config.build_loss(), config.data
     with ranks.first_goes_first():
-        tokenizer = _tokenizer(config)
+        tokenizer = tokenizer_of(config)
         datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
         if data.eval is not None:
             datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
@@ -247,7 +247,7 @@ def _claim(folder: Path, config: Config) -> Path | None:
     return found
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer that the config names, or one trained on the data."""
     named = load_tokenizer(config.model)
     if named is not None:

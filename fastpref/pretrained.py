@@ -65,7 +65,7 @@ def load_policy(
     policy = Policy(wrapped, compute_dtype)
     policy.kernels = "liger" if liger else "torch"
     if config.training.activation_checkpointing != "off":
-        _checkpoint_activations(
+        checkpoint_activations(
             policy, every=1 + (config.training.activation_checkpointing == "selective")
         )
     if config.training.compile:
@@ -87,7 +87,7 @@ def load_policy(
     return policy.train()
 
 
-def _checkpoint_activations(policy: Policy, every: int) -> None:
+def checkpoint_activations(policy: Policy, every: int) -> None:
     causal_lm: Any = policy.base
     if not causal_lm.supports_gradient_checkpointing:
         raise ModelError(
@@ -141,10 +141,10 @@ def _build(
         require("flash-attn", "model.attn_implementation: flash_attention_2")
     try:
         if model.path is None:
-            config = _without_dropout(_random_config(dict(model.config or {}), tokenizer))
+            config = without_dropout(_random_config(dict(model.config or {}), tokenizer))
             built = AutoModelForCausalLM.from_config(config, **options)
             return built if in_4bit_on is None else reloaded_in_4bit(built, in_4bit_on, options)
-        config = _without_dropout(
+        config = without_dropout(
             AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         )
         check_quantization(model.path, config, wanted=in_4bit_on is not None)
@@ -178,7 +178,7 @@ def _random_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     return AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **special, **values})
 
 
-def _without_dropout(config: Any) -> Any:
+def without_dropout(config: Any) -> Any:
     """Log-probs of policy and reference are compared: the same weights must give the same ones."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):

@@ -27,7 +27,7 @@ def test_the_path_of_the_cpu_preset(tmp_path: Path) -> None:
     assert len(ours["seconds"]) == len(ours["loss"]) == 3
     assert ours["rewards/chosen"][0] == 0.0
     assert report["summary"]["fastpref"]["pairs_per_second"] > 0
-    assert "fastpref, no checkpointing" in done.stdout
+    assert "fastpref, defaults" in done.stdout
 
 
 @pytest.fixture

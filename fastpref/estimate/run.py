@@ -20,7 +20,7 @@ from fastpref.estimate.work import Sizes
 from fastpref.files import replacing
 from fastpref.losses import Kind
 from fastpref.model import ModelError
-from fastpref.prepare import _tokenizer
+from fastpref.prepare import tokenizer_of
 
 GIB = 2**30
 RESPONSES: dict[Kind, int] = {"pairwise": 2, "pointwise": 1, "groupwise": 4}
@@ -88,7 +88,7 @@ def _sizes(config: Config, lengths: str | None) -> tuple[Sizes, int | None]:
             "mean tokens"
         )
     try:
-        tokenizer = _tokenizer(config)
+        tokenizer = tokenizer_of(config)
     except ModelError as error:
         raise UserError(f"{error}; or give --lengths PROMPT,RESPONSE, mean tokens") from None
     groups = load_groups(config.data.train, tokenizer, config.data, kind)

@@ -15,7 +15,7 @@ from fastpref.adapters import add_adapter
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.model import ModelError, Policy, cannot_load
-from fastpref.pretrained import _checkpoint_activations, _without_dropout
+from fastpref.pretrained import checkpoint_activations, without_dropout
 from fastpref.quantize import check_quantization
 
 # NF4 with double quantisation: half a byte, a byte for 64 of them, four bytes for 256 of those.
@@ -81,7 +81,7 @@ def empty_policy(config: Config, vocabulary: int | None, sharded: bool) -> Polic
     policy = Policy(wrapped, compute)
     checkpointing = config.training.activation_checkpointing
     if checkpointing != "off":
-        _checkpoint_activations(policy, every=1 + (checkpointing == "selective"))
+        checkpoint_activations(policy, every=1 + (checkpointing == "selective"))
     return policy.train()
 
 
@@ -142,7 +142,7 @@ def _empty(
             known = {} if vocabulary is None else {"vocab_size": vocabulary}
             config = AutoConfig.for_model(kind, **{**known, **values})
         with init_empty_weights(include_buffers=False):
-            causal_lm: Any = AutoModelForCausalLM.from_config(_without_dropout(config), **options)
+            causal_lm: Any = AutoModelForCausalLM.from_config(without_dropout(config), **options)
         causal_lm.tie_weights()
         return causal_lm
     except UserError:
