@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m fastpref.config_reference > docs/config.md
