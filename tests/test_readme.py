@@ -88,3 +88,29 @@ def test_the_tables_of_calibration() -> None:
     assert all(
         run["one_step"]["agree"] == 1 for run in found["training"]["runs"] if "one_step" in run
     )
+
+
+END_TO_END = json.loads((ROOT / "benchmarks/results/end-to-end-cpu.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("fastpref", "fastpref"),
+        ("fastpref, its defaults", "fastpref, defaults"),
+        ("TRL, its defaults", "TRL"),
+        ("TRL, reference precomputed", "TRL, reference precomputed"),
+    ],
+)
+def test_the_table_of_whole_steps(label: str, name: str) -> None:
+    found = END_TO_END["summary"][name]
+    speed = f"{found['seconds'][0]:.1f} s | {found['pairs_per_second']:.2f}"
+    row = f"| {label} | {speed} | {found['peak_mib']:,.0f} MiB | {found['net_mib']:,.0f} MiB |"
+    assert row in README
+
+
+def test_what_is_said_of_whole_steps() -> None:
+    against = END_TO_END["against_trl"]
+    assert f"{against['times_its_pairs_per_second']:.1f} times as fast as TRL" in README
+    assert f"with {against['share_of_its_peak']:.0%} of its peak" in README
+    assert f"differ by {against['largest_difference_of_losses']:.0e} at most" in README
