@@ -241,7 +241,8 @@ def test_a_rank_alone_needs_no_mesh(mesh: dict[str, Any]) -> None:
 def test_what_a_sharded_model_cannot_do_is_refused(
     make_config: Any, display: Display, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
-    monkeypatch.setattr(Policy, "sharded", property(lambda self: True, lambda self, value: None))
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(Policy, "sharded", always, raising=False)
     monkeypatch.setattr(Policy, "reshard", lambda self: None, raising=False)
     with pytest.raises(ConfigError, match=message):
         Trainer(make_config(**change), display)
