@@ -334,6 +334,11 @@ class Mesh(Section):
         description="Keep weights, gradients and optimizer state in CPU memory, and update there.",
     )
 
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """`replicate` and `shard`, with what is left open filled in for so many ranks."""
+        replicate = self.replicate or (max(1, ranks // self.shard) if self.shard else 1)
+        return replicate, self.shard or max(1, ranks // replicate)
+
 
 ReferenceMode = Literal["cached", "frozen", "adapter", "none"]
 

@@ -18,15 +18,8 @@ def choose_layout(policy: Policy, config: Config, groups: Groups, display: Displ
 
     Raises ConfigError for a layout that the config asks for and the model cannot have.
     """
-    asked, code = config.training.layout, config.model.attn_implementation
-    layout: Layout
-    if asked == "auto":
-        layout = "flat" if code == "flash_attention_2" else "padded"
-        if code == "auto":
-            layout = "shared"
-    else:
-        layout = asked
-    if layout == "flat" and code != "flash_attention_2":
+    asked, layout = config.training.layout, wanted_layout(config)
+    if layout == "flat" and config.model.attn_implementation != "flash_attention_2":
         raise ConfigError(
             "training.layout: flat is for model.attn_implementation: flash_attention_2; set that, "
             "or use shared"
@@ -42,6 +35,16 @@ def choose_layout(policy: Policy, config: Config, groups: Groups, display: Displ
     use_layout(policy, layout)
     if layout != "padded":
         display.note(_savings(groups, layout))
+
+
+def wanted_layout(config: Config) -> Layout:
+    """The layout of a run whose model can have it."""
+    if config.training.layout != "auto":
+        return config.training.layout
+    code = config.model.attn_implementation
+    if code == "auto":
+        return "shared"
+    return "flat" if code == "flash_attention_2" else "padded"
 
 
 def use_layout(policy: Policy, layout: Layout) -> None:

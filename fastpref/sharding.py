@@ -43,8 +43,7 @@ def make_mesh(options: configs.Mesh, device: torch.device) -> DeviceMesh | None:
     Raises ConfigError where `replicate · shard` is not their number.
     """
     world = ranks.count()
-    replicate = options.replicate or (max(1, world // options.shard) if options.shard else 1)
-    shard_size = options.shard or max(1, world // replicate)
+    replicate, shard_size = options.sizes(world)
     if replicate * shard_size != world:
         raise ConfigError(
             f"mesh: replicate {replicate} · shard {shard_size} needs {replicate * shard_size} "

@@ -18,7 +18,8 @@ from fastpref.config import Config
 from fastpref.data.plan import tokens_of
 from fastpref.errors import UserError
 from fastpref.estimate.predict import Prediction, Predictor
-from fastpref.estimate.work import Sizes, layout_of
+from fastpref.estimate.work import Sizes
+from fastpref.layout import wanted_layout
 
 SHOWN = 3
 
@@ -88,7 +89,7 @@ def _first_that_fits(
 
 def _smaller_batches(setup: Setup) -> Iterator[Setup]:
     """Half of `training.max_tokens`, and so on, down to what the longest group needs."""
-    layout = layout_of(setup.config)
+    layout = wanted_layout(setup.config)
     longest = int(tokens_of(setup.sizes, layout).max())  # type: ignore[arg-type]
     tokens = setup.config.training.max_tokens
     while tokens > longest:
@@ -127,7 +128,7 @@ def _shorter(setup: Setup) -> Iterator[Setup]:
         length = setup.config.data.max_length // part
         cut = setup.sizes.cut(length)
         if len(cut) and cut.padded_lengths.max() < setup.sizes.padded_lengths.max():
-            longest = int(tokens_of(cut, layout_of(setup.config)).max())  # type: ignore[arg-type]
+            longest = int(tokens_of(cut, wanted_layout(setup.config)).max())  # type: ignore[arg-type]
             tokens = min(setup.config.training.max_tokens, longest)
             shorter = setup.set(data__max_length=length, training__max_tokens=tokens)
             yield replace(shorter, sizes=cut)

@@ -11,7 +11,8 @@ from fastpref.estimate.devices import Device
 from fastpref.estimate.memory import Memory, Parts
 from fastpref.estimate.shapes import Shapes, empty_policy, shapes_of
 from fastpref.estimate.trace import Trace, trace
-from fastpref.estimate.work import Sizes, Step, layout_of, steps_of
+from fastpref.estimate.work import Sizes, Step, steps_of
+from fastpref.layout import wanted_layout
 
 Traced = tuple[Shapes, Trace]
 
@@ -100,7 +101,7 @@ class Predictor:
                 config.model,
                 config.adapter,
                 config.training.activation_checkpointing,
-                layout_of(config),
+                wanted_layout(config),
                 sharded,
             )
         )
@@ -110,7 +111,7 @@ class Predictor:
             longest = max(p.tokens for step in steps for batch in step for p in batch)
             group = sizes.group(int(sizes.padded_lengths.argmax()))
             half = [max(1, round(n * longest / sum(group) / 2)) for n in group]
-            traced = trace(policy, half, layout_of(config), one_kernel=not one_by_one)
+            traced = trace(policy, half, wanted_layout(config), one_kernel=not one_by_one)
             self._traced[key] = shapes, traced
         return self._traced[key]
 
@@ -120,9 +121,7 @@ def shard_size(config: Config, ranks: int) -> int:
 
     Raises ConfigError where the mesh does not make that many ranks.
     """
-    mesh = config.mesh
-    replicate = mesh.replicate or (max(1, ranks // mesh.shard) if mesh.shard else 1)
-    shard = mesh.shard or max(1, ranks // replicate)
+    replicate, shard = config.mesh.sizes(ranks)
     if replicate * shard != ranks:
         raise ConfigError(
             f"mesh: replicate {replicate} · shard {shard} needs {replicate * shard} ranks; plan "

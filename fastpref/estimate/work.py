@@ -11,6 +11,7 @@ import numpy as np
 from fastpref.config import Config
 from fastpref.data.plan import Layout, Plan, tokens_of
 from fastpref.data.tokens import UNITS, Groups, Lengths
+from fastpref.layout import wanted_layout
 from fastpref.losses import Kind
 
 
@@ -73,20 +74,12 @@ MicroBatch = tuple[Pass, ...]
 Step = list[MicroBatch]
 
 
-def layout_of(config: Config) -> Layout:
-    """The layout of a run whose model can share prompts."""
-    if config.training.layout != "auto":
-        return config.training.layout
-    code = config.model.attn_implementation
-    return {"auto": "shared", "flash_attention_2": "flat"}.get(code, "padded")  # type: ignore[return-value]
-
-
 def steps_of(config: Config, sizes: Sizes, ranks: int, one_by_one: bool) -> list[Step]:
     """The steps of the first epoch as the first rank sees them, which has the fullest batches.
 
     one_by_one: a forward pass for each group. Raises DataError where the longest does not fit.
     """
-    layout, training = layout_of(config), config.training
+    layout, training = wanted_layout(config), config.training
     groups = cast(Groups, sizes)
     counts = np.diff(sizes.offsets)
     padded = layout == "padded"
