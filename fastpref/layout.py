@@ -18,6 +18,7 @@ def choose_layout(policy: Policy, config: Config, groups: Groups, display: Displ
 
     Raises ConfigError for a layout that the config asks for and the model cannot have.
     """
+    policy.batch_invariant = config.training.batch_invariant
     asked, layout = config.training.layout, wanted_layout(config)
     if layout == "flat" and config.model.attn_implementation != "flash_attention_2":
         raise ConfigError(

@@ -1,0 +1,65 @@
+"""`fastpref reproduce`: the findings of five papers, at a size that two cores manage in minutes.
+
+Each module named after a paper has a `STUDY`: jobs, a table, a picture, and claims with bounds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from fastpref.errors import UserError
+from fastpref.progress import Display
+from fastpref.reproduce import result, runs
+from fastpref.reproduce.study import Study, load
+
+NAMES = ("pmo", "rc", "pro", "did", "stapo")
+
+
+def run(
+    name: str,
+    display: Display,
+    out: Path,
+    size: str = "cores",
+    data: Path | None = None,
+    keep_runs: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Run one study, or `all`, and return what its result files hold.
+
+    data: groups to use instead of generated advice. keep_runs: where run directories stay.
+    Raises UserError for a name, a size or a file that is of no use.
+    """
+    if name != "all" and name not in NAMES:
+        raise UserError(f"NAME: expected all or one of {', '.join(NAMES)}, got {name!r}")
+    if size not in runs.SIZES:
+        raise UserError(f"--size: expected one of {', '.join(runs.SIZES)}, got {size!r}")
+    names: Sequence[str] = NAMES if name == "all" else (name,)
+    return [_one(load(each), runs.SIZES[size], display, out, data, keep_runs) for each in names]
+
+
+def _one(
+    study: Study,
+    size: runs.Size,
+    display: Display,
+    out: Path,
+    data: Path | None,
+    keep_runs: Path | None,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    context: Any = tempfile.TemporaryDirectory(prefix="reproduce-")
+    with context if keep_runs is None else nullcontext(keep_runs / study.name) as folder:
+        outcomes = runs.run(study, size, Path(folder), data, display)
+    command = f"fastpref reproduce {study.name} --size {size.name}"
+    about = {
+        "command": command if data is None else f"{command} --data {data.name}",
+        "seconds": round(time.monotonic() - started),
+    }
+    found = result.write(study, size, outcomes, out, about)
+    display.note(f"\n{study.title}: {out / study.name}.json, .md, .png; {about['seconds']} s")
+    for claim in found["claims"]:
+        display.note(f"  {claim['verdict']}: {claim['statement']}")
+    return found

@@ -1,0 +1,90 @@
+"""The files that the runs of a seed read: generated pairs and groups, or a user's groups."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpref.data import graded, pure_semantic
+from fastpref.errors import UserError
+
+Rows = list[dict[str, Any]]
+HELD_OUT = 0.2  # share of the prompts
+_PROMPT = 2  # characters for each token of a run's max_length, at most: responses need room too
+
+
+def rare(rows: Rows, label: bool) -> Rows:
+    """Single responses of which one in a hundred with that label is left, at least one."""
+    every = graded.singles(rows)
+    few = [row for row in every if row["label"] is label]
+    kept = few[: max(1, len(few) // 100)]
+    return [row for row in every if row["label"] is not label or row in kept]
+
+
+KINDS: dict[str, Callable[[Rows], Rows]] = {
+    "pairs": graded.pairs,
+    "singles": graded.singles,
+    "1 % desired": partial(rare, label=True),
+    "1 % undesired": partial(rare, label=False),
+    "2 responses": partial(graded.top, count=2),
+    "4 responses": partial(graded.top, count=4),
+}
+_HELD_OUT_KINDS = {"1 % desired": "singles", "1 % undesired": "singles"}
+
+
+def write(folder: Path, kind: str, seed: int, rows: Rows) -> None:
+    """Write what a job of that kind trains on and what it is measured on, as `files` names them.
+
+    rows: groups; of no use to "semantic", the pure-semantic pairs.
+    """
+    if kind == "semantic":
+        train, held_out = (
+            [vars(pair) for pair in part]
+            for part in pure_semantic.split(pure_semantic.generate(seed), seed)
+        )
+    else:
+        drawn = random.Random(seed).sample(rows, len(rows))
+        count = int(len(rows) * HELD_OUT)
+        train = KINDS[kind](drawn[count:])
+        held_out = KINDS[_HELD_OUT_KINDS.get(kind, kind)](drawn[:count])
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, part in zip(files(folder, kind), (train, held_out), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def files(folder: Path, kind: str) -> tuple[Path, Path]:
+    """The training file and the held-out file of a kind."""
+    name = kind.replace(" %", "-percent").replace(" ", "-")
+    return folder / f"{name}.jsonl", folder / f"{name}-held-out.jsonl"
+
+
+def read(path: Path, max_length: int, count: int) -> Rows:
+    """The first groups of a user's file whose prompts leave room for a response.
+
+    Raises UserError for a file without `prompt, completions, scores`, or with too few of them.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        full = [
+            row
+            for row in rows
+            if len(row["prompt"]) <= _PROMPT * max_length
+            and min(len(row["completions"]), len(row["scores"])) >= graded.RESPONSES
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--data: {path}: expected JSON lines with prompt, completions and scores ({error})"
+        ) from None
+    if len(full) < 50:
+        raise UserError(
+            f"--data: {path}: expected 50 groups of {graded.RESPONSES} scored responses with "
+            f"prompts of at most {_PROMPT * max_length} characters, got {len(full)}"
+        )
+    return [
+        {**row, **{key: row[key][: graded.RESPONSES] for key in ("completions", "scores")}}
+        for row in full[:count]
+    ]
