@@ -147,9 +147,28 @@ def test_a_study_leaves_its_numbers_a_page_and_a_picture(
     assert (tmp_path / "did.png").exists()
 
 
+def test_what_data_does_not_allow_is_not_measured() -> None:
+    """On a user's groups nobody knows which samples win."""
+    study = load("stapo")
+    names = [name for name in (*study.keep, *_measured()) if not name.startswith("samples/")]
+    lines = [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(3)]
+    outcomes = [Outcome(job.label, 0, lines) for job in study.jobs(0, False)]
+    verdicts = [claim["verdict"] for claim in result.claims(study, outcomes)]
+    assert verdicts.count("not measured") == 2
+    found = {"claims": result.claims(study, outcomes), "table": result.table(study, outcomes)}
+    assert "| – | **not measured** |" in result.page(study, found)
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "said"), [("ppo", "cores", "NAME: expected all"), ("pmo", "big", "--size")]
+    ("name", "size", "groups", "said"),
+    [
+        ("ppo", "cores", None, "NAME: expected all"),
+        ("pmo", "big", None, "--size: expected one of"),
+        ("pmo", "cores", Path("groups.jsonl"), "--data: pmo is measured on data of its own"),
+    ],
 )
-def test_what_there_is_not_is_refused(name: str, size: str, said: str, display: Display) -> None:
+def test_what_there_is_not_is_refused(
+    name: str, size: str, groups: Path | None, said: str, display: Display
+) -> None:
     with pytest.raises(UserError, match=said):
-        reproduce.run(name, display, Path("nowhere"), size)
+        reproduce.run(name, display, Path("nowhere"), size, groups)

@@ -17,23 +17,16 @@ from fastpref.data import graded
 from fastpref.data.prompts import read_prompts
 from fastpref.generate import Sampling
 from fastpref.progress import Display
-from fastpref.reproduce.study import Job
 from fastpref.sample import Sampler
-from fastpref.train import Trainer
 
 WIN_RATE, MALFORMED, TOKENS = (f"samples/{name}" for name in ("win_rate", "malformed", "tokens"))
 _SAMPLING = Sampling(n=2, max_new_tokens=56, batch_size=128, engine="transformers")
 _OPPONENTS = 200  # groups
 
 
-def judge(trainer: Trainer, job: Job) -> dict[str, float]:
-    """Of the model that a trainer has made, on the prompts of its held-out file."""
-    assert trainer.config.data.eval is not None
-    return grade(trainer.export(), trainer.config.data.eval, job.seed)
-
-
-def grade(model: Path, held_out: str, seed: int) -> dict[str, float]:
-    sampler = Sampler(str(model), "cpu")
+def judge(model: Path, held_out: str, seed: int) -> dict[str, float]:
+    """Of an exported model, on the prompts of a file of held-out data of the seed."""
+    sampler = Sampler(str(model))
     prompts = read_prompts(held_out, sampler.tokenizer, duplicates=False)
     drawn = sampler.draw(prompts, _SAMPLING, Display(Console(quiet=True)))
     qualities = [graded.quality(completion.text, seed) for completion in drawn]

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpref.reproduce import pictures
-from fastpref.reproduce.judged import MALFORMED, TOKENS, WIN_RATE, judge
+from fastpref.reproduce.judged import MALFORMED, TOKENS, WIN_RATE
 from fastpref.reproduce.study import Claim, Job, Runs, Study, final
 
 CHOSEN, REJECTED = (f"logps/{side}_change" for side in ("chosen", "rejected"))
@@ -56,7 +56,9 @@ def _job(seed: int, label: str, kind: str, loss: dict[str, Any]) -> Job:
     """Batches of 32 responses, as pairs, alone or in groups."""
     a_group = {"pairs": 2, "2 responses": 2, "4 responses": 4}.get(kind, 1)
     training = {"batch_size": 32 // a_group}
-    return Job(label, seed, {"loss": {"beta": BETA, **loss}, "training": training}, kind, judge)
+    return Job(
+        label, seed, {"loss": {"beta": BETA, **loss}, "training": training}, kind, judged=True
+    )
 
 
 def _wins(runs: Runs, label: str) -> float:
@@ -207,6 +209,7 @@ STUDY = Study(
     ),
     claims=CLAIMS,
     draw=draw,
+    takes_groups=False,  # its claims are about samples, which only generated data can judge
     caption="Log-probs of the responses trained on over the steps; win rates of samples with 1 % "
     "of a label left, by alpha, and at the end of every other run.",
 )

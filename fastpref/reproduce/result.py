@@ -11,7 +11,7 @@ from typing import Any
 from fastpref.bench import environment
 from fastpref.reproduce import pictures
 from fastpref.reproduce.runs import Size
-from fastpref.reproduce.study import Column, Outcome, Runs, Study, spread, verdict
+from fastpref.reproduce.study import Column, Missing, Outcome, Runs, Study, spread, verdict
 
 
 def write(
@@ -20,7 +20,7 @@ def write(
     """Write `out / NAME.json`, `.md` and `.png`, and return what the JSON file holds."""
     found = {
         "benchmark": f"reproduce {study.name}",
-        **environment.describe("cpu"),
+        **environment.describe(),
         "size": size.name,
         **about,
         "claims": claims(study, outcomes),
@@ -47,7 +47,10 @@ def claims(study: Study, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     seeds = by_seed(outcomes)
     judged = []
     for claim in study.claims:
-        values = [float(claim.value(runs)) for runs in seeds]
+        try:
+            values = [float(claim.value(runs)) for runs in seeds]
+        except Missing:
+            values = []
         judged.append(
             {
                 "statement": claim.statement,
@@ -88,7 +91,7 @@ def verdicts(found: dict[str, Any]) -> str:
             f"{claim['statement']} ({claim['source']})",
             claim["number"],
             claim["bound"].replace("-", "−"),
-            spread(claim["values"], _digits(claim["values"])),
+            spread(claim["values"], _digits(claim["values"])) if claim["values"] else "–",
             f"**{claim['verdict']}**",
         ]
         for claim in found["claims"]

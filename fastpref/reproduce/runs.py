@@ -20,6 +20,7 @@ from fastpref import metrics
 from fastpref.data import graded
 from fastpref.progress import Display
 from fastpref.reproduce import data
+from fastpref.reproduce.judged import judge
 from fastpref.reproduce.study import Job, Outcome, Record, Study, load
 from fastpref.train import Trainer
 
@@ -80,7 +81,7 @@ def run(
         speaking = pool.map(partial(speak, folder, study.name, size), range(size.seeds))
         for done, _ in enumerate(speaking, 1):
             display.advance(done)
-        for outcome in pool.map(partial(train, folder, study.name, size), jobs):
+        for outcome in pool.map(partial(train, folder, study.name, size, groups is None), jobs):
             outcomes.append(outcome)
             display.advance(size.seeds + len(outcomes))
     return outcomes
@@ -125,7 +126,7 @@ def speak(folder: Path, name: str, size: Size, seed: int) -> None:
     trainer.export()
 
 
-def train(folder: Path, name: str, size: Size, job: Job) -> Outcome:
+def train(folder: Path, name: str, size: Size, generated: bool, job: Job) -> Outcome:
     """One run from the model of its seed, or what it does alone."""
     if job.alone is not None:
         return Outcome(job.label, job.seed, [_rounded(line) for line in job.alone(job)])
@@ -146,6 +147,9 @@ def train(folder: Path, name: str, size: Size, job: Job) -> Outcome:
     kept = [{name: line[name] for name in line if name in names} for line in records]
     if job.measure is not None:
         kept.append({"step": trainer.step, **job.measure(trainer, job)})
+    if job.judged and generated:
+        held_out = trainer.config.data.eval
+        kept.append({"step": trainer.step, **judge(trainer.export(), str(held_out), job.seed)})
     return Outcome(job.label, job.seed, [_rounded(line) for line in kept])
 
 

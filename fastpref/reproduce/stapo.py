@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpref.reproduce import pictures
-from fastpref.reproduce.judged import MALFORMED, WIN_RATE, judge
+from fastpref.reproduce.judged import MALFORMED, WIN_RATE
 from fastpref.reproduce.study import Claim, Job, Runs, Study, final
 
 INSIDE, ABOVE, Z = (f"contrast/{name}" for name in ("inside", "above", "mean"))
@@ -32,7 +32,7 @@ GRID = {
 
 def jobs(seed: int, quick: bool) -> list[Job]:
     losses = OBJECTIVES if quick else OBJECTIVES | GRID
-    return [Job(label, seed, {"loss": loss}, measure=judge) for label, loss in losses.items()]
+    return [Job(label, seed, {"loss": loss}, judged=True) for label, loss in losses.items()]
 
 
 def _moved(runs: Runs, label: str) -> float:

@@ -22,7 +22,7 @@ class Job:
     """A run: a training from the model of its seed, or what `alone` does instead.
 
     measure: what is measured of the trained Trainer beside its metrics. Both are functions of a
-    module, for they travel to another process.
+    module, for they travel to another process. judged: on generated data, its samples are graded.
     """
 
     label: str  # e.g. "dpo, RC"
@@ -31,6 +31,11 @@ class Job:
     data: str = "pairs"  # the files that it reads, of `data.KINDS`
     measure: Callable[[Any, Job], Record] | None = None
     alone: Callable[[Job], list[Record]] | None = None
+    judged: bool = False
+
+
+class Missing(LookupError):
+    """A run has not measured something: its data does not allow it."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,20 @@ class Outcome:
         return any(metric in line for line in self.records)
 
     def first(self, metric: str) -> float:
-        return self.series(metric)[1][0]
+        return self._values(metric)[0]
 
     def last(self, metric: str) -> float:
-        return self.series(metric)[1][-1]
+        return self._values(metric)[-1]
 
     def mean(self, metric: str) -> float:
         """Over the lines of the file: all logged steps count alike."""
-        return statistics.fmean(self.series(metric)[1])
+        return statistics.fmean(self._values(metric))
+
+    def _values(self, metric: str) -> list[float]:
+        values = self.series(metric)[1]
+        if not values:
+            raise Missing(f"{self.label}: {metric}")
+        return values
 
     def share(self, holds: Callable[[Record], bool], metric: str) -> float:
         """Of the lines that have the metric, those in which something holds."""
@@ -128,6 +139,7 @@ class Study:
     speaks: str = "pairs"  # the data that the model learns to speak from
     speech: str | dict[str, Any] = "sft"  # by which objective
     by_epoch: bool = False  # log and evaluate once an epoch
+    takes_groups: bool = True  # a user's, instead of generated ones
 
 
 def load(name: str) -> Study:
@@ -139,6 +151,8 @@ def load(name: str) -> Study:
 def verdict(claim: Claim, values: Sequence[float]) -> str:
     """In words: whether it holds in every seed, in some, or in none."""
     held = sum(map(claim.holds, values))
+    if not values:
+        return "not measured"
     if held == len(values):
         return "reproduced"
     return f"in {held} of {len(values)} seeds" if held else "not reproduced"
