@@ -1,4 +1,5 @@
-# `make demo` trains and compares small models; `make test` checks everything. Both need only Python.
+# `make demo` trains and compares small models, `make test` checks everything, `make reproduce` runs the
+# papers' experiments in short, `make docs` builds the site. All need only Python.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/cpu/*)
 
-.PHONY: demo test docs clean
+.PHONY: demo test reproduce docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastpref demo
@@ -17,12 +18,17 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
+reproduce: $(VENV)/.installed
+	$(BIN)/fastpref reproduce all --quick
+
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m fastpref.config_reference > docs/config.md
 	$(BIN)/python -m fastpref.objectives_reference > docs/objectives.md
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo
+	rm -rf $(VENV) build dist site *.egg-info runs/demo
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

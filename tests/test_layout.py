@@ -65,6 +65,24 @@ def test_flat_rows_are_for_flash_attention(make_config: MakeConfig) -> None:
         notes(make_config(training__layout="flat"))
 
 
+def test_on_cpu_a_pass_holds_one_group_so_that_its_bits_are_its_own(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """And without batch invariance all groups, with the same log-probs up to rounding."""
+    chosen = {}
+    for invariant in (True, False):
+        out = str(tmp_path / str(invariant))
+        config = make_config(training__batch_invariant=invariant, training__output=out)
+        trainer, _ = notes(config)
+        split = trainer.run.train
+        batches = trainer.policy.batches(split.groups, [0, 1, 2])
+        assert len(batches) == (3 if invariant else 1)
+        chosen[invariant] = trainer.forward(batches, split.reference).policy.chosen
+    (alone,) = trainer.policy.batches(split.groups, [1])
+    assert torch.equal(trainer.policy(alone).logps[0], chosen[True][1])
+    torch.testing.assert_close(chosen[False], chosen[True], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "tdpo2", "ti_dpo", "nca"])
 def test_shared_prompts_train_the_same_model(
     make_config: MakeConfig, display: Display, tmp_path: Path, loss: str
@@ -76,6 +94,7 @@ def test_shared_prompts_train_the_same_model(
         config = make_config(
             loss={"name": loss, "beta": 0.1}, data__train=str(data), optim__eps=1e-4,
             training__steps=5, training__layout=layout, training__output=str(tmp_path / layout),
+            training__activation_checkpointing="full",
         )  # fmt: skip
         trained[layout] = weights(run(config, display))
         lines[layout] = records(config)

@@ -38,8 +38,8 @@ def test_a_claim_may_have_two_bounds_and_no_number_holds_none() -> None:
 
 
 def test_a_spread_is_the_mean_and_the_range() -> None:
-    assert spread([1.0, -2.0, 4.0], 1) == "1.0 (−2.0 to 4.0)"
-    assert spread([1.0], 2) == "1.00"
+    assert spread([1.0, -2.0, 4.0], ".1f") == "1.0 (−2.0 to 4.0)"
+    assert spread([1.0], ".2f") == "1.00"
 
 
 def test_one_in_a_hundred_of_a_label_is_left() -> None:

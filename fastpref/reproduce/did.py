@@ -226,9 +226,9 @@ STUDY = Study(
     jobs=jobs,
     training={
         "reference": "cached",
-        # RMSprop with alpha 0 and a huge eps is gradient descent, here with a rate of 0.05.
-        "optim": {"name": "rmsprop", "lr": 5e6, "alpha": 0.0, "eps": 1e8, "max_grad_norm": None},
-        "training": {"steps": 80, "batch_size": 16, "log_every": 5, "eval_every": 10},
+        # RMSprop with alpha 0 and a huge eps is gradient descent, here with a rate of 0.004.
+        "optim": {"name": "rmsprop", "lr": 4e5, "alpha": 0.0, "eps": 1e8, "max_grad_norm": None},
+        "training": {"steps": 160, "batch_size": 16, "log_every": 10, "eval_every": 20},
     },
     keep=(CHOSEN, REJECTED, ENTROPY, LOSS, "eval_rewards/accuracies"),
     columns=(

@@ -40,6 +40,7 @@ def dots(
     axis.set_yticks(range(len(rows)), [row[0] for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(unit)
+    axis.locator_params(axis="x", nbins=6)
 
 
 def curves(
@@ -69,8 +70,8 @@ def curves(
 
 def far(axis: Any) -> None:
     """An axis of numbers that lie close to zero or far from it, on either side."""
-    axis.set_xscale("symlog", linthresh=10)
-    decades = [10.0**k for k in range(1, 5)]
+    axis.set_xscale("symlog", linthresh=1)
+    decades = [10.0**k for k in range(5)]
     axis.xaxis.set_major_locator(FixedLocator([*(-x for x in decades), 0, *decades]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(lambda x, _: number(x))

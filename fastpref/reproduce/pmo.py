@@ -135,7 +135,7 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     axes[3].plot(line, start + slope * line, color=pictures.COLOURS[1])
     axes[3].set(xlabel=units[KL], ylabel=units[PCI])
     look = {"color": pictures.COLOURS[1]}
-    pictures.legend(figure, [(f"all runs: PCI = {start:.2f} {slope:+.2f} · KL", look)])
+    pictures.legend(figure, [(f"all runs: PCI = {start:.2f} − {-slope:.2f} · KL", look)])
     return figure
 
 

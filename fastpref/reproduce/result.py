@@ -30,8 +30,14 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{study.name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
     (out / f"{study.name}.md").write_text(page(study, found))
-    pictures.save(lambda: study.draw(by_seed(outcomes)), out / f"{study.name}.png")
+    draw(study, found, out / f"{study.name}.png")
     return found
+
+
+def draw(study: Study, found: dict[str, Any], path: Path) -> None:
+    """The picture of a result file."""
+    outcomes = [Outcome(**run) for run in found["runs"]]
+    pictures.save(lambda: study.draw(by_seed(outcomes)), path)
 
 
 def by_seed(outcomes: Iterable[Outcome]) -> list[Runs]:
@@ -91,7 +97,7 @@ def verdicts(found: dict[str, Any]) -> str:
             f"{claim['statement']} ({claim['source']})",
             claim["number"],
             claim["bound"].replace("-", "−"),
-            spread(claim["values"], _digits(claim["values"])) if claim["values"] else "–",
+            spread(claim["values"], _form(claim["values"])) if claim["values"] else "–",
             f"**{claim['verdict']}**",
         ]
         for claim in found["claims"]
@@ -109,12 +115,13 @@ def numbers(study: Study, found: dict[str, Any]) -> str:
 
 
 def _cell(column: Column, values: Sequence[float] | None) -> str:
-    return "" if values is None else spread(values, column.digits)
+    return "" if values is None else spread(values, f".{column.digits}f")
 
 
-def _digits(values: Sequence[float]) -> int:
+def _form(values: Sequence[float]) -> str:
+    """About three digits."""
     size = max(map(abs, [statistics.fmean(values), max(values) - min(values)]))
-    return 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.01 else 6
+    return ".1f" if size >= 10 else ".2f" if size >= 1 else ".3f" if size >= 0.01 else ".1e"
 
 
 def _markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -131,7 +131,7 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     figure, axes = pictures.panels(5, 1.8)
     per_token, log_ratio = ("simpo", "stapo"), ("dpo", "stapo, Z of DPO")
     labels = (*per_token, *log_ratio)
-    entries = pictures.curves(axes[0], seeds, labels, INSIDE, "pairs between margins (share)")
+    entries = pictures.curves(axes[0], seeds, labels, INSIDE, "between margins (share)")
     pictures.curves(axes[1], seeds, per_token, Z, "Z (nats per token)")
     pictures.curves(axes[2], seeds, log_ratio, Z, "Z of DPO (nats)", labels)
     pictures.curves(axes[3], seeds, labels, ENTROPY, "entropy (nats per token)")
@@ -171,7 +171,6 @@ STUDY = Study(
         "logps/rejected_change",
         "eval_logps/chosen_change",
         "eval_contrast/inside",
-        "eval_contrast/histogram",
     ),
     columns=(
         final("between the margins", INSIDE),

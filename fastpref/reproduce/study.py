@@ -158,10 +158,10 @@ def verdict(claim: Claim, values: Sequence[float]) -> str:
     return f"in {held} of {len(values)} seeds" if held else "not reproduced"
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """`mean (least to most)`, or the value where there is one."""
+def spread(values: Sequence[float], form: str) -> str:
+    """`mean (least to most)` in a format such as `.2f`, or the value where there is one."""
     mean, low, high = (
-        f"{value:.{digits}f}".replace("-", "−")
+        f"{value:{form}}".replace("-", "−")
         for value in (statistics.fmean(values), min(values), max(values))
     )
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
