@@ -165,11 +165,12 @@ class Window:
         self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
     def first_non_finite(self) -> NonFinite | None:
-        """The first step whose loss or gradient norm is NaN or infinite."""
+        """The first step with a sum of PAIR_METRICS, or a gradient norm, that is not finite."""
         if not self._rows:
             return None
         for step, row in zip(self._steps, self.state()[1].tolist(), strict=True):
-            for metric, value in (("loss", row[1]), ("grad_norm", row[0])):
+            sums = zip(PAIR_METRICS, row[1:], strict=False)
+            for metric, value in (*sums, ("grad_norm", row[0])):
                 if not math.isfinite(value):
                     return NonFinite(step, metric, value)
         return None

@@ -19,6 +19,7 @@ from fastpref.data.formats import DataError, read_groups
 from fastpref.data.mismatched import Mismatched
 from fastpref.data.plan import Plan
 from fastpref.data.tokens import GroupDataset, Groups, load_groups
+from fastpref.files import clear_leftovers
 from fastpref.layout import choose_layout, use_layout
 from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
@@ -26,7 +27,7 @@ from fastpref.losses.pointwise import KTO
 from fastpref.losses.wrappers import TokenWeighted
 from fastpref.model import ModelError, Policy, context_length
 from fastpref.optim import check_eight_bit
-from fastpref.pretrained import load_policy, load_tokenizer
+from fastpref.pretrained import announce_code, load_policy, load_tokenizer
 from fastpref.progress import Display
 from fastpref.reference_logps import (
     AdapterReference,
@@ -80,7 +81,7 @@ def prepare(config: Config, display: Display) -> Prepared:
     Raises UserError in one line for anything a user can mend.
     """
     folder = Path(config.training.output)
-    found = _claim(folder, config)
+    found = _claim(folder, config, display)
     return Prepared(**vars(load(config, display)), folder=folder, checkpoint=found)
 
 
@@ -100,6 +101,7 @@ def precompute(config: Config, display: Display) -> None:
 def load(config: Config, display: Display) -> Loaded:
     """Load, tokenise and plan; the reference is taken from the policy as it was loaded."""
     loss, data = config.build_loss(), config.data
+    announce_code(config.model, display.note)
     with ranks.first_goes_first():
         tokenizer = tokenizer_of(config)
         datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
@@ -231,19 +233,23 @@ def _check_context(groups: Groups, policy: Policy) -> None:
         )
 
 
-def _claim(folder: Path, config: Config) -> Path | None:
+def _claim(folder: Path, config: Config, display: Display) -> Path | None:
     """Make the run directory and find the checkpoint to continue from, if that is asked for."""
-    taken = config.resume is None and (folder / "metrics.jsonl").exists()
+    root = folder / "checkpoints"
+    begun = (folder / "metrics.jsonl").exists() or checkpoint.complete(root)
+    taken = config.resume is None and begun
     if not ranks.all_of(not taken):
         raise ConfigError(
             f"training.output: {folder} already holds a run; continue it with resume=auto or "
             "choose another folder"
         )
-    found = checkpoint.find(folder / "checkpoints", config.resume) if config.resume else None
+    found = checkpoint.find(root, config.resume, display.note) if config.resume else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"training.output: {error.filename}: {error.strerror}") from None
+    if ranks.is_first():
+        clear_leftovers(folder)
     return found
 
 
@@ -277,7 +283,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device: cuda is asked for, but torch finds no GPU")
+        raise ConfigError(
+            "training.device: cuda is asked for, but torch finds no GPU; use cpu or auto"
+        )
     if name == "cuda" and ranks.count() > 1:
         return torch.device("cuda", ranks.local_rank())
     return torch.device(name)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastpref import files, ops, ranks
@@ -32,7 +34,7 @@ from fastpref.progress import Display
 from fastpref.sharding import whole
 
 PARTS = 20  # so many times the log-probs known so far are put on disk
-_VERSION = "2"  # raise it when the same weights and tokens give other log-probs, or the layout
+_VERSION = "3"  # raise it when the same weights and tokens give other log-probs, or the layout
 Progress = Callable[[int], None]  # groups done
 
 
@@ -116,10 +118,13 @@ def cached_reference(
     path = cache / "reference" / f"{_key(policy, groups, per_token)}.safetensors"
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
-    if ranks.all_of(path.exists()):
-        return CachedReference(load_file(path)["logps"].to(policy.device), starts)
+    complete = _read(path, display)
+    if ranks.all_of(complete is not None):
+        assert complete is not None
+        return CachedReference(complete["logps"].to(policy.device), starts)
     display.phase("reference", len(groups))
-    known = _Known.found(path.with_suffix(".partial"), policy, groups, per_token)
+    partial = path.with_suffix(".partial")
+    known = _Known.found(partial, _read(partial, display) or {}, policy, groups, per_token)
     _compute(policy, groups, plan, starts, known, display.advance)
     known.save(path)
     return CachedReference(known.logps, starts)
@@ -167,11 +172,17 @@ class _Known:
         self.groups = groups  # (N,) bool, on the CPU
 
     @classmethod
-    def found(cls, path: Path, policy: Policy, groups: Groups, per_token: bool) -> _Known:
+    def found(
+        cls,
+        path: Path,
+        saved: dict[str, Tensor],
+        policy: Policy,
+        groups: Groups,
+        per_token: bool,
+    ) -> _Known:
         """What is on disk, where all ranks see the same; else nothing."""
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         size = int(groups.response_lengths.sum() if per_token else groups.offsets[-1])
-        saved: dict[str, Tensor] = load_file(path) if path.exists() else {}
         alike = ranks.all_equal(float(saved["groups"].sum()) if saved else 0.0)
         if not saved or not alike:
             saved = {
@@ -195,8 +206,32 @@ class _Known:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         if ranks.local_rank() == 0:  # the machines' disks may be their own
+            held = {name: t.cpu().contiguous() for name, t in tensors.items()}
             with files.replacing(path) as temporary:
-                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+                save_file(held, temporary, {"crc32": _crc32(held)})
+
+
+def _read(path: Path, display: Display) -> dict[str, Tensor] | None:
+    """The tensors of a file of the cache; None if it is not there, or not as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            held = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get("crc32") == _crc32(held):
+                return held
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError):
+        pass
+    display.note(f"{path} is damaged; its log-probs are computed again")
+    return None
+
+
+def _crc32(tensors: dict[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(name.encode(), total)
+        total = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, total)
+    return str(total)
 
 
 def _key(policy: Policy, groups: Groups, per_token: bool) -> str:

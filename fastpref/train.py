@@ -25,7 +25,9 @@ from fastpref import (
     model_card,
     progress,
     ranks,
+    run_lock,
     sharding,
+    watch,
 )
 from fastpref.balance import balance
 from fastpref.config import Config, ConfigError
@@ -54,13 +56,14 @@ def train(config: Config, display: progress.Display, profile: bool = False) -> P
     profile: write where the time of a step goes. Raises UserError for what a user can mend, and
     Interrupted after SIGTERM or Ctrl-C.
     """
-    trainer = Trainer(config, display)
-    folder = trainer.run.folder / "profile" if profile and ranks.is_first() else None
-    with interrupts.collecting() as signals, profiling(folder) as trainer.profiler:
-        trainer.loop(signals)
-    if folder is not None:
-        display.note(f"profile: {folder}\n{(folder / 'table.txt').read_text()}")
-    return trainer.export()
+    with run_lock.held(Path(config.training.output)):
+        trainer = Trainer(config, display)
+        folder = trainer.run.folder / "profile" if profile and ranks.is_first() else None
+        with interrupts.collecting() as signals, profiling(folder) as trainer.profiler:
+            trainer.loop(signals)
+        if folder is not None:
+            display.note(f"profile: {folder}\n{(folder / 'table.txt').read_text()}")
+        return trainer.export()
 
 
 class Trainer:
@@ -79,6 +82,7 @@ class Trainer:
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self.trained)
         self.window = metrics.Window(NAMES)
+        self.losses, self.spikes = watch.Losses(), watch.Spikes()
         self.margins = config.margins
         self.lengths = tokens_of(self.run.train.groups, "flat")
         self.checkpoints = checkpoint.Checkpoints(
@@ -88,6 +92,7 @@ class Trainer:
         self.step = self.tokens = 0
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
+        self.checkpoints.abandon_after(self.step)
         self.trackers = metrics.trackers(
             self.run.folder, config.training.track, config.model_dump(), self.step
         )
@@ -96,7 +101,8 @@ class Trainer:
             for difference in config.differences(saved):
                 display.note(f"changed since the run began: {difference}")
         if ranks.is_first():
-            saved.write_text(config.to_yaml(), encoding="utf-8")
+            with replacing(saved) as temporary:
+                temporary.write_text(config.to_yaml(), encoding="utf-8")
 
     def loop(self, signals: list[int]) -> None:
         """Train from the current step to the last; a signal ends it after the step at hand."""
@@ -162,6 +168,7 @@ class Trainer:
                 self.update.backward(seen.policy, output, len(groups) if counts else math.inf)
             if counts:
                 self.point.see(seen.policy, output)
+                self.losses.see(self.step + 1, indices, output.loss)
                 tally.add(seen, output)
         with part("clip and update"):
             self.update.finish()
@@ -215,6 +222,7 @@ class Trainer:
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self._epoch,
+            **self._spikes(),
             **self.window.flush(),
             **self.balance.flush(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -231,20 +239,37 @@ class Trainer:
         for tracker in self.trackers:
             tracker.log(record)
 
+    def _spikes(self) -> dict[str, dict[str, float]]:
+        """Losses of the window's steps that are far above the usual, by step."""
+        steps, rows = self.window.state()
+        found = {}
+        for step, loss in zip(steps, (rows[:, 1] / rows[:, 1 + len(NAMES)]).tolist(), strict=True):
+            usual = self.spikes.usual
+            if self.spikes.see(loss):
+                found[str(step)] = loss
+                self.display.note(f"loss spike at step {step:,}: {loss:.4g}, usually {usual:.4g}")
+        return {"loss/spikes": found} if found else {}
+
     def _stop_unless_finite(self) -> None:
-        """Raise Diverged, and save the row numbers, for a step with a loss or gradient gone."""
+        """Raise Diverged, and save the row numbers, for a step with a loss or gradient gone.
+
+        Rows are those with such a loss; of a gradient, which is a sum, all rows of the step.
+        """
         found = self.window.first_non_finite()
         if found is None:
+            self.losses.forget()
             return
-        indices = self.plan.groups(found.step - 1)
+        indices = self.losses.not_finite(found.step, self.policy.device)
+        indices = indices or self.plan.groups(found.step - 1)
         rows = sorted({self.run.train.groups[index].row for index in indices})
         report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
         path = self.run.folder / "nonfinite.json"
         if ranks.is_first():
             path.write_text(json.dumps({**report, "rows": rows}, indent=1))
+        named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
         raise Diverged(
-            f"training stopped: {found.metric} is {found.value} at step {found.step}; "
-            f"the rows of that step are in {path}; lower optim.lr or look at them"
+            f"training stopped: {found.metric} is {found.value} at step {found.step}, rows {named} "
+            f"(all in {path}); look at them or lower optim.lr"
         )
 
     def _save(self) -> None:
@@ -255,6 +280,7 @@ class Trainer:
             "plan": self._plan_key,
             "reference_point": self.point.state(),
             "balance": self.balance.state(),
+            "spikes": self.spikes.state(),
         }
         self.checkpoints.save(self.step, self.policy, self.optimizer, position)
 
@@ -270,6 +296,7 @@ class Trainer:
         self.window.restore(steps, torch.tensor(rows, dtype=torch.float64))
         self.point.restore(position["reference_point"])
         self.balance.restore(position["balance"])
+        self.spikes.restore(position["spikes"])
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 

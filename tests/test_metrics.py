@@ -104,7 +104,7 @@ def test_a_window_weighs_steps_by_their_pairs() -> None:
     assert window.state()[0] == [] and window.first_non_finite() is None
 
 
-@pytest.mark.parametrize(("column", "metric"), [(0, "grad_norm"), (1, "loss")])
+@pytest.mark.parametrize(("column", "metric"), enumerate(("grad_norm", *metrics.PAIR_METRICS)))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_window_finds_the_first_step_that_is_not_finite(
     column: int, metric: str, value: float
@@ -114,8 +114,8 @@ def test_a_window_finds_the_first_step_that_is_not_finite(
         bad = step >= 3
         norm = torch.tensor(value if bad and column == 0 else 1.0)
         sums = torch.ones(7, dtype=torch.float64)
-        if bad and column == 1:
-            sums[0] = value
+        if bad and column:
+            sums[column - 1] = value
         window.add(step, norm, counted(sums, 2))
     found = window.first_non_finite()
     assert found is not None and (found.step, found.metric) == (3, metric)

@@ -1,0 +1,59 @@
+"""Reference log-probs that were harmed on disk are computed again, not trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import flip
+from safetensors.torch import load_file
+
+from fastpref import reference_logps
+from fastpref.config import Config
+from fastpref.prepare import precompute
+from fastpref.progress import Display
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def cached(make_config: MakeConfig, display: Display, tmp_path: Path) -> Path:
+    precompute(make_config(), display)
+    (path,) = (tmp_path / "cache" / "reference").iterdir()
+    return path
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty"])
+def test_a_harmed_file_is_computed_again(
+    cached: Path, make_config: MakeConfig, display: Display, harm: str
+) -> None:
+    before = load_file(cached)["logps"].clone()
+    if harm == "flipped":
+        flip(cached, -10)
+    else:
+        os.truncate(cached, 100 if harm == "cut" else 0)
+    precompute(make_config(), display)
+    assert torch.equal(load_file(cached)["logps"], before)
+
+
+def test_no_flipped_bit_goes_unseen(cached: Path, display: Display) -> None:
+    for position in range(cached.stat().st_size):
+        flip(cached, position)
+        found = reference_logps._read(cached, display)
+        flip(cached, position)
+        # Of the header some bits mean nothing: spaces at its end.
+        assert found is None or torch.equal(found["logps"], load_file(cached)["logps"])
+    assert reference_logps._read(cached, display) is not None
+
+
+def test_a_harmed_part_is_computed_again(
+    cached: Path, make_config: MakeConfig, display: Display
+) -> None:
+    before = load_file(cached)["logps"].clone()
+    cached.rename(cached.with_suffix(".partial"))
+    flip(cached.with_suffix(".partial"), -10)
+    precompute(make_config(), display)
+    assert torch.equal(load_file(cached)["logps"], before)
