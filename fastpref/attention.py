@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from fastpref.data.shared_prefix import Packing, Row, lay_out
 from fastpref.data.tokens import TokenGroup
@@ -102,12 +102,13 @@ def causal_attention(
     """
     ahead = key.shape[2] - query.shape[2]
     bounded = window is not None and window < key.shape[2]
-    if (
-        softcap is None and not bounded and not ahead
-    ):  # without a mask, half of the work is left out
+    if softcap is None and not bounded and ahead < query.shape[2]:
+        # Without a mask, whose size is the square, half of the work is left out: more than the
+        # queries cost that are put before these and then dropped.
+        whole = pad(query, (0, 0, ahead, 0))
         return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+            whole, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )[:, :, ahead:]
     mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(ahead)
     if window is not None:
         mask = mask.triu(ahead - window + 1)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastpref import attention
 from fastpref.attention import (
     block_mask,
     causal_attention,
@@ -188,7 +190,7 @@ def random_heads(rows: int, tokens: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("window", [None, 1, 4, 7, 50])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("queries", [1, 3, 7])
+@pytest.mark.parametrize("queries", [1, 3, 5, 7])
 def test_causal_attention(queries: int, softcap: float | None, window: int | None) -> None:
     """Token by token and head by head."""
     query, key, value = random_heads(2, 7)
@@ -200,6 +202,23 @@ def test_causal_attention(queries: int, softcap: float | None, window: int | Non
             scores = softcap * torch.tanh(scores / softcap)
         expected = scores.softmax(0) @ value[row, head // 3, seen]
         torch.testing.assert_close(ours[row, head, t - 7 + queries], expected, rtol=0, atol=1e-12)
+
+
+def test_a_response_that_is_longer_than_its_prompt_takes_no_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would grow with the square of the response."""
+    asked: list[bool] = []
+
+    def noting(*heads: Tensor, **options: Any) -> Tensor:
+        asked.append("attn_mask" in options)
+        return functional.scaled_dot_product_attention(*heads, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
+    query, key, value = random_heads(1, 9)
+    for queries in (4, 5):
+        causal_attention(query[:, :, -queries:], key, value)
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -145,7 +146,12 @@ class Plan:
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self.seed is None:
             return np.arange(len(self.costs))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.costs))
+        return _permutation(self.seed, epoch, len(self.costs))
+
+
+@lru_cache(maxsize=1)  # all steps of an epoch ask for it
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class _Bin:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import files
 from fastpref.config import Data
+from fastpref.data.chat import render
 from fastpref.data.formats import DataError, TextGroup, common_prefix, content_hash, read_groups
 from fastpref.errors import first_line
 from fastpref.losses import Kind
@@ -210,7 +211,10 @@ def load_groups(
     dataset = GroupDataset(folder, source)
     if len(dataset) == 0:
         unit = UNITS[kind]
-        raise DataError(f"{source}: no {unit} is left to train on ({dataset.summary()})")
+        raise DataError(
+            f"{source}: no {unit} is left to train on ({dataset.summary()}); raise "
+            "data.max_length or look at the rows"
+        )
     return dataset
 
 
@@ -267,10 +271,11 @@ def tokenize(
     special: list[bool] = []
     for number, group in numbered:
         try:
-            rendered = _render(group, tokenizer)
+            rendered = render(group, tokenizer)
         except Exception as error:  # a chat template may raise anything
             raise DataError(
-                f"{source}, row {number}: chat template failed: {first_line(error)}"
+                f"{source}, row {number}: chat template failed: {first_line(error)}; mend the row, "
+                "or name another tokenizer in model.tokenizer"
             ) from None
         texts.extend(rendered)
         bos = tokenizer.bos_token
@@ -298,22 +303,6 @@ def tokenize(
         }
 
 
-def _render(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Prompt, and prompt + response for each response, as the texts that are tokenised."""
-    if isinstance(group.prompt, str):
-        return [group.prompt, *(group.prompt + str(response) for response in group.responses)]
-    if tokenizer.chat_template is None:
-        raise ValueError("the data is conversational but the tokenizer has no chat template")
-
-    def apply(messages: list[dict[str, Any]], opening: bool) -> str:
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            messages, tools=group.tools, tokenize=False, add_generation_prompt=opening
-        )
-
-    wholes = [apply([*group.prompt, *response], False) for response in group.responses]
-    return [apply(group.prompt, True), *wholes]
-
-
 def _encode(
     texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
@@ -322,7 +311,12 @@ def _encode(
     for add in (True, False):
         chosen = [i for i, flag in enumerate(special) if flag is add]
         if chosen:
-            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=add)["input_ids"]
+            encoded = tokenizer(
+                [texts[i] for i in chosen],
+                add_special_tokens=add,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
             for i, tokens in zip(chosen, encoded, strict=True):
                 ids[i] = tokens
     return ids

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -49,7 +50,7 @@ _TAKEN_OVER = {
     "use_weighting": False,
     "ld_alpha": None,
 }
-_AVERAGES = "fused_loss.pt"  # the file in a checkpoint
+_AVERAGES = "fused_loss.safetensors"  # the file in a checkpoint
 _UNSUPPORTED = {"padding_free": False, "torch_compile": False}
 
 
@@ -178,9 +179,9 @@ class FusedDPOMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Keep what the loss has averaged, if it averages, beside the model."""
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if self.fused_loss.get_extra_state() and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            torch.save(self.fused_loss.state_dict(), folder / _AVERAGES)
+        averages = self.fused_loss.get_extra_state()
+        if averages and self.args.should_save:
+            save_file(averages, Path(output_dir or self.args.output_dir) / _AVERAGES)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, with the averages of the checkpoint that is resumed from."""
@@ -188,7 +189,7 @@ class FusedDPOMixin:
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder and (path := Path(folder) / _AVERAGES).exists():
-            self.fused_loss.load_state_dict(torch.load(path, weights_only=True))
+            self.fused_loss.set_extra_state(load_file(path))
         return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def _chosen(self, count: int, device: torch.device) -> Tensor:
