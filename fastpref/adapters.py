@@ -154,7 +154,9 @@ def _read(path: str) -> Any:
         raise ModelError(cannot_load("adapter.path", path, error)) from None
     if not isinstance(described, peft.LoraConfig):
         kind = described.peft_type.value
-        raise ModelError(f"adapter.path: {path} is of type {kind}; only LORA can be trained on")
+        raise ModelError(
+            f"adapter.path: {path} is of type {kind}; only LORA can be trained on, name such"
+        )
     odd = [name for name in _BESIDE if getattr(described, name, None)]
     if described.bias != "none":
         odd.append("bias")
@@ -197,11 +199,17 @@ def _fill(wrapped: Any, path: str) -> None:
         result: Any = peft.set_peft_model_state_dict(wrapped, values)
     except Exception as error:  # peft, safetensors and torch raise unrelated types
         reason = str(error).strip().splitlines()[-1].strip()  # of many lines, the last is a shape
-        raise ModelError(f"adapter.path: {path} does not fit the model: {reason[:300]}") from None
+        raise ModelError(
+            f"adapter.path: {path} does not fit the model: {reason[:300]}; name one that was "
+            "trained on it"
+        ) from None
     wanted = peft.get_peft_model_state_dict(wrapped, adapter_name=TRAINED)
     odd = [*sorted(wanted.keys() - values.keys()), *result.unexpected_keys]
     if odd:
-        raise ModelError(f"adapter.path: {path} does not fit the model (differs in {odd[0]})")
+        raise ModelError(
+            f"adapter.path: {path} does not fit the model (differs in {odd[0]}); name one that was "
+            "trained on it"
+        )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, first_line
 from fastpref.version import __version__
+
+# What torch and Python say of memory that is not there.
+_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # wherever typer keeps it
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Preference training of language models, fast and in little memory.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Generate data sets.")
+data_app = typer.Typer(help="Generate data sets.")
 app.add_typer(data_app, name="data")
 
 
@@ -28,15 +31,35 @@ def main() -> None:
     from fastpref.interrupts import Interrupted
 
     try:
-        app()
+        sys.exit(_run())
     except UserError as error:
         _exit(f"error: {error}" if error.is_news else "", 2)
     except OSError as error:  # files that cannot be read or written, a full disk
-        _exit(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
+        _exit(
+            f"error: {error.filename or 'file'}: {error.strerror or error}; check path and disk", 2
+        )
     except Interrupted as stop:
         _exit(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
+
+
+def _run() -> int | None:
+    """The exit code of the command; what other libraries raise for a user's sake is a UserError."""
+    try:
+        return app(standalone_mode=False)
+    except _UsageError as error:
+        used: Any = error
+        command = used.ctx.command_path if used.ctx else "fastpref"
+        message = used.format_message().rstrip(".")
+        raise UserError(f"{message}; see {command} --help") from None
+    except (RuntimeError, MemoryError) as error:
+        if not any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY):
+            raise
+        raise UserError(
+            "out of memory; lower training.max_tokens or data.max_length, or train an adapter: "
+            f"fastpref plan says what fits ({first_line(error)})"
+        ) from None
 
 
 def _exit(message: str, code: int) -> None:
@@ -47,11 +70,14 @@ def _exit(message: str, code: int) -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         print(f"fastpref {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 class _TrainHelp(typer.core.TyperCommand):
@@ -199,6 +225,39 @@ def bench(
             ops=only or (),
             rounds=rounds,
         )
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|all", help="pmo, rc, pro, did, stapo: a paper.")
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed and short runs: a check, not a verdict.")
+    ] = False,
+    size: Annotated[
+        str, typer.Option(metavar="cores|gpu", help="Three seeds, sized for two cores or a GPU.")
+    ] = "cores",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Groups (prompt, completions, scores) instead of generated."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures and verdicts.")] = Path(
+        "runs/reproduce"
+    ),
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the run directories there.")
+    ] = None,
+) -> None:
+    """Re-create the findings of a paper at a small size: a table, a picture and verdicts."""
+    from fastpref.progress import Display
+    from fastpref.reproduce import run
+
+    quiet_libraries()
+    with Display(Console()) as display:
+        run(name, display, out, "quick" if quick else size, data, runs)
 
 
 @app.command()
@@ -420,7 +479,9 @@ def pure_semantic(
     try:
         paths = generator.write(out, seed, independent=independent)
     except OSError as error:
-        raise UserError(f"--out: {error.filename}: {error.strerror}") from None
+        raise UserError(
+            f"--out: {error.filename}: {error.strerror}; choose another folder"
+        ) from None
     for path in paths:
         print(path)
 
@@ -431,9 +492,12 @@ def quiet_libraries() -> None:
 
     import datasets
     import transformers
+    from huggingface_hub.utils import logging as hub
 
     # That one process saves its checkpoints alone is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", module="peft|transformers")  # of what is refused in our words
+    hub.set_verbosity_error()  # of every try to reach the Hub it would tell
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -24,7 +25,7 @@ from pydantic import (
 )
 
 from fastpref import losses
-from fastpref.errors import UserError
+from fastpref.errors import UserError, shown
 
 
 class ConfigError(UserError):
@@ -37,11 +38,33 @@ def _finite(value: float) -> float:
     return value
 
 
+def _countable(value: int) -> int:
+    if value >= 2**63:
+        raise ValueError(f"must be < 2^63, got {shown(value)}")
+    return value
+
+
+def _name(value: str) -> str:
+    """Of a file, a folder or a model: something that a path can be made of."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"is not valid Unicode at character {error.start}, got {value!r}; mend it"
+        ) from None
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"must be a name, got {value!r}")
+    if os.path.expanduser(value).startswith("~"):
+        raise ValueError(f"must be a path from a user of this machine, got {value!r}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 PositiveFloat = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 NonNegativeFloat = Annotated[float, Field(ge=0), AfterValidator(_finite)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_countable)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_countable)]
 
 
 class Section(BaseModel):
@@ -49,7 +72,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str | None = Field(
+    path: Name | None = Field(
         None, description="Local folder or Hub name of a Hugging Face causal language model."
     )
     init: Literal["pretrained", "random"] = Field(
@@ -62,7 +85,7 @@ class Model(Section):
         description="With `init: random`: a Hugging Face model config, e.g. "
         "`{model_type: llama, hidden_size: 256, vocab_size: 16000, …}`.",
     )
-    tokenizer: str | None = Field(
+    tokenizer: Name | None = Field(
         None,
         description="Folder or Hub name of the tokenizer; default: `path`. With `init: random` "
         "and none named, a byte-level BPE of `config.vocab_size` tokens is trained on "
@@ -97,7 +120,9 @@ class Model(Section):
         elif self.path is None:
             raise ValueError("path is missing (or use init: random with config: {…})")
         elif self.config is not None:
-            raise ValueError("config is only for init: random; a pretrained model brings its own")
+            raise ValueError(
+                "config is only for init: random; a pretrained model brings its own, leave it out"
+            )
         return self
 
 
@@ -110,7 +135,7 @@ class Adapter(Section):
         description="Dropout on the adapters' input. Above 0, rewards of the first step are not "
         "exactly 0.",
     )
-    targets: str | list[str] = Field(
+    targets: Name | list[Name] = Field(
         "all-linear",
         description="Module names, or `all-linear`: every linear layer except the head.",
     )
@@ -129,7 +154,7 @@ class Adapter(Section):
         "(bitsandbytes, double quantisation; QLoRA, arXiv:2305.14314). Over many ranks each has "
         "all of them.",
     )
-    path: str | None = Field(
+    path: Name | None = Field(
         None,
         description="Folder or Hub name of an adapter that is trained on, e.g. of SFT. It brings "
         "its own rank, scale, dropout, targets and kind; the reference is the model with this "
@@ -155,13 +180,13 @@ class Adapter(Section):
 
 
 class Data(Section):
-    train: str = Field(
+    train: Name = Field(
         description="JSON, JSONL, Parquet or Arrow file, or a Hub name. Columns for pairwise "
         "objectives: `prompt, chosen, rejected` or `chosen, rejected`, optional `p`; for pointwise "
         "ones: `prompt, completion, label` or those of pairs, which are taken apart; for groupwise "
         "ones: `prompt, completions, scores`."
     )
-    eval: str | None = Field(None, description="Held-out data in the same formats.")
+    eval: Name | None = Field(None, description="Held-out data in the same formats.")
     max_length: Annotated[int, Field(ge=2)] = Field(
         2048, description="Longest prompt + response, in tokens; longer ones are cut."
     )
@@ -185,7 +210,7 @@ class Data(Section):
         "data has them: lists of how much each token of the response counts, as the tokenizer "
         "makes them; an EOS that is added counts 1. `false` counts all tokens alike.",
     )
-    cache: str = Field(
+    cache: Name = Field(
         "~/.cache/fastpref",
         description="Folder for tokenised data and reference log-probs; safe to delete.",
     )
@@ -292,6 +317,12 @@ class Training(Section):
         "full and off.",
     )
     compile: bool = Field(False, description="`torch.compile` each block of the model.")
+    batch_invariant: bool = Field(
+        True,
+        description="On CPU, give each group a forward pass of its own: its log-probs then do not "
+        "depend, to the last bit, on the others of its micro-batch. `false` is faster for small "
+        "models. On CUDA, and for sharded models, a micro-batch is always one pass.",
+    )
     seed: NonNegativeInt = Field(0, description="Order of the data, random weights, dropout.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda if there.")
     log_every: PositiveInt = Field(10, description="Steps averaged into one line of metrics.")
@@ -302,7 +333,7 @@ class Training(Section):
         500, description="Steps between checkpoints; null: only when interrupted."
     )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    output: str = Field("runs/my-run", description="Run directory.")
+    output: Name = Field("runs/my-run", description="Run directory.")
     track: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Also send metrics there (`pip install fastpref[track]`)."
     )
@@ -377,7 +408,7 @@ class Config(Section):
     mesh: Mesh = Field(
         Mesh(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
     )
-    resume: str | None = Field(
+    resume: Name | None = Field(
         None,
         description="`auto` continues the newest complete checkpoint of the run directory (and "
         "starts anew if there is none); or the folder of a checkpoint.",
@@ -463,7 +494,7 @@ class Config(Section):
 
     def differences(self, saved: Path) -> list[str]:
         """`field: old → new` for every field in which a saved config differs."""
-        old, new = (_flat(yaml.load(text, _Loader)) for text in (saved.read_text(), self.to_yaml()))
+        old, new = (_flat(_values(text)) for text in (saved.read_text(), self.to_yaml()))
         return [
             f"{path}: {old.get(path)} → {new.get(path)}"
             for path in {**old, **new}
@@ -497,6 +528,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _values(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 – it is a SafeLoader
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply `section.key=value` overrides, and validate.
 
@@ -505,13 +540,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from None
+        raise ConfigError(
+            f"{path}: cannot read the config ({error.strerror}); name a YAML file"
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; a config is a YAML file") from None
+        raise ConfigError(f"{path}: not UTF-8 text; write the config as YAML in UTF-8") from None
     try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        values = _values(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of many digits
+        raise ConfigError(
+            f"{path}: not valid YAML; mend it: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections such as model, data and loss")
     for override in overrides or []:
@@ -541,8 +580,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not sign or not all(keys):
         raise ConfigError(f"override {override!r}: must look like section.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _values(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key)
@@ -551,7 +590,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value")
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value; "
+                "name a key that is there"
+            )
         values[key] = inner
         values = inner
     values[keys[-1]] = value
@@ -580,31 +622,37 @@ def _one_line(error: ValidationError) -> str:
     details = error.errors()
     # Of a union's alternatives pydantic reports every failure: the deepest is the useful one.
     first = max(details, key=lambda d: (d["type"] == "extra_forbidden", -details.index(d)))
-    location = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    path, kind, got = ".".join(location), first["type"], first["input"]
-    context = first.get("ctx", {})
+    kind, got, context = first["type"], shown(first["input"]), first.get("ctx", {})
+    # A union's alternatives have places of their own, such as `list[str]`.
+    location = [
+        str(part)
+        for part in first["loc"]
+        if isinstance(part, int) or part.isidentifier() or kind == "extra_forbidden"
+    ]
+    path = ".".join(location)
     if kind == "extra_forbidden":
         return f"{path}: unknown key; {_nearest(location)}"
     if kind == "missing":
-        return f"{path}: is missing"
+        return f"{path}: is missing; set it"
     if kind in _COMPARISONS:
         sign, key = _COMPARISONS[kind]
         return f"{path}: must be {sign} {context[key]:g}, got {got}"
     if kind == "literal_error":
-        return f"{path}: must be {context['expected']}, got {got!r}"
+        return f"{path}: must be {context['expected']}, got {got}"
     if kind == "value_error":
         message = str(context["error"])
         option = message.split(":")[
             0
         ]  # "beta: must be …" about loss becomes "loss.beta: must be …"
-        joint = "." if isinstance(got, dict) and option in got else ": "
+        given = first["input"] if isinstance(first["input"], dict) else ("name",)
+        joint = "." if option in given else ": "
         if not path or re.match(rf"{path}[:\[]", message):  # "loss[1].weight: …" says it all
             return message
         return f"{path}{joint}{message}"
     family = kind.split("_")[0]
     if family in _KINDS:
-        return f"{path}: must be {_KINDS[family]}, got {got!r}"
-    return f"{path}: {first['msg']}, got {got!r}"
+        return f"{path}: must be {_KINDS[family]}, got {got}"
+    return f"{path}: {first['msg']}, got {got}"
 
 
 def section_of(path: list[str]) -> type[Section]:

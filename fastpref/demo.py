@@ -52,6 +52,7 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
         "log_every": 5,
         "seed": seed,
         "activation_checkpointing": False,
+        "batch_invariant": False,
         "checkpoint_every": None,
     }
 

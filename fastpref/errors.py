@@ -10,7 +10,14 @@ class UserError(ValueError):
     is_news = True  # False where another rank of the run says the same
 
 
+def shown(value: object) -> str:
+    """A value as Python writes it, short enough for one line of ours."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}… ({len(text):,} characters)"
+
+
 def first_line(error: BaseException) -> str:
     """The message of somebody else's exception, short enough for one line of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    said = lines[:2] if lines[0].endswith(":") else lines[:1]
+    return " ".join(line.strip() for line in said)[:300]

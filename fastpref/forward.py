@@ -45,7 +45,8 @@ class Forward:
         if "kl" in self._columns and policy.base.get_output_embeddings().bias is not None:
             raise ConfigError(
                 f"loss: {loss.name} measures a KL divergence, which is not implemented for heads "
-                f"with a bias such as that of {type(policy.base).__name__}"
+                f"with a bias such as that of {type(policy.base).__name__}; choose another "
+                "objective"
             )
 
     def __call__(

@@ -36,6 +36,7 @@ class Sampling:
         require("temperature", self.temperature, 0 <= self.temperature < float("inf"), ">= 0")
         require("top_p", self.top_p, 0 < self.top_p <= 1, "a share in (0, 1]")
         require("seed", self.seed, self.seed >= 0, "a number >= 0")
+        require("seed", self.seed, self.seed < 2**32, "a number < 2^32")
         require("engine", self.engine, self.engine in ENGINES, " or ".join(ENGINES))
         if self.temperature == 0 and self.n > 1:
             raise UserError(

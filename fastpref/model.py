@@ -28,7 +28,7 @@ class ModelError(UserError):
 
 def cannot_load(field: str, source: str, error: BaseException) -> str:
     """The message of a ModelError for what another library refused."""
-    return f"{field}: cannot load {source}: {first_line(error)}"
+    return f"{field}: cannot load {source}: {first_line(error)}; mend it or name another"
 
 
 class PolicyOutput(NamedTuple):
@@ -72,6 +72,7 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm  # possibly wrapped by peft
         self.compute_dtype = compute_dtype
         self.layout: Layout = "padded"  # how its batches lie; see `fastpref.layout`
+        self.batch_invariant = True  # on CPU; see `batches`
         self.sharded = False  # over many ranks; see `fastpref.sharding`
         self.kernels = "torch"  # of its layers; see `fastpref.liger_layers`
         self.fresh_adapter = True  # if it has one: it adds zero until it is trained
@@ -150,10 +151,10 @@ class Policy(nn.Module):
         """The forward passes of a micro-batch, on this device and in the layout of this policy.
 
         One over all groups on CUDA, and where the model is sharded: ranks gather it together. On
-        CPU else one for each: a group's log-probs do not depend then, to the last bit, on the
-        groups that it happens to meet.
+        CPU else, if `batch_invariant`, one for each: a group's log-probs do not depend then, to the
+        last bit, on the groups that it happens to meet.
         """
-        apart = self.device.type == "cpu" and not self.sharded
+        apart = self.batch_invariant and self.device.type == "cpu" and not self.sharded
         parts = [[index] for index in indices] if apart else [indices]
         return [
             collate([groups[i] for i in part], groups.kind, self.layout).to(self.device)
@@ -223,6 +224,11 @@ class Policy(nn.Module):
         if self.compute_dtype == torch.bfloat16:  # the model's own logits are rounded, to 2^-9
             tolerance = max(0.1, 2**-7 * logits.abs().max().item())
         error = (ours - expected).abs().max().item()
+        if not ours.isfinite().all():
+            raise ModelError(
+                f"model: the log-probs of {type(self.base).__name__} are not finite; look for NaN "
+                "or infinity in its weights"
+            )
         if not error <= tolerance:
             raise ModelError(
                 f"model: {type(self.base).__name__} computes its logits in a way that the fused "

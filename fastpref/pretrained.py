@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from transformers import (
 from fastpref import config as configs
 from fastpref import ranks, sharding
 from fastpref.adapters import TRAINED, add_adapter, initialize, merged, merged_updates
-from fastpref.errors import UserError
+from fastpref.errors import UserError, shown
 from fastpref.liger_layers import use_liger
 from fastpref.model import ModelError, Policy, cannot_load
 from fastpref.packages import require
 from fastpref.quantize import check_quantization, load_in_4bit, reloaded_in_4bit
 
 FILE_BYTES = 5 * 10**9  # of an export's files, as transformers makes them
+
+
+def announce_code(model: configs.Model, say: Callable[[str], None]) -> None:
+    """Say that code which is not fastpref's is run, where the config trusts it."""
+    if model.trust_remote_code:
+        source = model.path or model.tokenizer
+        say(f"note: model.trust_remote_code: Python code that comes with {source} is run here")
 
 
 def load_policy(
@@ -51,10 +59,11 @@ def load_policy(
         config.model, tokenizer, storage, mesh is not None, device if in_4bit else None
     )
     rows = causal_lm.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > rows:
         raise ModelError(
-            f"model: the tokenizer has {len(tokenizer):,} tokens but the embedding only "
-            f"{rows:,} rows"
+            f"model: the tokenizer has {tokens:,} tokens but the embedding only {rows:,} rows; "
+            "name the model's own in model.tokenizer"
         )
     liger = use_liger(causal_lm, config.model.kernels, device)
     wrapped: nn.Module = causal_lm
@@ -82,7 +91,9 @@ def load_policy(
         initialize(policy, config.adapter, config.training.seed)
     try:
         policy.check_head()
-    except RuntimeError as error:  # e.g. heads that do not divide the width, in a config of theirs
+    except UserError:
+        raise
+    except Exception as error:  # e.g. heads that do not divide the width, in a config of theirs
         raise ModelError(cannot_load("model", type(causal_lm).__name__, error)) from None
     return policy.train()
 
@@ -155,12 +166,26 @@ def _build(
                 causal_lm = AutoModelForCausalLM.from_config(config, **options)
             causal_lm.tie_weights()
             return causal_lm
-        return AutoModelForCausalLM.from_pretrained(model.path, config=config, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, output_loading_info=True, **options
+        )
+        causal_lm, found = loaded
+        _check_complete(model.path, found["missing_keys"])
+        return causal_lm
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
-        source = model.path or str(model.config)
+        source = model.path or shown(model.config)
         raise ModelError(cannot_load("model", source, error)) from None
+
+
+def _check_complete(path: str, missing: Collection[str]) -> None:
+    """Refuse weights that transformers would make up where a checkpoint lacks them."""
+    if missing:
+        raise ModelError(
+            f"model.path: {path} has no weights named {min(missing)} (of {len(missing)} that are "
+            "missing); are its files complete, and of this config.json?"
+        )
 
 
 def _random_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -171,8 +196,8 @@ def _random_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            guess = f"; did you mean {close[0]}?" if close else ""
-            raise ModelError(f"model.config.{key}: unknown key for {kind}{guess}")
+            guess = f"did you mean {close[0]}?" if close else "leave it out"
+            raise ModelError(f"model.config.{key}: unknown key for {kind}; {guess}")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     special["pad_token_id"] = tokenizer.pad_token_id
     return AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **special, **values})

@@ -24,7 +24,10 @@ def check_quantization(path: str, config: PreTrainedConfig, wanted: bool) -> Non
         return
     if found.get("bnb_4bit_quant_type") != "nf4" or not found.get("load_in_4bit"):
         kind = found.get("quant_method", "in an unknown way")
-        raise ModelError(f"model.path: {path} is quantised ({kind}), which is not supported")
+        raise ModelError(
+            f"model.path: {path} is quantised ({kind}), which is not supported; name the model "
+            "that it was made of"
+        )
     if not wanted:
         raise ModelError(
             f"model.path: {path} is quantised, and only an adapter can be trained on it; set "

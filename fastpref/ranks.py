@@ -31,9 +31,11 @@ class LostRank(UserError):
 @contextmanager
 def joined() -> Iterator[None]:
     """Within, the processes that torchrun started belong together; alone, nothing changes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _told("WORLD_SIZE", 1) == 1:
         yield
         return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        _told(name)
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
@@ -59,6 +61,18 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _told(name: str, default: int | None = None) -> int:
+    """A number that torchrun says in the environment."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{name}: must be a whole number in the environment of several ranks, got {value!r}; "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
 def count() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -71,7 +85,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Number of this rank on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told("LOCAL_RANK", 0)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ completions were drawn.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ class Sampler:
         config = configs.parse(
             {
                 "model": {"path": base, "tokenizer": own, "dtype": self.dtype},
-                "data": {"train": ""},  # none is read
+                "data": {"train": "-"},  # none is read
                 "loss": "sft",
                 "training": {"activation_checkpointing": False},  # it excludes generation's cache
             }
@@ -228,7 +229,7 @@ def is_adapter(source: str) -> bool:
 
 
 def _description(source: str) -> Path:
-    return Path(source).expanduser() / "adapter_config.json"
+    return Path(os.path.expanduser(source)) / "adapter_config.json"
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
@@ -236,10 +237,12 @@ def _base_of(adapter: str) -> tuple[str, str | None]:
     described = _description(adapter)
     try:
         base = json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
-        raise ModelError(f"{described}: names no base_model_name_or_path; is it of peft?")
+        raise ModelError(
+            f"{described}: names no base_model_name_or_path; restore it as peft wrote it"
+        )
     return base, adapter if described.with_name("tokenizer_config.json").exists() else None
 
 
@@ -251,6 +254,8 @@ def _merged(policy: Policy, adapter: str) -> Policy:
         wrapped: Any = peft.PeftModel.from_pretrained(policy.base, adapter)
         merged = Policy(wrapped.merge_and_unload(), policy.compute_dtype)
     except Exception as error:  # peft, safetensors and torch raise unrelated types
-        raise ModelError(f"{adapter}: cannot load the adapter: {first_line(error)}") from None
+        raise ModelError(
+            f"{adapter}: cannot load the adapter: {first_line(error)}; mend it or name another"
+        ) from None
     merged.check_head()
     return merged

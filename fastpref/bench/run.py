@@ -162,7 +162,7 @@ def check_device(device: str | None) -> str:
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda is asked for, but torch finds no CUDA device")
+        raise UserError("--device: cuda is asked for, but torch finds no CUDA device; use cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

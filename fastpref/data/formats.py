@@ -19,8 +19,8 @@ desirable, `rejected` is not.
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastpref import files
-from fastpref.errors import UserError, first_line
+from fastpref.errors import UserError, first_line, shown
 from fastpref.losses import Kind
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
@@ -43,6 +43,9 @@ _ACCEPTED: dict[Kind, str] = {
     "pointwise": "prompt, completion, label | pairs, which are taken apart",
     "groupwise": "prompt, completions, scores",
 }
+# What json raises: for other bytes and signs, numbers of too many digits, too deep a nesting.
+_NOT_JSON = (ValueError, RecursionError)
+_MEND_JSON = "expected one object a line, or a list of them, in UTF-8"
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
 
@@ -71,21 +74,26 @@ def read_rows(source: str, default_split: str = "train") -> Iterator[tuple[int, 
 
     Raises DataError when the source is missing, empty or not what its name says.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        rows = _hub_rows(source, default_split)
-    elif path.is_dir():
-        raise DataError(f"{source}: is a folder; name a JSON, JSONL, Parquet or Arrow file")
-    elif path.stat().st_size == 0:
-        raise DataError(f"{source}: the file is empty")
-    elif path.suffix in _READERS:
-        rows = _READERS[path.suffix](path)
-    else:
-        raise DataError(f"{source}: unknown ending; expected {', '.join(_READERS)}")
+    path = _file(source)
+    rows = _READERS[path.suffix](path) if path else _hub_rows(source, default_split)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{source}, row {number}: must be an object, got {_kind(row)}")
         yield number, row
+
+
+def _file(source: str) -> Path | None:
+    """The file of a source, one that can be read; None for what must be a Hub dataset."""
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that is not there
+    if not path.exists():
+        return None
+    if path.is_dir():
+        raise DataError(f"{source}: is a folder; name a JSON, JSONL, Parquet or Arrow file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{source}: the file is empty; name one with rows")
+    if path.suffix not in _READERS:
+        raise DataError(f"{source}: unknown ending; expected {', '.join(_READERS)}")
+    return path
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -96,8 +104,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         return
     try:
         yield from json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
+    except _NOT_JSON as error:
+        raise DataError(f"{path}: not valid JSON; {_MEND_JSON}: {error}") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -107,16 +115,20 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 continue
             try:
                 yield json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}, line {number}: not valid JSON: {error}") from None
+            except _NOT_JSON as error:
+                raise DataError(
+                    f"{path}, line {number}: not valid JSON; {_MEND_JSON}: {error}"
+                ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
+    except (pa.ArrowException, OSError, ValueError) as error:  # of pages and of text within
+        raise DataError(
+            f"{path}: not a readable Parquet file; write it again: {first_line(error)}"
+        ) from None
 
 
 def _arrow_rows(path: Path) -> Iterator[Row]:
@@ -127,8 +139,11 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: not a readable Arrow file: {first_line(error)}") from None
+            table.validate(full=True)  # else a damaged one is read beyond its end
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path}: not a readable Arrow file; write it again: {first_line(error)}"
+            ) from None
         for batch in table.to_batches(max_chunksize=1024):
             yield from batch.to_pylist()
 
@@ -143,8 +158,8 @@ _READERS = {
 
 def _hub_rows(source: str, default_split: str) -> Any:
     name, _, split = source.partition(":")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in _READERS:
-        raise DataError(f"{source}: no such file")
+    if source.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in _READERS:
+        raise DataError(f"{source}: no such file; check the path")
     import datasets
 
     try:
@@ -152,15 +167,15 @@ def _hub_rows(source: str, default_split: str) -> Any:
     except Exception as error:  # the Hub client raises a dozen unrelated types
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise DataError(
-            f"{source}: no such file, and loading it from the Hub failed{offline}: "
+            f"{source}: no such file, and loading it from the Hub failed{offline}; check the name: "
             f"{first_line(error)}"
         ) from None
 
 
 def content_hash(source: str, default_split: str = "train") -> str:
     """Hash of a file's bytes, or the fingerprint of a Hub data set's rows."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = _file(source)
+    if path is not None:
         return files.file_sha256(path)
     return str(_hub_rows(source, default_split)._fingerprint)
 
@@ -257,7 +272,7 @@ def _labelled(row: Row) -> TextGroup:
     _require(row, "pointwise")
     label = row["label"]
     if label not in (0, 1):
-        raise DataError(f"label must be true or false, or 1 or 0, got {label!r}")
+        raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
     prompt, responses = _split(row["prompt"], {"completion": row["completion"]})
     return TextGroup(prompt, responses, _tools(row.get("tools")), (float(label),))
 
@@ -275,7 +290,7 @@ def _scored(row: Row) -> TextGroup:
         )
     for position, score in enumerate(scores):
         if not _is_number(score):
-            raise DataError(f"scores[{position}] must be a finite number, got {score!r}")
+            raise DataError(f"scores[{position}] must be a finite number, got {shown(score)}")
     responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
     prompt, texts = _split(row["prompt"], responses)
     return TextGroup(prompt, texts, _tools(row.get("tools")), tuple(map(float, scores)))
@@ -348,27 +363,37 @@ def _split_messages(
 
 
 def _check_messages(name: str, messages: Any) -> None:
-    for message in messages if isinstance(messages, list) else [messages]:
+    for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{name} must be a list of {{role, content}} messages")
-        _check_text(name, message.get("content"))
+    _check_text(name, messages)
 
 
-def _check_text(name: str, text: Any) -> None:
-    try:
-        if isinstance(text, str):
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{name} is not valid Unicode at character {error.start}") from None
+def _check_text(name: str, value: Any) -> None:
+    """Refuse lone surrogates in a text, and in all texts of messages or tools."""
+    if isinstance(value, list):
+        for item in value:
+            _check_text(name, item)
+    elif isinstance(value, dict):
+        _check_text(name, [*value, *value.values()])
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{name} is not valid Unicode at character {error.start}; it holds half of a "
+                "surrogate pair, leave it out"
+            ) from None
 
 
 def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except _NOT_JSON as error:
             raise DataError(f"tools must be a list or its JSON text: {error}") from None
     if value is None or isinstance(value, list):
+        _check_text("tools", value)
         return value or None
     raise DataError(f"tools must be a list, got {_kind(value)}")
 
@@ -378,7 +403,7 @@ def _preference(row: Row) -> float | None:
     if value is None:
         return None
     if not _is_number(value) or not 0 <= value <= 1:
-        raise DataError(f"p must be a probability in [0, 1], got {value!r}")
+        raise DataError(f"p must be a probability in [0, 1], got {shown(value)}")
     return float(value)
 
 
@@ -389,7 +414,7 @@ def _reference(row: Row) -> tuple[float, ...] | None:
     chosen, rejected = values
     if not (_is_number(chosen) and _is_number(rejected)):
         raise DataError(
-            f"ref_chosen_logps and ref_rejected_logps must both be numbers, got {values}"
+            f"ref_chosen_logps and ref_rejected_logps must both be numbers, got {shown(values)}"
         )
     return float(chosen), float(rejected)  # type: ignore[arg-type]
 
@@ -401,12 +426,17 @@ def _token_weights(row: Row) -> tuple[list[float], ...] | None:
         return None
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, list) or not all(_is_number(x) and x >= 0 for x in value):
-            raise DataError(f"{name} must be a list of numbers >= 0, one per token, got {value!r}")
+            raise DataError(
+                f"{name} must be a list of numbers >= 0, one per token, got {shown(value)}"
+            )
     return tuple([float(x) for x in value] for value in values)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is one that a float can hold, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _kind(value: Any) -> str:

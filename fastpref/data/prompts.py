@@ -43,7 +43,7 @@ def read_prompts(
             if len(prompts) == limit:
                 return prompts
     if not prompts:
-        raise DataError(f"{source}: there is no prompt in it")
+        raise DataError(f"{source}: there is no prompt in it; name data with rows")
     return prompts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from fastpref.files import replacing
 from fastpref.losses import Kind
 from fastpref.model import ModelError
 from fastpref.prepare import tokenizer_of
+from fastpref.pretrained import announce_code
 
 GIB = 2**30
 RESPONSES: dict[Kind, int] = {"pairwise": 2, "pointwise": 1, "groupwise": 4}
@@ -39,6 +41,7 @@ def run(
     Raises UserError in one line.
     """
     dtype = getattr(torch, config.model.dtype)
+    announce_code(config.model, partial(_say, console))
     sizes, vocabulary = _sizes(config, lengths)
     predict = Predictor(named(device, dtype), vocabulary)
     setup = Setup(config, sizes, ranks)

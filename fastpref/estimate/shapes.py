@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref import config as configs
 from fastpref.adapters import add_adapter
 from fastpref.config import Config
-from fastpref.errors import UserError
+from fastpref.errors import UserError, shown
 from fastpref.model import ModelError, Policy, cannot_load
 from fastpref.pretrained import checkpoint_activations, without_dropout
 from fastpref.quantize import check_quantization
@@ -148,4 +148,4 @@ def _empty(
     except UserError:
         raise
     except Exception as error:  # transformers and the Hub raise unrelated types
-        raise ModelError(cannot_load("model", model.path or str(model.config), error)) from None
+        raise ModelError(cannot_load("model", model.path or shown(model.config), error)) from None

@@ -16,6 +16,7 @@ incentives. Losses are those of a hard label.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -46,7 +47,7 @@ def number(
     def check(argument: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{argument}: must be a number, got {value!r}")
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{argument}: must be finite, got {value}")
         if not (value > above and value >= at_least and value < below):
             raise ValueError(f"{argument}: must be {' and '.join(bounds)}, got {value}")

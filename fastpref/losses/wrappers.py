@@ -371,7 +371,7 @@ def _check_pairwise(option: str, objective: Loss) -> None:
 
 
 def _not_for(option: str, objective: Loss, why: str) -> ValueError:
-    return ValueError(f"{option}: does not apply to {objective.name}, {why}")
+    return ValueError(f"{option}: does not apply to {objective.name}, {why}; leave it out")
 
 
 WRAPPERS: tuple[type[PairwiseLoss] | type[TokenLevelLoss], ...] = (

@@ -117,10 +117,13 @@ def _load(folder: Path, name: str) -> Run:
         raise UserError(f"{folder}: the config of the run cannot be read: {error}") from None
     try:
         records = metrics.read(path)
-    except ValueError:
+    except (ValueError, RecursionError):
         records = [{}]
-    if not all(isinstance(line, dict) and "step" in line for line in records):
-        raise UserError(f"{path}: expected a JSON object with a step on every line; is it damaged?")
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in records):
+        raise UserError(
+            f"{path}: expected a JSON object with a step on every line; is it damaged? "
+            "restore it, or leave this run out"
+        )
     if not records:
         raise UserError(f"{path}: holds no metrics yet; wait for the first step of the run")
     return Run(name, config, records)
