@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,9 +17,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tensors this small gain nothing from a se
 
 import pytest
 import torch
+from bad_input.command import Shell
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fastpref import cli
 from fastpref import config as configs
 from fastpref.data import bpe
 from fastpref.progress import Display
@@ -24,6 +29,17 @@ from fastpref.progress import Display
 if not torch.cuda.is_available():  # decided when triton is imported, by whichever test is first
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects of imported libraries, at which no collection need look again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
 
 WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
 LLAMA = {
@@ -102,25 +118,57 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 
 @pytest.fixture
+def shell(
+    tmp_path: Path,
+    tiny_llama: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Shell:
+    """The command line in a folder of its own, with the tiny Llama at hand as `llama`."""
+    (tmp_path / "llama").symlink_to(tiny_llama)
+    return Shell(tmp_path, capsys, monkeypatch)
+
+
+@pytest.fixture
 def display() -> Display:
     return Display(Console(quiet=True))
 
 
 @pytest.fixture
+def fastpref(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., CompletedProcess[str]]:
+    """The command line, without the seconds that a process of its own takes to import torch."""
+
+    def run(*arguments: str, cwd: Path | None = None) -> CompletedProcess[str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
+        monkeypatch.chdir(cwd or Path.cwd())
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        code = stop.value.code or 0
+        return CompletedProcess(arguments, int(code), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def make_config(tmp_path: Path, tiny_llama: str) -> Callable[..., configs.Config]:
-    """A config for the tiny Llama on generated pairs; overrides are `section__key=value`."""
+    """A config for the tiny Llama on 12 pairs, 4 a step; overrides are `section__key=value`."""
 
     def make(**overrides: Any) -> configs.Config:
         path = tmp_path / "pairs.jsonl"
         if not path.exists():
-            write_jsonl(path, rows(24))
+            write_jsonl(path, rows(12))
         values: dict[str, Any] = {
             "model": {"path": tiny_llama, "dtype": "float32"},
             "data": {"train": str(path), "max_length": 64, "cache": str(tmp_path / "cache")},
             "loss": {"name": "dpo"},
             "optim": {"lr": 1e-3},
             "training": {
-                "batch_size": 8,
+                "batch_size": 4,
+                "activation_checkpointing": "off",
                 "max_tokens": 4096,
                 "log_every": 1,
                 "device": "cpu",

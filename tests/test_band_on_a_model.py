@@ -45,7 +45,7 @@ def test_one_step_goes_where_the_band_says(
     data = write_jsonl(tmp_path / "d.jsonl", rows(24))
     config = make_config(
         loss=name, model={"init": "random", "config": NEOX, "dtype": "float64"},
-        training__steps=6, optim__lr=1e-4, data__train=str(data),
+        training__steps=6, training__batch_size=8, optim__lr=1e-4, data__train=str(data),
     )  # fmt: skip
     trainer = Trainer(config, display)
     trainer.loop([])  # away from the reference, where incentives are equal

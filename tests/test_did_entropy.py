@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import LLAMA, rows, write_jsonl
 from rich.console import Console
-from test_cli import fastpref
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastpref import losses
@@ -215,7 +214,7 @@ def test_what_a_user_can_cause(tiny_llama: str, tmp_path: Path, display: Display
         Estimate(*models, out, SHORT, device="cpu").run(display)
 
 
-def test_the_command(tiny_llama: str, other_llama: str, tmp_path: Path) -> None:
+def test_the_command(fastpref: Any, tiny_llama: str, other_llama: str, tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "d.jsonl", rows(4)))
     options = ("--prompts", data, "--out", str(tmp_path / "out"), "--max-new-tokens", "4")
     done = fastpref("did-entropy", tiny_llama, other_llama, *options, "--device", "cpu")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,21 +311,16 @@ def test_changes_that_fit_come_in_the_order_of_their_cost(make_config: MakeConfi
         assert predict(changed.config, changed.sizes, changed.ranks).parts == p.parts
 
 
-def plan(config: Config, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def config_file(make_config: MakeConfig, tmp_path: Path) -> str:
     path = tmp_path / "plan.yaml"
-    path.write_text(config.to_yaml())
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fastpref", "plan", str(path), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"},
-    )
+    path.write_text(make_config().to_yaml())
+    return str(path)
 
 
-def test_the_command_fits(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_command_fits(fastpref: Any, config_file: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    done = plan(make_config(), tmp_path, "--device", "4090", "--json", str(out))
+    done = fastpref("plan", config_file, "--device", "4090", "--json", str(out))
     assert done.returncode == 0, done.stderr
     assert "fits: 0.0 GiB of the 21.8 GiB of 4090 that a run can use" in done.stdout
     record = json.loads(out.read_text())
@@ -347,9 +339,9 @@ def test_the_command_fits(make_config: MakeConfig, tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    make_config: MakeConfig, tmp_path: Path, arguments: list[str], message: str
+    fastpref: Any, config_file: str, arguments: list[str], message: str
 ) -> None:
-    done = plan(make_config(), tmp_path, *arguments)
+    done = fastpref("plan", config_file, *arguments)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, write_jsonl
-from test_cli import fastpref
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref import metrics
@@ -171,7 +170,9 @@ def test_what_does_not_fit_is_refused(tiny_llama: str, tmp_path: Path, display: 
         run(tiny_llama, data, Path(data), display)
 
 
-def test_the_command_shows_a_table_and_writes_json(tiny_llama: str, tmp_path: Path) -> None:
+def test_the_command_shows_a_table_and_writes_json(
+    fastpref: Any, tiny_llama: str, tmp_path: Path
+) -> None:
     data, out = str(write_jsonl(tmp_path / "d.jsonl", rows(5, soft=True))), tmp_path / "e.json"
     command = ("eval", tiny_llama, "--data", data, "--out", str(out), "--device", "cpu")
     done = fastpref(*command, "--cache", str(tmp_path / "cache"))

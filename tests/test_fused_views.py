@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fused_batches import batch, gradients, packed
 
 from fastpref import losses
@@ -218,9 +218,9 @@ def test_bco_compares_with_the_mean_of_the_rewards_of_earlier_steps():
     assert again.mean_reward.count == 6 * 5  # sequence 1 is empty
 
 
-def rank_of_two(rank: int, folder: str) -> None:
+def rank_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.save(averages_after(rank), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -241,7 +241,7 @@ def averages_after(*batches):
 
 
 def test_averages_of_two_ranks_are_those_of_one(tmp_path):
-    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    rank_processes.start(rank_of_two, 2, str(tmp_path))
     expected = averages_after(0, 1)
     assert expected[0]["mean"] != 0 and expected[1]["averages"].isfinite().all()
     for rank in range(2):

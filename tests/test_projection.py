@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -156,10 +155,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
 
 
 def test_shards_on_two_ranks_are_the_whole(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_of_two, (port, str(tmp_path)), nprocs=RANKS)
+    rank_processes.start(rank_of_two, RANKS, str(tmp_path))
     chosen, rejected = draw(1, correlation=1.0)
     expected = project_(chosen, rejected)
     assert expected > 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
-import torch.multiprocessing as mp
 
 from fastpref import ranks
 from fastpref.errors import UserError
@@ -48,10 +47,7 @@ def of_two(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(of_two, (port, tmp_path), nprocs=2)
+    rank_processes.start(of_two, 2, tmp_path)
     assert (tmp_path / "order.txt").read_text() == "0\n1\n"
     told = sorted((tmp_path / f"news-{rank}").read_text() for rank in range(2))
     assert told == ["[False]", "[True]"], "one of them says it"

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from report_runs import evaluated, full, run, trained, with_band, write
-from test_cli import fastpref
 
 from fastpref.errors import UserError
 from fastpref.progress import Display
@@ -121,7 +120,7 @@ def test_watching_writes_again_when_a_run_goes_on(
     assert refreshing not in final and "at step 2\n" in final
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(fastpref: Any, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", run([trained(1), evaluated(1)]))
     done = fastpref("report", str(folder))
     assert (done.returncode, done.stdout) == (0, f"report: {folder}/report.html\n"), done.stderr

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows, write_jsonl
-from test_cli import fastpref
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -241,7 +240,7 @@ def test_a_file_that_is_there_is_left_alone(
 
 
 def test_the_command_writes_rows_to_stdout_and_the_rest_elsewhere(
-    tiny_llama: str, tmp_path: Path
+    fastpref: Any, tiny_llama: str, tmp_path: Path
 ) -> None:
     data = str(write_jsonl(tmp_path / "d.jsonl", rows(3)))
     options = ("--prompts", data, "--max-new-tokens", "4", "--n", "2", "--limit", "2")

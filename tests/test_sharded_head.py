@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from fastpref import ops
@@ -91,10 +90,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what each rank found in each case; starting the ranks takes most of the time."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_of_two, (port, str(folder)), nprocs=RANKS)
+    rank_processes.start(rank_of_two, RANKS, str(folder))
     return folder
 
 

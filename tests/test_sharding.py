@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
-import torch.multiprocessing as mp
 from conftest import labelled, rows, scored, write_jsonl
 from rich.console import Console
 from safetensors.torch import save_file
@@ -94,7 +93,7 @@ def train(config: configs.Config) -> dict[str, Tensor]:
     return trained
 
 
-def work(rank: int, world: int, port: int, home: Path) -> None:
+def work(rank: int, port: int, world: int, home: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -123,13 +122,6 @@ def resume(home: Path, case: str, world: int) -> None:
         torch.save(found, home / f"{copy.name}.pt")
 
 
-def spawn(world: int, home: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (world, port, home), nprocs=world)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
     """Models, data, and what one, two and four ranks made of each case."""
@@ -143,11 +135,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
         write_jsonl(folder / f"{name}.jsonl", records)
     for case in CASES:
         torch.save(train(make(folder, case, f"{case}-1")), folder / f"{case}-1.pt")
-    spawn(2, folder)
+    rank_processes.start(work, 2, 2, folder)
     for case in RESUMED:
         train(make(folder, case, f"{case}-whole", log_every=1))
         resume(folder, case, 1)
-    spawn(4, folder)
+    rank_processes.start(work, 4, 4, folder)
     return folder
 
 

@@ -53,16 +53,16 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_every_objective_trains(
     make_config: MakeConfig, display: Display, tmp_path: Path, name: str, soft: bool
 ) -> None:
-    path = write_jsonl(tmp_path / "soft.jsonl", rows(24, soft=True))
+    path = write_jsonl(tmp_path / "soft.jsonl", rows(12, soft=True))
     config = make_config(
         loss=name, data__train=str(path), data__soft_labels=soft, training__epochs=4,
-        optim__lr=1e-4 if soft else 1e-3,  # some overshoot the finite optimum of a soft label
+        optim__lr=3e-5 if soft else 1e-3,  # some overshoot the finite optimum of a soft label
     )  # fmt: skip
     if soft and not losses.build(name).soft_labels:
         with pytest.raises(ConfigError, match=f"loss: {name} does not take soft labels"):
-            run(config, display)
+            Trainer(config, display)
         return
-    run(config, display)
+    Trainer(config, display).loop([])
     lines = records(config)
     assert len(lines) == 12
     assert sum(x["loss"] for x in lines[-3:]) < sum(x["loss"] for x in lines[:3])
@@ -76,7 +76,7 @@ def test_every_objective_trains(
         {"model__dtype": "float64"},
         {"adapter": {"name": "lora", "r": 4}},
         {"training__max_tokens": 60},
-        {"training__activation_checkpointing": False},
+        {"training__activation_checkpointing": "full"},
     ],
 )
 def test_rewards_of_the_first_step_are_exactly_zero(
@@ -115,11 +115,11 @@ def test_metrics_have_the_names_that_people_expect(
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_eight_micro_batches_equal_one(
+def test_four_micro_batches_equal_one(
     make_config: MakeConfig, display: Display, tmp_path: Path, name: str
 ) -> None:
     """Same parameters to 1e-6 after three steps, the last of them with fewer pairs."""
-    data = str(write_jsonl(tmp_path / "d.jsonl", rows(20)))
+    data = str(write_jsonl(tmp_path / "d.jsonl", rows(10)))
     trained = []
     for tokens in (30, 100_000):  # 30 holds one pair at a time
         # Epsilon 1e-4: where a gradient is zero but for rounding, Adam's quotient is noise.
@@ -131,7 +131,7 @@ def test_eight_micro_batches_equal_one(
         )
         trainer = run(config, display)
         parts = [len(trainer.plan.step(k)) for k in range(3)]
-        assert parts == ([8, 8, 4] if tokens == 30 else [1, 1, 1])
+        assert parts == ([4, 4, 2] if tokens == 30 else [1, 1, 1])
         trained.append(weights(trainer))
     for key, value in trained[0].items():
         torch.testing.assert_close(value, trained[1][key], rtol=0, atol=1e-6)
@@ -157,7 +157,10 @@ def test_the_loss_of_a_step_is_the_mean_over_its_pairs(
     [
         {"optim__schedule": "cosine", "optim__warmup_steps": 2},
         {"optim": {"name": "rmsprop", "lr": 1e-3}, "training__log_every": 3},
-        {"adapter": {"name": "lora", "r": 4, "dropout": 0.2}},
+        {
+            "adapter": {"name": "lora", "r": 4, "dropout": 0.2},
+            "training__activation_checkpointing": "full",
+        },
     ],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
@@ -250,7 +253,7 @@ def test_only_the_newest_checkpoints_are_kept(
     ("change", "message"),
     [
         ({"training__seed": 1}, "training.seed are not those of"),
-        ({"training__batch_size": 4}, "training.batch_size or training.seed are not those"),
+        ({"training__batch_size": 2}, "training.batch_size or training.seed are not those"),
         ({"adapter": {"name": "lora"}}, "is of another model or adapter"),
         ({"optim__name": "rmsprop"}, "is of a run with AdamW; restore optim.name"),
     ],
@@ -397,16 +400,16 @@ def test_tensorboard(make_config: MakeConfig, display: Display, tmp_path: Path) 
 
 
 def test_killed_at_a_random_moment_and_resumed(tmp_path: Path, make_config: MakeConfig) -> None:
-    """The script that does this twenty times, run twice."""
+    """The script that does this twenty times, run once."""
     script = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "2", "--folder", str(tmp_path / "k")],
+        [sys.executable, str(script), "--kills", "1", "--folder", str(tmp_path / "k")],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 resumed runs equal the uninterrupted one" in done.stdout
+    assert "1 of 1 resumed runs equal the uninterrupted one" in done.stdout
 
 
 def test_ctrl_c_in_a_real_process(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -54,6 +54,7 @@ def test_every_objective_trains(make_config: MakeConfig, display: Display, name:
         {"adapter": {"name": "lora", "r": 4}},
         {"adapter": {"name": "lora", "r": 4}, "reference": "adapter"},
         {"training__max_tokens": 60},
+        {"training__activation_checkpointing": "full"},
     ],
 )
 def test_rewards_of_the_first_step_are_exactly_zero(
@@ -184,7 +185,7 @@ def test_weights_of_one_change_nothing(
     make_config: MakeConfig, display: Display, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Nor does the calibration, whose scores are then those of weighted sums, all weights 1."""
-    data = write_jsonl(tmp_path / "w.jsonl", weighted(tokenizer, 24, lambda k: 1.0))
+    data = write_jsonl(tmp_path / "w.jsonl", weighted(tokenizer, 12, lambda k: 1.0))
     trained = {}
     for name, change in (("plain", {}), ("weighted", {"data__train": str(data)})):
         config = make_config(
@@ -204,7 +205,7 @@ def test_weights_of_zero_hide_tokens(
     make_config: MakeConfig, display: Display, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """DPO on the first token of each response alone, from the second step on."""
-    first = weighted(tokenizer, 24, lambda k: float(k == 0))
+    first = weighted(tokenizer, 12, lambda k: float(k == 0))
     config = make_config(
         data__train=str(write_jsonl(tmp_path / "w.jsonl", first)),
         data__add_eos=False, model__dtype="float64", training__steps=1,

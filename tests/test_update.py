@@ -18,7 +18,7 @@ MakeConfig = Callable[..., Config]
 
 def test_chosen_rise_and_rejected_do_not(make_config: MakeConfig, display: Display) -> None:
     """One plain step on all pairs: the statement of the theorem, measured."""
-    config = make_config(update="projected", training__batch_size=24, optim__lr=1e-3)
+    config = make_config(update="projected", training__batch_size=12, optim__lr=1e-3)
     trainer = Trainer(config, display)
     parameters = trainer.trained
     trainer.optimizer = torch.optim.SGD(parameters, lr=1e-3)
@@ -42,7 +42,7 @@ def test_micro_batches_change_nothing(
     make_config: MakeConfig, display: Display, tmp_path: Path
 ) -> None:
     finals = []
-    for tokens in (4096, 90):
+    for tokens in (4096, 30):
         config = make_config(
             update="projected", model__dtype="float64", training__max_tokens=tokens,
             training__output=str(tmp_path / str(tokens)),
