@@ -182,7 +182,7 @@ def find(root: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     if resume != "auto":
         folder = Path(resume)
         if not (folder / _ABOUT).is_file():
-            raise CheckpointError(f"resume: {resume} is not a checkpoint folder")
+            raise CheckpointError(f"resume: {resume} is not a checkpoint folder; name one, or auto")
         damage = _damage(folder)
         if damage is not None:
             raise CheckpointError(f"resume: {folder}: {damage}; name another checkpoint, or auto")

@@ -36,7 +36,9 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(f"training.output: {error.filename}: {error.strerror}") from None
+        raise ConfigError(
+            f"training.output: {error.filename}: {error.strerror}; choose another folder"
+        ) from None
     mine = False
     try:
         mine = ranks.is_first() and _take(descriptor)

@@ -39,7 +39,9 @@ def run(
         raise UserError(f"--size: expected one of {', '.join(runs.SIZES)}, got {size!r}")
     if data is not None and (name == "all" or not load(name).takes_groups):
         takers = ", ".join(each for each in NAMES if load(each).takes_groups)
-        raise UserError(f"--data: {name} is measured on data of its own; it is for {takers}")
+        raise UserError(
+            f"--data: {name} is measured on data of its own; leave it out, or run {takers}"
+        )
     names: Sequence[str] = NAMES if name == "all" else (name,)
     return [_one(load(each), runs.SIZES[size], display, out, data, keep_runs) for each in names]
 

@@ -29,7 +29,7 @@ _LEFT = ("run", "run/lock", "cache", "cache/*")
 _ADVICE = re.compile(
     r"\b(accepted|add|are|check|choose|close|did you mean|end|expected|give|known|leave|look|lower|"
     r"make|mend|merge|must|name|needs|pip|plan|raise|remove|restore|run|see|set|start|supported|"
-    r"train|use|wait|write)\b|File exists|Not a directory|is not a checkpoint folder"
+    r"train|use|wait|write)\b"
 )
 
 Rows = list[Any]

@@ -173,6 +173,20 @@ def _ranks(name: str, says: str, **environment: Any) -> Case:
 
 
 _NUMBER = "must be a whole number in the environment of several ranks, got"
+GROUPS = '{"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [0, 0.1, 0.5, 1]}\n'
+REPRODUCTIONS = [
+    _typed("reproduce", "Missing argument 'NAME|all'; see fastpref reproduce --help"),
+    _typed("reproduce ppo", "NAME: expected all or one of pmo, rc, pro, did, stapo, got 'ppo'"),
+    _typed("reproduce pmo --size big", "--size: expected one of quick, cores, gpu, got 'big'"),
+    _typed("reproduce pmo --data g.jsonl", "--data: pmo is measured on data of its own; leave *"),
+    _typed("reproduce all --data g.jsonl", "--data: all is measured on data of its own; leave *"),
+    _typed("reproduce rc --data pairs.jsonl", "--data: pairs.jsonl: expected JSON lines with *"),
+    _typed("reproduce rc --data nowhere.jsonl", "nowhere.jsonl: *"),
+    _typed("reproduce rc --data g.jsonl", "--data: g.jsonl: expected 50 groups of 4 scored *",
+           **{"g.jsonl": GROUPS * 49}),
+    _typed("reproduce rc --data g.jsonl --quick", "--data: g.jsonl: expected JSON lines with *",
+           **{"g.jsonl": "{"}),
+]  # fmt: skip
 RANKS = [
     _ranks("their number is a word", f"WORLD_SIZE: {_NUMBER} 'two'; *", WORLD_SIZE="two"),
     _ranks("their number is empty", f"WORLD_SIZE: {_NUMBER} ''; *", WORLD_SIZE=""),
@@ -183,4 +197,4 @@ RANKS = [
            LOCAL_RANK="0", MASTER_PORT="http"),
 ]  # fmt: skip
 
-CASES = [*USAGE, *LOSSES, *PLANS, *REPORTS, *SAMPLES, *EVALUATIONS, *OTHERS, *RANKS]
+CASES = [*USAGE, *LOSSES, *PLANS, *REPORTS, *SAMPLES, *EVALUATIONS, *OTHERS, *REPRODUCTIONS, *RANKS]

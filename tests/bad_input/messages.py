@@ -32,7 +32,7 @@ _RETURNED = {"cannot_load", "_one_line", "_refusal"}
 # Arguments of objectives that no config sets, only callers in Python.
 _OF_PYTHON = ("reference: ", "reference_point: ", "preference: ", "objective: ", "parts", "state: ")
 _OF_PYTHON += ("anchors: ", "{column}: ")
-_ELSEWHERE = ("fused/", "reproduce/")
+_ELSEWHERE = ("fused/",)
 
 
 @cache
