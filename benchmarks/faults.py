@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py --kills 1000
     python benchmarks/faults.py --kills 100 --ranks 2
+    python benchmarks/faults.py --kills 20 --ranks 2 --how SIGKILL --place checkpoint
 
 Every life of a training ends by SIGKILL, SIGTERM or Ctrl-C twice: at a random place of
 `fault_lives.PLACES` or, one in five, at a random moment from outside; of several ranks one, any of
@@ -90,6 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--how", choices=HOW, action="append", help="default: all of them")
+    parser.add_argument("--place", default="", help="only those that begin so: step, checkpoint, …")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="kept, with all runs in it")
     parser.add_argument("--out", type=Path, default=None)
@@ -97,10 +100,12 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     began = time.monotonic()
-    found = torment(folder, options.kills, options.ranks, random.Random(options.seed))
+    ends = Ends(random.Random(options.seed), tuple(options.how or HOW), options.place)
+    found = torment(folder, options.kills, options.ranks, ends)
     seconds = round(time.monotonic() - began)
     if options.out is not None:
-        write(options.out, options.ranks, found, seconds)
+        only = [*(options.how or ()), *([options.place] if options.place else ())]
+        write(options.out, ", ".join([f"ranks {options.ranks}", *only]), found, seconds)
     if options.folder is None:
         shutil.rmtree(folder)
     print(
@@ -113,16 +118,34 @@ def main() -> None:
     sys.exit(found.wrong(exact=options.ranks == 1))
 
 
-def write(path: Path, ranks: int, found: Found, seconds: int) -> None:
+@dataclass(frozen=True)
+class Ends:
+    """What lives end by, and where: one in five from outside, unless places are asked for."""
+
+    chance: random.Random
+    how: tuple[str, ...]
+    place: str  # how their names begin
+
+    def draw(self, lasts: float) -> tuple[str, End | Sleep]:
+        """lasts: seconds of a life that nobody ends."""
+        how = self.chance.choice(self.how)
+        if not self.place and self.chance.random() < 0.2:
+            return how, self.chance.uniform(0, lasts)
+        place = self.chance.choice([name for name in PLACES if name.startswith(self.place)])
+        # Entered and left count; steps come often, what is before and after them once.
+        return how, End(how, place, self.chance.randint(1, 12 if place.startswith("step") else 4))
+
+
+def write(path: Path, name: str, found: Found, seconds: int) -> None:
     report = json.loads(path.read_text()) if path.exists() else {"benchmark": "faults"}
     part = {**environment.describe("cpu"), "seconds": seconds, "kills": found.kills, **vars(found)}
-    for name in ("ended_by", "ended_at"):
-        part[name] = dict(sorted(part[name].items()))
-    report[f"ranks {ranks}"] = part
+    for counts in ("ended_by", "ended_at"):
+        part[counts] = dict(sorted(part[counts].items()))
+    report[name] = part
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def torment(folder: Path, kills: int, ranks: int, chance: random.Random) -> Found:
+def torment(folder: Path, kills: int, ranks: int, ends: Ends) -> Found:
     """Trainings, each to its end, until so many lives have been ended."""
     config = write_config(folder)
     found, lasts = Found(), 0.0
@@ -136,8 +159,8 @@ def torment(folder: Path, kills: int, ranks: int, chance: random.Random) -> Foun
     while found.kills < kills and not found.failures:
         training = Training(config, folder / f"training-{found.trainings}", ranks)
         while not training.done and not found.failures:
-            end = draw_end(chance, lasts) if found.kills < kills else None
-            training.live(end, chance.randrange(ranks), found)
+            end = ends.draw(lasts) if found.kills < kills else None
+            training.live(end, ends.chance.randrange(ranks), found)
         found.trainings += 1
         if training.done:
             compare(training, whole, found)
@@ -156,15 +179,6 @@ def warm_up(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "run" / "model").save_pretrained(folder / "copy")
     gc.collect()
     gc.freeze()
-
-
-def draw_end(chance: random.Random, lasts: float) -> tuple[str, End | Sleep]:
-    how = chance.choice(HOW)
-    if chance.random() < 0.2:
-        return how, chance.uniform(0, lasts)
-    place = chance.choice(list(PLACES))
-    # Entered and left count; steps come often, what is before and after them once.
-    return how, End(how, place, chance.randint(1, 12 if place.startswith("step") else 4))
 
 
 class Training:

@@ -149,6 +149,20 @@ def hardware_plans(found: Any) -> str:
     return _table(("config", "devices", "peak", "a run can use", "time a step"), rows)
 
 
+def faults(found: Any) -> str:
+    """What was lost of trainings that were ended so often."""
+    columns = ("kills", "trainings", "steps_lost", "rows_replayed", "rows_skipped",
+               "differing_lines", "differing_bits")  # fmt: skip
+    rows = {
+        name.replace("ranks 1", "one process").replace("ranks 2", "two ranks"): [
+            f"{found[name][column]:,}" for column in columns
+        ]
+        for name in sorted(found)
+        if name.startswith("ranks")
+    }
+    return _table(("ended", *(column.replace("_", " ") for column in columns)), rows)
+
+
 def skipped_blocks(found: Any) -> str:
     points = sorted(found["points"], key=lambda p: (-p["threshold"], p["evidence"]))
     strengths = sorted({p["evidence"] for p in points})
@@ -167,6 +181,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "plan-check": plan_check,
     "hardware-plans": hardware_plans,
     "skipped-blocks": skipped_blocks,
+    "faults": faults,
     "calibration-band": lambda found: calibration.tables(found["training"])[0],
     "calibration-outcome": lambda found: calibration.tables(found["training"])[1],
     "calibration-one-step": lambda found: calibration.tables(found["training"])[2],

@@ -399,19 +399,6 @@ def test_tensorboard(make_config: MakeConfig, display: Display, tmp_path: Path) 
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
-def test_killed_at_a_random_moment_and_resumed(tmp_path: Path, make_config: MakeConfig) -> None:
-    """The script that does this twenty times, run once."""
-    script = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "1", "--folder", str(tmp_path / "k")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 1 resumed runs equal the uninterrupted one" in done.stdout
-
-
 def test_ctrl_c_in_a_real_process(tmp_path: Path, make_config: MakeConfig) -> None:
     config = make_config(training__epochs=500)
     path = tmp_path / "c.yaml"

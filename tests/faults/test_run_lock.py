@@ -104,7 +104,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_folder_that_cannot_be_written_is_one_line(read_only: Path) -> None:
     with (
-        pytest.raises(ConfigError, match=r"^training.output: .*: Permission denied; choose another folder$"),
+        pytest.raises(
+            ConfigError, match=r"^training.output: .*: Permission denied; choose another"
+        ),
         run_lock.held(read_only / "run"),
     ):
         pass
