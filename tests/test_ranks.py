@@ -55,7 +55,13 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ranks._LOST)
 def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda *a, **k: None)
     monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: None)
