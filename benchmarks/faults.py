@@ -47,6 +47,7 @@ from fastpref.bench import environment
 
 STEPS, PAIRS, WORDS = 8, 16, 64
 PATIENCE = 300.0  # seconds that a life may last; what lasts longer hangs
+GRACE = 10.0  # seconds in which a rank notices that its partner has gone, once they have met
 OUTSIDE = "any moment, from outside"
 ENDED = (
     -signal.SIGKILL,
@@ -256,7 +257,10 @@ class Training:
 
 
 def wait(pids: list[int]) -> list[int]:
-    """Until all have ended; those that do not in time are killed, with a code of their own."""
+    """Until all have ended; those that do not in time are killed, with a code of their own.
+
+    A rank whose partner has gone before they met waits for it. As torchrun does, it is ended.
+    """
     codes: dict[int, int] = {}
     deadline = time.monotonic() + PATIENCE
     while len(codes) < len(pids):
@@ -266,7 +270,10 @@ def wait(pids: list[int]) -> list[int]:
                 os.kill(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
             if ended:
-                codes[pid] = HANGS if late else os.waitstatus_to_exitcode(status)
+                hung = LOST_ANOTHER if {*codes.values()} & {*ENDED} else HANGS
+                codes[pid] = hung if late else os.waitstatus_to_exitcode(status)
+                if codes[pid] in ENDED:
+                    deadline = min(deadline, time.monotonic() + GRACE)
         time.sleep(0.002)
     return [codes[pid] for pid in pids]
 

@@ -46,19 +46,27 @@ def joined() -> Iterator[None]:
     store = dist.distributed_c10d._get_default_store()
     try:
         yield
-    except UserError as error:
-        text = f"rank {rank()} says: {error}"
-        error.is_news = store.compare_set(str(error), "", text).decode() == text
+    except (UserError, RuntimeError) as error:
+        if any(words in str(error) for words in _LOST):
+            raise LostRank(
+                f"rank {rank()}: lost the connection to another rank; torchrun names the one that "
+                "ended first"
+            ) from None
+        if isinstance(error, UserError):
+            error.is_news = _says_first(store, error)
         raise
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _LOST):
-            raise
-        raise LostRank(
-            f"rank {rank()}: lost the connection to another rank; torchrun names the one that "
-            "ended first"
-        ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _says_first(store: dist.Store, error: UserError) -> bool:
+    """Whether no other rank has said the same; true where nobody can tell any more."""
+    text = f"rank {rank()} says: {error}"
+    try:
+        said: bytes = store.compare_set(str(error), "", text)
+    except RuntimeError:  # the process that held the store is gone
+        return True
+    return said.decode() == text
 
 
 def _told(name: str, default: int | None = None) -> int:

@@ -67,5 +67,15 @@ def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words:
     monkeypatch.setattr(ranks.dist.distributed_c10d, "_get_default_store", lambda: None)
     with pytest.raises(ranks.LostRank, match="rank 0: lost the connection"), ranks.joined():
         raise RuntimeError(f"[gloo/pair.cc:1] {words} [127.0.0.1]:1")
+    with pytest.raises(ranks.LostRank, match="rank 0: lost the connection"), ranks.joined():
+        raise UserError(f"cannot write step-4: {words}")
     with pytest.raises(RuntimeError, match="something else"), ranks.joined():
         raise RuntimeError("something else")
+
+
+def test_what_a_rank_says_is_news_where_the_one_that_would_know_is_gone() -> None:
+    class Gone:
+        def compare_set(self, *words: str) -> bytes:
+            raise RuntimeError("Failed to recv, got 0 bytes")
+
+    assert ranks._says_first(Gone(), UserError("the disk is full"))
