@@ -245,13 +245,15 @@ def _write(
         groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
         for numbered in chunks(groups, 512):
             rows = list(tokenize(numbered, source, tokenizer, data, kind, counts))
+            counted: list[int] = []  # sequences of each row; tokens of each sequence, and these
             for row in rows:
                 about_it = [row[name] for name in ("labels", "reference", "weights")]
                 labels.update(json.dumps(about_it).encode())
-                sequences = [row["prompt"], *row["responses"]]
-                ids.update(np.asarray([len(sequences)], dtype="<i4").tobytes())
-                for tokens in sequences:
-                    ids.update(np.asarray([len(tokens), *tokens], dtype="<i4").tobytes())
+                counted.append(1 + len(row["responses"]))
+                for tokens in (row["prompt"], *row["responses"]):
+                    counted.append(len(tokens))
+                    counted.extend(tokens)
+            ids.update(np.asarray(counted, dtype="<i4").tobytes())
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     about: dict[str, Any] = {"kind": kind, "counts": counts}
     about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
