@@ -16,6 +16,7 @@ import math
 import random
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 Row = dict[str, Any]
@@ -79,16 +80,17 @@ def _group(prompt: str, rng: random.Random, utility: dict[str, float], noise: fl
         )
         felt = [utility[word] for verb, _, adverb in words for word in (verb, adverb)]
         completions.append("".join(said))
-        scores.append(round(1 / (1 + math.exp(-_mean(felt) - noise * rng.gauss(0, 1))), 4))
+        scores.append(round(1 / (1 + math.exp(-_weighed(felt) - noise * rng.gauss(0, 1))), 4))
     return {"prompt": prompt, "completions": completions, "scores": scores}
 
 
+@cache
 def _utilities(seed: int) -> dict[str, float]:
     rng = random.Random(f"utilities {seed}")
     return {word: rng.gauss(0, 1) for word in VERBS + ADVERBS}
 
 
-def _mean(felt: list[float]) -> float:
+def _weighed(felt: list[float]) -> float:
     return math.fsum(felt) / len(felt) * math.sqrt(2)
 
 
@@ -133,4 +135,4 @@ def quality(text: str, seed: int = 0) -> float | None:
         return None
     utility = _utilities(seed)
     felt = [utility.get(word) for step in steps if step for word in step.groups()]
-    return _mean([u for u in felt if u is not None]) if None not in felt else None
+    return _weighed([u for u in felt if u is not None]) if None not in felt else None

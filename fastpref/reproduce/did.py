@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpref import losses
 from fastpref.logps import SequenceLogps
 from fastpref.reproduce import pictures
-from fastpref.reproduce.study import Claim, Job, Record, Runs, Study, final
+from fastpref.reproduce.study import BASELINES, Claim, Job, Record, Runs, Study, difference, final
 
 TARGET, DID = "js/target", "js/did"
 CHOSEN, REJECTED = (f"logps/{side}_change" for side in ("chosen", "rejected"))
@@ -99,7 +99,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         for name in OBJECTIVES
     ]
     made += [_alone(seed, "dpo", "reinforcing", rejected) for rejected in REJECTED_FROM[1:]]
-    loss = {"loss": {"name": "dpo", "beta": 0.1}}
+    loss = {"loss": BASELINES["dpo"]}
     return [*made, Job("dpo", seed, loss), Job("dpo_pg", seed, {**loss, "update": "projected"})]
 
 
@@ -140,8 +140,7 @@ CLAIMS = (
         "section 3.4",
         "JS divergence of DPO with others − with the ideal, nats, the smaller one",
         lambda runs: min(
-            runs[ebm("dpo", rejected=k)].last(TARGET) - runs[ebm("dpo")].last(TARGET)
-            for k in REJECTED_FROM[1:]
+            difference(TARGET, ebm("dpo", rejected=k), ebm("dpo"))(runs) for k in REJECTED_FROM[1:]
         ),
         above=1e-3,
     ),
@@ -149,9 +148,7 @@ CLAIMS = (
         "Smoothing targets have a DID of higher entropy than reinforcing ones",
         "Claim 4.1",
         "entropy of q, smoothing − reinforcing, nats",
-        lambda runs: (
-            runs[ebm("dpo", "smoothing")].last("did/entropy") - runs[ebm("dpo")].last("did/entropy")
-        ),
+        difference("did/entropy", ebm("dpo", "smoothing"), ebm("dpo")),
         above=0,
     ),
     Claim(
@@ -186,7 +183,7 @@ CLAIMS = (
         "DPO-PG reinforces: it leaves a lower entropy than DPO",
         "section 4.3, Table 2",
         "entropy of the tokens, DPO − DPO-PG, nats",
-        lambda runs: runs["dpo"].last(ENTROPY) - runs["dpo_pg"].last(ENTROPY),
+        difference(ENTROPY, "dpo", "dpo_pg"),
         above=0,
     ),
 )

@@ -13,15 +13,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpref.reproduce import pictures
-from fastpref.reproduce.study import Claim, Job, Runs, Study, final
+from fastpref.reproduce.study import BASELINES, Claim, Job, Runs, Study, difference, final
 
 KL, PCI, ACCURACY = (f"eval_preference/{name}" for name in ("mean_kl", "pci", "accuracy"))
 OBJECTIVES = {
-    "dpo": {"name": "dpo", "beta": 0.1},
+    "dpo": BASELINES["dpo"],
     "cdpo": {"name": "cdpo", "beta": 0.1, "label_smoothing": 0.2},
-    "ipo": {"name": "ipo", "tau": 0.1},
-    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
-    "cpo": {"name": "cpo", "beta": 0.1, "lam": 1.0},
+    "ipo": BASELINES["ipo"],
+    "simpo": BASELINES["simpo"],
+    "cpo": BASELINES["cpo"],
 }
 GRID = {
     f"pmo {alpha:g}, {beta:g}": {"name": "pmo", "alpha": alpha, "beta": beta}
@@ -43,6 +43,11 @@ def _of_all(runs: Runs, metric: str) -> list[float]:
     return [runs[label].last(metric) for label in LABELS]
 
 
+def _correlation(runs: Runs, metric: str) -> float:
+    """With the KL, over all runs of a seed."""
+    return float(np.corrcoef(_of_all(runs, KL), _of_all(runs, metric))[0, 1])
+
+
 def _mean(runs: Runs, labels: Sequence[str], metric: str) -> float:
     return float(np.mean([runs[label].last(metric) for label in labels]))
 
@@ -56,7 +61,7 @@ CLAIMS = (
         "DPO collapses preferences, PMO does not",
         "section 5.1, Table 1",
         "PCI of PMO (0.9, 0.1) − PCI of DPO",
-        lambda runs: runs[ANCHORED[0]].last(PCI) - runs["dpo"].last(PCI),
+        difference(PCI, ANCHORED[0], "dpo"),
         above=0,
     ),
     Claim(
@@ -70,7 +75,7 @@ CLAIMS = (
         "What brings DPO far from the target makes it accurate: it beats PMO in accuracy",
         "sections 3 and 5.1",
         "accuracy of DPO − of PMO (0.9, 0.1)",
-        lambda runs: runs["dpo"].last(ACCURACY) - runs[ANCHORED[0]].last(ACCURACY),
+        difference(ACCURACY, "dpo", ANCHORED[0]),
         above=0,
     ),
     Claim(
@@ -105,14 +110,14 @@ CLAIMS = (
         "PCI falls as KL rises",
         "appendix D.2: r −0.75 to −0.89",
         "their correlation over the ten runs",
-        lambda runs: float(np.corrcoef(_of_all(runs, KL), _of_all(runs, PCI))[0, 1]),
+        lambda runs: _correlation(runs, PCI),
         below=-0.5,
     ),
     Claim(
         "Accuracy rises with KL (two of the three backbones)",
         "appendix D.2: r 0.91, 0.59 and 0.01",
         "their correlation over the ten runs",
-        lambda runs: float(np.corrcoef(_of_all(runs, KL), _of_all(runs, ACCURACY))[0, 1]),
+        lambda runs: _correlation(runs, ACCURACY),
         above=0,
     ),
 )

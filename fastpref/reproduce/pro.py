@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fastpref.reproduce import pictures
 from fastpref.reproduce.judged import MALFORMED, TOKENS, WIN_RATE
-from fastpref.reproduce.study import Claim, Job, Runs, Study, final
+from fastpref.reproduce.study import Claim, Job, Runs, Study, difference, final
 
 CHOSEN, REJECTED = (f"logps/{side}_change" for side in ("chosen", "rejected"))
 EVAL_CHOSEN, ACCURACY = "eval_logps/chosen_change", "eval_rewards/accuracies"
@@ -152,7 +152,7 @@ CLAIMS = (
         "PRO-S does no worse than NCA, which is made for scores",
         "section 5.4, Table 3",
         "win rate with four responses, PRO-S − NCA",
-        lambda runs: _wins(runs, "pro_s, 4") - _wins(runs, "nca, 4"),
+        difference(WIN_RATE, "pro_s, 4", "nca, 4"),
         above=0,
     ),
 )

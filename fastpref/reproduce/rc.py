@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from fastpref.band import half_band, parameter_geometry
 from fastpref.logps import SequenceLogps
 from fastpref.reproduce import pictures
-from fastpref.reproduce.study import Claim, Column, Job, Record, Runs, Study, final, mean
+from fastpref.reproduce.study import BASELINES, Claim, Column, Job, Record, Runs, Study, final, mean
 from fastpref.train import Trainer
 
 INSIDE, LOG_R = "band/inside", "band/log_r"
@@ -24,11 +24,11 @@ CHOSEN, REJECTED = (f"eval_logps/{side}_change" for side in ("chosen", "rejected
 ACCURACY = "eval_rewards/accuracies"
 HEAD_FULL = ("centre", "width")  # of the band, by head and by all parameters
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "dpo": {"name": "dpo", "beta": 0.1},
-    "ipo": {"name": "ipo", "tau": 0.1},
-    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    "dpo": BASELINES["dpo"],
+    "ipo": BASELINES["ipo"],
+    "simpo": BASELINES["simpo"],
     "ti_dpo": {"name": "ti_dpo", "beta": 0.1},
-    "cpo": {"name": "cpo", "beta": 0.1, "lam": 1.0},
+    "cpo": BASELINES["cpo"],
     "ddro": {"name": "ddro"},
     "dil_bce": {"name": "dil_bce"},
     "dil_ukl": {"name": "dil_ukl"},
@@ -36,12 +36,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 QUICK = ("dpo", "cpo", "dil_bce")
 ENTANGLED = ("dpo", "ipo", "simpo", "ti_dpo")
-MOMENTA = (0.5, 0.9, 0.999)
+MOMENTUM, MOMENTA = 0.98, (0.5, 0.9, 0.999)  # the paper's, and others for DPO
 MEASURED_PAIRS = 24
 
 
-def calibrated(label: str, momentum: float = 0.98) -> str:
-    return f"{label}, RC" if momentum == 0.98 else f"{label}, RC {momentum:g}"
+def calibrated(label: str, momentum: float = MOMENTUM) -> str:
+    return f"{label}, RC" if momentum == MOMENTUM else f"{label}, RC {momentum:g}"
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
@@ -50,7 +50,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
         loss = OBJECTIVES[label]
         measure = bands if label in ("dpo", "dil_bce") else None
         made.append(Job(label, seed, {"loss": loss}, measure=measure))
-        momenta = (0.98, *MOMENTA) if label == "dpo" else (0.98,)
+        momenta = (MOMENTUM, *(MOMENTA if label == "dpo" else ()))
         for momentum in momenta[:2] if quick else momenta:
             calibration = {"loss": loss, "calibration": {"momentum": momentum, "scope": "head"}}
             made.append(Job(calibrated(label, momentum), seed, calibration))
@@ -65,7 +65,6 @@ def bands(trainer: Trainer, job: Job) -> Record:
     """
     split = trainer.run.eval
     assert split is not None
-    parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
     sides: dict[str, list[tuple[float, float]]] = {"head": [], "full": []}
     for index in range(min(MEASURED_PAIRS, len(split.groups))):
         batches = trainer.policy.batches(split.groups, [index])
@@ -73,7 +72,7 @@ def bands(trainer: Trainer, job: Job) -> Record:
         assert isinstance(seen.policy, SequenceLogps) and seen.geometry is not None
         for side, geometry in (
             ("head", seen.geometry),
-            ("full", parameter_geometry(seen.policy, parameters)),
+            ("full", parameter_geometry(seen.policy, trainer.trained)),
         ):
             centre = (geometry.rejected_norm / geometry.chosen_norm).log()
             sides[side].append((centre.item(), half_band(geometry.cosine).item()))

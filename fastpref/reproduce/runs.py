@@ -71,9 +71,13 @@ def run(
     """Train everything, seed by seed in the order of the jobs; run directories go to `folder`."""
     quick = size.name == "quick"
     jobs = [job for seed in range(size.seeds) for job in study.jobs(seed, quick)]
-    for job in jobs:
-        _write(folder, job.seed, job.data, size, groups)
-        _write(folder, job.seed, study.speaks, size, groups)
+    for seed in range(size.seeds):
+        if groups is None:
+            rows = graded.groups(size.prompts, seed)
+        else:
+            rows = data.read(groups, size.max_length, size.prompts)
+        for kind in sorted({study.speaks, *(job.data for job in jobs)}):
+            data.write(folder / f"seed-{seed}" / "data", kind, seed, rows)
     display.phase(study.name, len(jobs) + size.seeds)
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = []
@@ -93,19 +97,6 @@ def _start() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-
-
-def _write(folder: Path, seed: int, kind: str, size: Size, groups: Path | None) -> None:
-    home = folder / f"seed-{seed}" / "data"
-    if data.files(home, kind)[0].exists():
-        return
-    rows: data.Rows = []
-    if kind != "semantic":
-        if groups is None:
-            rows = graded.groups(size.prompts, seed)
-        else:
-            rows = data.read(groups, size.max_length, size.prompts)
-    data.write(home, kind, seed, rows)
 
 
 def speak(folder: Path, name: str, size: Size, seed: int) -> None:

@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 
 from fastpref.reproduce import pictures
 from fastpref.reproduce.judged import MALFORMED, WIN_RATE
-from fastpref.reproduce.study import Claim, Job, Runs, Study, final
+from fastpref.reproduce.study import BASELINES, Claim, Job, Runs, Study, difference, final
 
 INSIDE, ABOVE, Z = (f"contrast/{name}" for name in ("inside", "above", "mean"))
 ENTROPY, ACCURACY = "eval_entropy", "eval_rewards/accuracies"
 EPOCHS = 5
 OBJECTIVES = {
-    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    "simpo": BASELINES["simpo"],
     "stapo": {"name": "stapo", "left_margin": 0.6, "right_margin": 0.8},
-    "dpo": {"name": "dpo", "beta": 0.1},
+    "dpo": BASELINES["dpo"],
     "stapo, Z of DPO": {"name": "stapo_ref", "left_margin": 12.0, "right_margin": 16.0},
 }
 GRID = {
@@ -51,14 +51,14 @@ CLAIMS = (
         "SimPO drives the contrastive logit past its margin, StaPO holds it",
         "section 4.1, Figure 2",
         "share of pairs trained on above 0.8, SimPO − StaPO, in the last epoch",
-        lambda runs: runs["simpo"].last(ABOVE) - runs["stapo"].last(ABOVE),
+        difference(ABOVE, "simpo", "stapo"),
         above=0,
     ),
     Claim(
         "With StaPO more of the logits lie between the margins",
         "section 4.1, Figure 2",
         "share of pairs trained on from 0.6 to 0.8, StaPO − SimPO, in the last epoch",
-        lambda runs: runs["stapo"].last(INSIDE) - runs["simpo"].last(INSIDE),
+        difference(INSIDE, "stapo", "simpo"),
         above=0,
     ),
     Claim(
@@ -105,14 +105,14 @@ CLAIMS = (
         "After five epochs StaPO's samples win more often than SimPO's",
         "Table 3",
         "win rate of samples, StaPO − SimPO",
-        lambda runs: runs["stapo"].last(WIN_RATE) - runs["simpo"].last(WIN_RATE),
+        difference(WIN_RATE, "stapo", "simpo"),
         above=0,
     ),
     Claim(
         "And with the Z of DPO than DPO's",
         "Table 3",
         "win rate of samples, StaPO with the Z of DPO − DPO",
-        lambda runs: runs["stapo, Z of DPO"].last(WIN_RATE) - runs["dpo"].last(WIN_RATE),
+        difference(WIN_RATE, "stapo, Z of DPO", "dpo"),
         above=0,
     ),
     Claim(

@@ -14,6 +14,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+BASELINES: dict[str, dict[str, Any]] = {  # with which more than one paper compares
+    "dpo": {"name": "dpo", "beta": 0.1},
+    "ipo": {"name": "ipo", "tau": 0.1},
+    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    "cpo": {"name": "cpo", "beta": 0.1, "lam": 1.0},
+}
 Record = dict[str, Any]  # a line of metrics: `step` and what was measured there
 
 
@@ -99,6 +105,11 @@ class Claim:
     def bound(self) -> str:
         sides = (("above", self.above), ("below", self.below))
         return " and ".join(f"{word} {side:g}" for word, side in sides if side is not None)
+
+
+def difference(metric: str, more: str, less: str) -> Callable[[Runs], float]:
+    """Of the last values of a metric in two runs: what a claim says is positive."""
+    return lambda runs: runs[more].last(metric) - runs[less].last(metric)
 
 
 @dataclass(frozen=True)
