@@ -90,6 +90,7 @@ CONTESTANTS = (
         "fastpref",
         {"max_tokens": 16384, "activation_checkpointing": "full"},
     ),
+    Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": "off"}),
     Contestant("TRL, reference precomputed", "trl", {"precompute_ref_log_probs": True}),
     Contestant("TRL, liger's layers", "trl", {"use_liger_kernel": True}),
     Contestant("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
@@ -145,6 +146,11 @@ _LORA = Preset(
     lr=5e-6,
     adapter={"name": "lora", "r": 16, "alpha": 32, "targets": "all-linear"},
     warm_up=2,
+    ours={"max_tokens": 4096},  # as many as the longest pair may have: the least memory
+)
+# The same path in a minute: to see that it works before an hour is spent.
+_SMALL = replace(
+    _LORA, name="small", model=_llama(1024, 2816, 4, (8, 4)), steps=4, curve_steps=4, minutes=3
 )
 _QLORA = replace(_LORA, name="qlora-8b", adapter={**(_LORA.adapter or {}), "quantize": "nf4"})
 # TRL's policy, gradient, moments and reference in fp32 are 20 bytes a parameter: 30 GB.
@@ -159,14 +165,17 @@ _FULL = replace(
 
 def _long(preset: Preset) -> Preset:
     name = f"{preset.name}-long"
-    return replace(preset, name=name, lengths=LONG, max_length=4096, batch_size=8, micro_batch=2)
+    ours = {"max_tokens": 8192}
+    return replace(
+        preset, name=name, lengths=LONG, max_length=4096, batch_size=8, micro_batch=2, ours=ours
+    )
 
 
 PRESETS = {
     preset.name: preset
     for short in (_LORA, _QLORA, _FULL)
     for preset in (short, _long(short))
-} | {_CPU.name: _CPU}  # fmt: skip
+} | {preset.name: preset for preset in (_SMALL, _CPU)}  # fmt: skip
 
 
 def tiny(preset: Preset) -> Preset:

@@ -41,18 +41,20 @@ def ablation(device: str, dry: bool) -> Iterator[Check]:
     for mib in CHUNK_MIB:
         part = {"part": "cuBLAS: delta @ weight of one chunk", "chunk_mib": mib}
         yield part, partial(_one_chunk, frozen, mib, device)
+    for name in ("cuBLAS: logits", "logits and their exponentials", "the same, turned into delta"):
+        yield {"part": f"{name} of one chunk"}, partial(_first_product, name, frozen, device)
     for share in ACTIVE_SHARES:
         part = {"part": "Triton: delta @ weight of one chunk", "active_share": share}
         yield part, partial(_walked_chunk, frozen, share, device)
     for problem, table in ((forward, "gemm"), (frozen, "gemm"), (trained, "gemm"), (kl, "pair")):
-        for index, config in _candidates(table, dtype, device):
+        for index, config in candidates(table, dtype, device):
             part = {"part": f"{problem.op}, {problem.head}: tiles", "config": config}
             run = partial(_op, problem, device)
-            yield part, partial(_with_candidate, table, index, dtype, device, run)
-    for index, config in _candidates("gemm", dtype, device):
+            yield part, partial(with_candidate, table, index, dtype, device, run)
+    for index, config in candidates("gemm", dtype, device):
         run = partial(_delta_panel, frozen, device)
         part = {"part": "delta of one panel, made again", "config": config}
-        yield part, partial(_with_candidate, "gemm", index, dtype, device, run)
+        yield part, partial(with_candidate, "gemm", index, dtype, device, run)
     for mib in CHUNK_MIB:
         part = {"part": "linear_logps, frozen: chunk", "chunk_mib": mib}
         yield part, partial(_with_chunk, mib, frozen, device)
@@ -65,6 +67,31 @@ def _one_chunk(problem: Problem, mib: int, device: str) -> dict[str, Any]:
     delta = weight.new_empty(count, problem.V).normal_(std=problem.V**-0.5)
     found = _timed(lambda: torch.mm(delta, weight), device)
     return found | _rate(2 * count * problem.D * problem.V, found) | {"rows": count}
+
+
+def _first_product(name: str, problem: Problem, device: str) -> dict[str, Any]:
+    """hidden @ weight.T of as many rows as the op takes at a time, and what is made of it."""
+    from fastpref_kernels.delta import softmax_delta
+    from fastpref_kernels.forward import linear_softmax_fwd
+    from fastpref_kernels.launch import aligned_rows, gemm_config
+    from fastpref_kernels.linear_logps import rows_per_chunk
+
+    inputs = rows.make_inputs(problem, device)
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    hidden = hidden[: rows_per_chunk(problem.V, weight.element_size())]
+    labels = inputs.labels[: len(hidden)]
+    out = aligned_rows(len(hidden), problem.V, weight)
+    blocks = 4 * -(-problem.V // gemm_config(hidden).block_v)
+    maxima = hidden.new_empty(blocks, len(hidden), dtype=torch.float32)
+    head = (hidden, weight, labels, None, 1.0, None)
+    run: timer.Run = {
+        "cuBLAS": lambda: torch.mm(hidden, weight.T, out=out),
+        "logits": lambda: linear_softmax_fwd(*head, full=False, exps=out, block_max=maxima),
+        "the": lambda: softmax_delta(*head, out),
+    }[name.split()[0].rstrip(":")]
+    found = _timed(run, device)
+    flops = 2 * len(hidden) * problem.D * problem.V
+    return found | _rate(flops, found) | {"rows": len(hidden)}
 
 
 def _walked_chunk(problem: Problem, share: float, device: str) -> dict[str, Any]:
@@ -135,7 +162,7 @@ def _tables(name: str, dtype: str) -> dict[int, Any]:
     return configs.HALF_GEMM if name == "gemm" else configs.HALF_PAIR
 
 
-def _candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
+def candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
     """Places in the table of this device, and what stands there; the interpreter has one."""
     if device != "cuda":
         return [(0, "interpreter")]
@@ -145,9 +172,10 @@ def _candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
     return [(i, "x".join(str(int(x)) for x in config)) for i, config in enumerate(table)]
 
 
-def _with_candidate(
+def with_candidate(
     name: str, index: int, dtype: str, device: str, run: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
+    """What `run` finds while one candidate is in use."""
     if device != "cuda":
         return run()
     with _first(name, index, dtype):

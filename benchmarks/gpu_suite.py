@@ -45,7 +45,7 @@ Row = dict[str, Any]
 Check = tuple[Row, Callable[[], Any]]  # what a row is, and what comes of it
 
 SHARES = {"correctness": 0.4, "targets": 0.8, "ablation": 1.0}  # of the time, by the end of each
-WORKERS = {"correctness": 4}  # processes at a time, where not 1
+WORKERS = {"correctness": 8}  # processes at a time, where not 1
 DEVICE_LOST = 3  # exit code
 LOST = "CUDA error|illegal memory access|unspecified launch failure"
 OURS = "fastpref triton"
@@ -286,7 +286,8 @@ def tuning(row: Row) -> list[str]:
     """A line for a row of the ablation that was timed."""
     if "seconds" not in row:
         return []
-    choice = row.get("config") or f"{row.get('chunk_mib')} MiB"
+    choice = row.get("config") or row.get("active_share") or ""
+    choice = f"{row['chunk_mib']} MiB" if "chunk_mib" in row else str(choice)
     speed = f"{row['seconds']['median'] * 1000:8.2f} ms {row['tflops']:7.1f} TFLOP/s"
     return [f"  {row['part']:38} {choice:24} {speed}"]
 

@@ -61,7 +61,14 @@ GROUP_T = 16  # row blocks that share a panel of the weight while it is in the L
 # Blackwell (its first row fits their 99 KiB of shared memory), 90 for Hopper, 100 for Blackwell.
 HALF_GEMM: dict[int, tuple[GemmConfig, ...]] = {
     80: (GemmConfig(128, 128, 64, 8, 3, tma=False), GemmConfig(64, 128, 64, 4, 3, tma=False)),
-    90: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
+    90: (
+        GemmConfig(128, 256, 64, 8, 3, tma=True),
+        GemmConfig(128, 256, 64, 8, 3, tma=True, panel_v=256),
+        GemmConfig(128, 256, 64, 8, 4, tma=True),
+        GemmConfig(256, 128, 64, 8, 4, tma=True),
+        GemmConfig(128, 128, 64, 8, 4, tma=True),
+        GemmConfig(128, 128, 64, 4, 3, tma=True),  # two programs on a multiprocessor
+    ),
     100: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
 }
 FLOAT_GEMM: dict[int, tuple[GemmConfig, ...]] = {
