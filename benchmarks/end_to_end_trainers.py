@@ -10,6 +10,7 @@ import gc
 import hashlib
 import re
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -50,6 +51,7 @@ def play(job: Job, connection: Connection) -> None:
     try:
         trainers.get(job.trainer, _trl)(job, Turns(job, connection))
     except Exception as error:
+        traceback.print_exc()  # the report has its first line alone
         connection.send({"failed": reason(error)})
 
 
