@@ -23,36 +23,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import (
-    DELTA,
     GROUP_T,
+    LABEL_LOGITS,
     MERGE,
+    MERGE_KL,
+    MERGE_PANELS,
     SHARED_MEMORY_LIMIT,
     GemmConfig,
     RowConfig,
     gemm_configs,
     pair_configs,
-    skip_configs,
 )
-from .delta import delta_kernel, linear_delta_kernel
+from .delta import label_logits_kernel, linear_delta_kernel
 from .forward import linear_softmax_fwd_kernel, merge_fwd_kernel
 from .linear_kl import kl_delta_kernel, linear_kl_fwd_kernel, merge_kl_kernel
 from .losses import LOSSES, pair_losses_kernel, response_losses_kernel
 from .objectives import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
-from .skipping import active_mm_kernel
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 ARGUMENT_TYPES = {
     **dict.fromkeys(("labels", "lengths", "chosen_lengths", "rejected_lengths"), "*i64"),
-    **dict.fromkeys(("top1", "active", "desirable"), "*u8"),
-    **dict.fromkeys(("blocks", "counts"), "*i32"),
+    **dict.fromkeys(("top1", "again", "desirable"), "*u8"),
     "metrics": "*fp64",
     **dict.fromkeys(("p0", "p1", "p2", "p3"), "fp64"),
     **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first"), "i32"),
-    **dict.fromkeys(("logit_scale", "softcap", "threshold"), "fp32"),
+    **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
 }
 # Of the dtype under test; other pointers are fp32.
 INPUTS = frozenset(
-    "hidden weight ref_hidden ref_weight bias exps delta deltas head direction".split()  # noqa: SIM905
+    "hidden weight ref_hidden ref_weight bias exps delta".split()  # noqa: SIM905
 )
 
 
@@ -121,10 +120,12 @@ GEMM_KERNELS = {
     "linear_softmax_fwd": Kernel(
         linear_softmax_fwd_kernel,
         {
-            "stats": without("bias", "softcap", "exps", "block_max"),
-            "stats,bias,softcap": without("exps", "block_max"),
-            "train": without("bias", "softcap", "panel_dot"),
-            "train,bias,softcap": without("panel_dot"),
+            "stats": without("bias", "softcap", "exps", "shift", "again"),
+            "stats,bias,softcap": without("exps", "shift", "again"),
+            "train": without("bias", "softcap", "panel_dot", "again"),
+            "train,bias,softcap": without("panel_dot", "again"),
+            "again": without("bias", "softcap", "panel_dot"),
+            "again,bias,softcap": without("panel_dot"),
         },
     ),
     "linear_kl_fwd": Kernel(
@@ -134,21 +135,19 @@ GEMM_KERNELS = {
     "linear_delta": Kernel(
         linear_delta_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
     ),
-    "active_mm": Kernel(active_mm_kernel, {"plain": without()}),
 }
 ROW_KERNELS = {
     "merge_fwd": Kernel(
         merge_fwd_kernel,
-        {"stats": without(), "train": without("panel_dot", "entropy", "top1")},
+        {
+            "stats": without("exps", "shift", "again", "factor", "softcap"),
+            "train": without("panel_dot", "entropy", "top1", "softcap"),
+            "train,softcap": without("panel_dot", "entropy", "top1"),
+        },
     ),
     "merge_kl": Kernel(merge_kl_kernel, {"plain": without()}),
-    "delta": Kernel(
-        delta_kernel,
-        {
-            "plain": without("softcap", "active"),
-            "softcap": without("active"),
-            "softcap,active": without(),
-        },
+    "label_logits": Kernel(
+        label_logits_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
     ),
 }
 LOSS_KERNELS = {
@@ -156,12 +155,8 @@ LOSS_KERNELS = {
     "response_losses": Kernel(response_losses_kernel, loss_variants(RESPONSE_OBJECTIVES)),
 }
 KERNELS = {**GEMM_KERNELS, **ROW_KERNELS, **LOSS_KERNELS}
-ROW_CONFIGS = {"merge_fwd": MERGE, "merge_kl": MERGE, "delta": DELTA}
-CONFIGS = {
-    "linear_kl_fwd": pair_configs,
-    "kl_delta": pair_configs,
-    "active_mm": skip_configs,
-}
+ROW_CONFIGS = {"merge_fwd": MERGE, "merge_kl": MERGE_KL, "label_logits": LABEL_LOGITS}
+CONFIGS = {"linear_kl_fwd": pair_configs, "kl_delta": pair_configs}
 
 
 def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
@@ -192,7 +187,7 @@ def source(job: Job) -> ASTSource:
     config = job.config
     constants = dict(kernel.variants[job.variant])
     constants["BLOCK_T"] = constants["BLOCK"] = config.block_t
-    constants["BLOCK_E"] = gemm_configs(job.arch, 2)[0].block_e
+    constants["BLOCK_P"] = MERGE_PANELS
     if isinstance(config, GemmConfig):
         constants |= {
             "BLOCK_V": config.block_v,

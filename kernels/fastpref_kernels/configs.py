@@ -28,14 +28,7 @@ class GemmConfig(NamedTuple):
             "weight": [self.block_v, self.block_d],
             "ref_hidden": [self.block_t, self.block_d],
             "ref_weight": [self.block_v, self.block_d],
-            "deltas": [self.block_t, self.block_d],
-            "head": [self.block_d, self.block_v],
         }
-
-    @property
-    def block_e(self) -> int:
-        """Columns that leave the registers at a time, a quarter of the tile."""
-        return self.block_v // 4
 
     @property
     def panel_tiles(self) -> int:
@@ -48,7 +41,7 @@ class GemmConfig(NamedTuple):
 
 
 class RowConfig(NamedTuple):
-    """One program's tile in a kernel that moves memory and multiplies nothing."""
+    """One program's rows (or columns) in a kernel that moves memory and multiplies nothing."""
 
     block_t: int
     num_warps: int
@@ -82,23 +75,12 @@ HALF_PAIR: dict[int, tuple[GemmConfig, ...]] = {
     90: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
     100: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
 }
-# delta @ weight over the blocks of delta that matter: block_t is 2 * DELTA.block_t, block_v counts
-# columns of the hidden size, block_d is the block_e of the kernel that wrote delta.
-HALF_SKIP: dict[int, tuple[GemmConfig, ...]] = {
-    80: (GemmConfig(128, 128, 32, 8, 6, tma=False),),
-    90: (GemmConfig(128, 256, 64, 8, 6, tma=True),),
-    100: (GemmConfig(128, 256, 64, 8, 6, tma=True),),
-}
-FLOAT_SKIP: dict[int, tuple[GemmConfig, ...]] = {
-    80: (GemmConfig(128, 64, 16, 8, 5, tma=False),),
-    90: (GemmConfig(128, 64, 16, 8, 5, tma=True),),
-    100: (GemmConfig(128, 64, 16, 8, 5, tma=True),),
-}
-INTERPRETER_SKIP = GemmConfig(128, 16, 8, 1, 1, tma=True)
 INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
 
-MERGE = RowConfig(128, 4)
-DELTA = RowConfig(64, 4)
+MERGE = RowConfig(16, 4)
+MERGE_PANELS = 64  # partials of a row that are read at once
+MERGE_KL = RowConfig(128, 4)
+LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a thread block may use
 
@@ -116,8 +98,3 @@ def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
 def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
     """The same for kernels with two accumulators."""
     return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]
-
-
-def skip_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
-    """The same for the product that skips blocks."""
-    return (FLOAT_SKIP if element_size == 4 else HALF_SKIP)[arch]

@@ -4,15 +4,17 @@
 
 and 0 in rows labelled -100. Two ways to it, both from fp32 logits that are never written:
 
-- `softmax_delta`, one GEMM: the statistics pass leaves e^(x - running max) behind, and a second,
-  memory-bound pass turns it into delta in place. Rounded twice to the input dtype: 2 * 2^-8 of an
-  entry in bf16. That holds for the label's own 1 - p, too: a p above 1/2 is the maximum of its
-  row, whose exponential is exactly 1.
+- `softmax_delta`, one GEMM: the statistics pass leaves e^(x - shift) behind, which is delta but for
+  a factor of each row and the entry of its label, and the kernel that merges the statistics, which
+  knows the log-sum-exp, writes both. Rounded once to the input dtype.
 - `linear_delta`, one GEMM, for any columns of the vocabulary once the log-sum-exp is known: the
   recomputation. Rounded once.
 
-Memory: the (T, V) matrix itself in the input dtype, and, in `softmax_delta`, one fp32 maximum
-per row and block of columns (1/32 of a bf16 matrix).
+The shift is the label's own logit plus SHIFT: any number within RANGE of the log-sum-exp does. Where
+the label's log-prob is below SHIFT - RANGE = -48 nats, the statistics pass does the row once more,
+shifted by the log-sum-exp. fp16 has no room for such exponentials and takes two GEMMs.
+
+Memory: the (T, V) matrix itself in the input dtype.
 """
 
 # mypy: allow-untyped-defs
@@ -21,63 +23,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import DELTA, GROUP_T
-from .forward import TokenStats, linear_softmax_fwd
-from .launch import gemm_config, operands
-from .tiles import IGNORE_INDEX, column_quarters, finish_logits, grouped_tile, matmul_tile
+from .configs import GROUP_T, LABEL_LOGITS
+from .forward import Exps, TokenStats, linear_softmax_fwd
+from .launch import dense_rows, gemm_config, operands
+from .tiles import (
+    IGNORE_INDEX,
+    chain_rule,
+    column_quarters,
+    finish_logits,
+    grouped_tile,
+    matmul_tile,
+    soft_cap,
+)
+
+SHIFT = 16.0  # nats
 
 
 @triton.jit
-def chain_rule(d, x, logit_scale, softcap):
-    """d L / d product from d = d L / d x, given the finished logit x."""
-    d *= logit_scale
-    if softcap is not None:
-        ratio = tl.maximum(x / softcap, -1.0)  # x is -inf where its exponential underflowed
-        d *= 1.0 - ratio * ratio
-    return d
-
-
-@triton.jit
-def delta_kernel(
-    delta,  # (T, V), e^(x - block_max) on entry
-    block_max,  # (blocks, T)
+def label_logits_kernel(
+    hidden,  # (T, D)
+    weight,  # (V, D)
+    bias,  # (V,) or None
     labels,  # (T,)
-    logps,  # (T,)
-    lse,  # (T,)
-    active,  # (row blocks, column blocks) uint8, written: something is above; or None
-    T,
+    logits,  # (T,), written; 0 for a label outside the vocabulary
     V,
-    stride_e,
+    D,
+    stride_h,
+    stride_w,
     logit_scale,
     softcap,
-    threshold,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    block = tl.program_id(1).to(tl.int64)
-    cols = block * BLOCK_E + tl.arange(0, BLOCK_E)
-    row_mask = rows < T
-    mask = row_mask[:, None] & (cols[None, :] < V)
-    label = tl.load(labels + rows, mask=row_mask, other=IGNORE_INDEX)
-    row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
-    m = tl.load(block_max + block * T + rows, mask=row_mask, other=0.0)
-
-    ptrs = delta + rows[:, None].to(tl.int64) * stride_e + cols[None, :]
-    e = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    hit = cols[None, :] == label[:, None]
-    d = hit.to(tl.float32) - e * tl.exp(m - row_lse)[:, None]
-    # Where e underflowed its logit is lost: delta is 0 there anyway, except for the label.
-    row_logp = tl.load(logps + rows, mask=row_mask, other=0.0)
-    x = tl.where(hit, (row_logp + row_lse)[:, None], tl.log(e) + m[:, None])
-    d = chain_rule(d, x, logit_scale, softcap)
-    d = tl.where((label == IGNORE_INDEX)[:, None], 0.0, d)
-    tl.store(ptrs, d.to(delta.dtype.element_ty), mask=mask)
-    if active is not None:
-        size = tl.where(d == d, tl.abs(d), float("inf"))  # NaN must not be left out
-        largest = tl.max(tl.max(tl.where(mask, size, 0.0), axis=1), axis=0)
-        flag = active + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(flag, (largest >= threshold).to(tl.uint8))
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    known = (label >= 0) & (label < V)
+    label = tl.where(known, label, 0)
+    products = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden + row * stride_h + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(weight + label * stride_w + d, mask=d < D, other=0.0).to(tl.float32)
+        products += h * w
+    x = tl.sum(products, axis=0)
+    if bias is not None:
+        x += tl.load(bias + label).to(tl.float32)
+    x *= logit_scale
+    if softcap is not None:
+        x = soft_cap(x, softcap)
+    tl.store(logits + row, tl.where(known, x, 0.0))
 
 
 @triton.jit
@@ -140,30 +133,40 @@ def softmax_delta(
     logit_scale: float,
     softcap: float | None,
     delta: Tensor,  # (T, V), rows of unit stride, written
-    active: Tensor | None = None,  # (row blocks, column blocks) uint8, written
-    threshold: float = 0.0,
+    factor: Tensor,  # (T,) fp32, written
 ) -> TokenStats:
-    """Log-probs and log-sum-exps of checked inputs, and delta, from one GEMM.
+    """Log-probs and log-sum-exps of checked inputs; factor_t * delta_t is the delta of a row."""
+    head = (bias, logit_scale, softcap)
+    if torch.finfo(delta.dtype).max < torch.finfo(torch.bfloat16).max:
+        stats = linear_softmax_fwd(hidden, weight, labels, *head, full=False)
+        linear_delta(hidden, weight, labels, *head, stats.lse, delta)
+        factor.fill_(1.0)
+        return stats
+    shift = label_logits(hidden, weight, labels, *head).add_(SHIFT)
+    kept = Exps(delta, shift, factor)
+    return linear_softmax_fwd(hidden, weight, labels, *head, full=False, kept=kept)
 
-    active: which blocks of DELTA.block_t rows and block_e columns hold an entry >= threshold.
-    """
-    T, V = delta.shape
-    config = gemm_config(hidden)
-    blocks = 4 * triton.cdiv(V, config.block_v)  # whole tiles: the last may lie past V in part
-    block_max = torch.empty(blocks, T, dtype=torch.float32, device=hidden.device)
-    labels = labels.contiguous()
-    stats = linear_softmax_fwd(
-        hidden, weight, labels, bias, logit_scale, softcap,
-        full=False, exps=delta, block_max=block_max,
-    )  # fmt: skip
+
+def label_logits(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """The label's logit of each row, (T,) fp32, but for the order of summation."""
+    T, D = hidden.shape
+    logits = torch.empty(T, dtype=torch.float32, device=hidden.device)
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
     if T > 0:
-        delta_kernel[(triton.cdiv(T, DELTA.block_t), triton.cdiv(V, config.block_e))](
-            delta, block_max, labels, stats.logps, stats.lse, active, T, V, delta.stride(0),
-            float(logit_scale), None if softcap is None else float(softcap), threshold,
-            BLOCK_T=DELTA.block_t, BLOCK_E=config.block_e,
-            num_warps=DELTA.num_warps, enable_fp_fusion=True,
+        label_logits_kernel[(T,)](
+            hidden, weight, None if bias is None else bias.contiguous(), labels.contiguous(),
+            logits, weight.shape[0], D, hidden.stride(0), weight.stride(0), float(logit_scale),
+            None if softcap is None else float(softcap),
+            BLOCK=LABEL_LOGITS.block_t, num_warps=LABEL_LOGITS.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    return stats
+    return logits
 
 
 def linear_delta(

@@ -9,9 +9,9 @@ do not depend on T, and nothing is added atomically: a token's numbers are the s
 whatever the tokens around it.
 
 Extra memory: 8 bytes a token and panel of 2048 columns (12 with the entropy), so 4 MB for
-8192 tokens and 128k columns. The training pass uses the same kernel and asks it, in addition, for
-e^(x - running max), rounded once to the input dtype: relative error 2^-8 in bf16, where a rounded
-logit of 20 would carry 6 per cent into its probability.
+8192 tokens and 128k columns. The training pass (`delta.py`) uses the same kernel and asks it, in
+addition, for e^(x - shift), rounded once to the input dtype: relative error 2^-8 in bf16, where a
+rounded logit of 20 would carry 6 per cent into its probability.
 """
 
 # mypy: allow-untyped-defs
@@ -23,9 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP_T, MERGE
+from .configs import GROUP_T, MERGE, MERGE_PANELS
 from .launch import gemm_config, operands
-from .tiles import IGNORE_INDEX, column_quarters, finish_logits, grouped_tile, matmul_tile
+from .numerics import one_minus_exp
+from .tiles import (
+    IGNORE_INDEX,
+    cap_slope,
+    column_quarters,
+    finish_logits,
+    grouped_tile,
+    matmul_tile,
+)
+
+RANGE = tl.constexpr(64.0)  # nats between log-sum-exp and shift; bf16 and fp32 hold e^-87 to e^88
 
 
 class TokenStats(NamedTuple):
@@ -47,8 +57,9 @@ def linear_softmax_fwd_kernel(
     panel_max,  # (panels, T)
     panel_sum,  # (panels, T) sum of e^(x - max)
     panel_dot,  # (panels, T) sum of (x - max) e^(x - max), or None
-    exps,  # (T, V) e^(x - block_max), or None
-    block_max,  # (blocks of BLOCK_V / 4 columns, T) or None
+    exps,  # (T, V) e^(x - shift) times the slope of the soft cap, 0 where ignored; or None
+    shift,  # (T,) or None
+    again,  # (T,) uint8 or None: the only rows to do, and not to touch the exps of their labels
     T,
     V,
     D,
@@ -71,15 +82,21 @@ def linear_softmax_fwd_kernel(
     row = row_block * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
     row_mask = rows < T
+    first_tile = panel * PANEL_TILES
+    stop = tl.minimum(first_tile + PANEL_TILES, tiles)
+    if again is not None:
+        row_mask = row_mask & (tl.load(again + rows, mask=row_mask, other=0) > 0)
+        stop = tl.where(tl.max(row_mask.to(tl.int32), axis=0) > 0, stop, first_tile)
     label = tl.load(labels + rows, mask=row_mask, other=IGNORE_INDEX).to(tl.int32)
+    if exps is not None:
+        row_shift = tl.load(shift + rows, mask=row_mask, other=0.0)
 
     m = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
     s = tl.zeros((BLOCK_T,), dtype=tl.float32)
     target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
     dot = tl.zeros((BLOCK_T,), dtype=tl.float32)
 
-    first_tile = panel * PANEL_TILES
-    for tile in range(first_tile, tl.minimum(first_tile + PANEL_TILES, tiles)):
+    for tile in range(first_tile, stop):
         acc = matmul_tile(
             hidden, weight, row, tile * BLOCK_V, T, V, D, stride_h, stride_w,
             BLOCK_T, BLOCK_V, BLOCK_D, USE_TMA, UPCAST,
@@ -97,24 +114,29 @@ def linear_softmax_fwd_kernel(
 
             new_m = tl.maximum(m, tl.max(x, axis=1))
             # A row of -inf so far (a bias may be -inf) has no maximum to subtract.
-            shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-            decay = tl.exp(m - shift)
+            top = tl.where(new_m == float("-inf"), 0.0, new_m)
+            decay = tl.exp(m - top)
             # -200 stands for -inf: its exponential is 0 too, and 0 times it is not NaN.
-            below = tl.maximum(x - shift[:, None], -200.0)
+            below = tl.maximum(x - top[:, None], -200.0)
             e = tl.exp(below)
             if panel_dot is not None:
                 # Moving the maximum moves every earlier (x - max) by the same amount.
-                moved = tl.where(m == float("-inf"), 0.0, m - shift)
+                moved = tl.where(m == float("-inf"), 0.0, m - top)
                 dot = (dot + moved * s) * decay + tl.sum(below * e, axis=1)
             s = s * decay + tl.sum(e, axis=1)
             m = new_m
             if exps is not None:
+                e *= tl.exp(tl.minimum(top - row_shift, 88.0))[:, None]
+                if softcap is not None:
+                    e *= cap_slope(x, softcap)
+                inside = row_mask[:, None] & (local[None, :] < V - col)
+                if again is not None:
+                    inside = inside & (local[None, :] != at[:, None])
                 tl.store(
                     exps + rows[:, None].to(tl.int64) * stride_e + (col + local)[None, :],
-                    e.to(exps.dtype.element_ty),
-                    mask=row_mask[:, None] & (local[None, :] < V - col),
+                    tl.where((label != IGNORE_INDEX)[:, None], e, 0.0).to(exps.dtype.element_ty),
+                    mask=inside,
                 )
-                tl.store(block_max + tl.cast(block, tl.int64) * T + rows, shift, mask=row_mask)
 
     offsets = panel.to(tl.int64) * T + rows
     tl.store(panel_max + offsets, m, mask=row_mask)
@@ -137,9 +159,18 @@ def merge_fwd_kernel(
     lse,  # (T,)
     entropy,  # (T,) or None
     top1,  # (T,) uint8, or None
+    exps,  # (T, V) or None: its entries of the labels are written
+    shift,  # (T,) or None; the log-sum-exp of the rows to do again
+    again,  # (T,) uint8, or None
+    factor,  # (T,) or None: what delta is in units of exps
     T,
+    V,
     panels,
+    stride_e,
+    logit_scale,
+    softcap,
     BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = rows < T
@@ -148,29 +179,57 @@ def merge_fwd_kernel(
     m = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
     s = tl.zeros((BLOCK_T,), dtype=tl.float32)
     dot = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for panel in range(panels):
-        offsets = tl.cast(panel, tl.int64) * T + rows
-        panel_m = tl.load(panel_max + offsets, mask=mask, other=0.0)
-        panel_s = tl.load(panel_sum + offsets, mask=mask, other=1.0)
-        new_m = tl.maximum(m, panel_m)
-        shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-        old, new = tl.exp(m - shift), tl.exp(panel_m - shift)
+    for first in range(0, panels, BLOCK_P):
+        panel = first + tl.arange(0, BLOCK_P)
+        inside = (panel < panels)[:, None] & mask[None, :]
+        offsets = panel[:, None].to(tl.int64) * T + rows[None, :]
+        panel_m = tl.load(panel_max + offsets, mask=inside, other=float("-inf"))
+        panel_s = tl.load(panel_sum + offsets, mask=inside, other=0.0)
+        new_m = tl.maximum(m, tl.max(panel_m, axis=0))
+        top = tl.where(new_m == float("-inf"), 0.0, new_m)
+        old, new = tl.exp(m - top), tl.exp(panel_m - top[None, :])
         if panel_dot is not None:
-            panel_d = tl.load(panel_dot + offsets, mask=mask, other=0.0)
-            moved = tl.where(m == float("-inf"), 0.0, m - shift)
-            panel_moved = tl.where(panel_m == float("-inf"), 0.0, panel_m - shift)
-            dot = (dot + moved * s) * old + (panel_d + panel_moved * panel_s) * new
-        s = s * old + panel_s * new
+            panel_d = tl.load(panel_dot + offsets, mask=inside, other=0.0)
+            moved = tl.where(m == float("-inf"), 0.0, m - top)
+            panel_moved = tl.where(panel_m == float("-inf"), 0.0, panel_m - top[None, :])
+            panel_d = (panel_d + panel_moved * panel_s) * new
+            dot = (dot + moved * s) * old + tl.sum(panel_d, axis=0)
+        s = s * old + tl.sum(panel_s * new, axis=0)
         m = new_m
 
     log_s = tl.log(s)
+    row_lse = m + log_s
     x = tl.load(target + rows, mask=mask & kept, other=0.0)
     # (x - m) first: both may be large, their difference is what must be exact.
-    tl.store(logps + rows, tl.where(kept, (x - m) - log_s, 0.0), mask=mask)
-    tl.store(lse + rows, tl.where(kept, m + log_s, 0.0), mask=mask)
+    logp = (x - m) - log_s
+    tl.store(logps + rows, tl.where(kept, logp, 0.0), mask=mask)
+    tl.store(lse + rows, tl.where(kept, row_lse, 0.0), mask=mask)
     if panel_dot is not None:
         tl.store(entropy + rows, tl.where(kept, log_s - dot / s, 0.0), mask=mask)
         tl.store(top1 + rows, (kept & (x >= m)).to(tl.uint8), mask=mask)
+    if exps is not None:
+        distance = row_lse - tl.load(shift + rows, mask=mask, other=0.0)
+        redo = kept & ((tl.abs(distance) < RANGE) == 0)  # NaN is not within any range
+        distance = tl.where(redo, 0.0, distance)
+        tl.store(shift + rows, row_lse, mask=mask & redo)
+        tl.store(again + rows, redo.to(tl.uint8), mask=mask)
+        tl.store(factor + rows, tl.where(kept, -logit_scale * tl.exp(-distance), 0.0), mask=mask)
+        own = -one_minus_exp(tl.minimum(logp, 0.0)) * tl.exp(distance)
+        if softcap is not None:
+            own *= cap_slope(x, softcap)
+        tl.store(
+            exps + rows.to(tl.int64) * stride_e + label,
+            own.to(exps.dtype.element_ty),
+            mask=mask & (label >= 0) & (label < V),
+        )
+
+
+class Exps(NamedTuple):
+    """What the training pass leaves behind for `delta.py`, all of it written."""
+
+    exps: Tensor  # (T, V), rows of unit stride: e^(x - shift), changed where the label is
+    shift: Tensor  # (T,) fp32, near enough to the log-sum-exp; given, and mended where it is not
+    factor: Tensor  # (T,) fp32: factor_t * exps_t = delta_t
 
 
 def linear_softmax_fwd(
@@ -182,8 +241,7 @@ def linear_softmax_fwd(
     softcap: float | None,
     *,
     full: bool,
-    exps: Tensor | None = None,  # (T, V), written
-    block_max: Tensor | None = None,  # (blocks, T), written
+    kept: Exps | None = None,
 ) -> TokenStats:
     """The statistics of checked inputs; entropy and top-1 only when `full`."""
     T, V = hidden.shape[0], weight.shape[0]
@@ -200,25 +258,51 @@ def linear_softmax_fwd(
     target = fp32(T).fill_(float("nan"))  # a label outside [0, V) stays visible
     panel_max, panel_sum = fp32((2, panels, T))
     panel_dot = fp32((panels, T)) if full else None
-    linear_softmax_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)](
+    exps, shift, factor = (None, None, None) if kept is None else kept
+    again = None if kept is None else torch.empty(T, dtype=torch.uint8, device=hidden.device)
+    head = {
+        "logit_scale": float(logit_scale),
+        "softcap": None if softcap is None else float(softcap),
+        "stride_e": 0 if exps is None else exps.stride(0),
+    }
+    partials = {
+        "labels": labels,
+        "target": target,
+        "panel_max": panel_max,
+        "panel_sum": panel_sum,
+        "panel_dot": panel_dot,
+    }
+    softmax = partial(
+        linear_softmax_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)],
         bias=None if bias is None else bias.contiguous(),
-        labels=labels,
-        target=target,
-        panel_max=panel_max,
-        panel_sum=panel_sum,
-        panel_dot=panel_dot,
         exps=exps,
-        block_max=block_max,
-        stride_e=0 if exps is None else exps.stride(0),
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
+        shift=shift,
         PANEL_TILES=config.panel_tiles,
         GROUP=GROUP_T,
+        **partials,
+        **head,
         **operands(hidden, weight, config),
     )
+    softmax(again=None)
     merge_fwd_kernel[(triton.cdiv(T, MERGE.block_t),)](
-        labels, target, panel_max, panel_sum, panel_dot, logps, lse, entropy,
-        None if top1 is None else top1.view(torch.uint8),
-        T, panels, BLOCK_T=MERGE.block_t, num_warps=MERGE.num_warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        logps=logps,
+        lse=lse,
+        entropy=entropy,
+        top1=None if top1 is None else top1.view(torch.uint8),
+        exps=exps,
+        shift=shift,
+        again=again,
+        factor=factor,
+        T=T,
+        V=V,
+        panels=panels,
+        BLOCK_T=MERGE.block_t,
+        BLOCK_P=MERGE_PANELS,
+        num_warps=MERGE.num_warps,
+        enable_fp_fusion=True,
+        **partials,
+        **head,
+    )
+    if again is not None:  # nearly always no row: the programs find nothing to do
+        softmax(again=again)
     return TokenStats(logps, lse, entropy, top1)

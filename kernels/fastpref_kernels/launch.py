@@ -11,11 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import (
     INTERPRETER_GEMM,
-    INTERPRETER_SKIP,
     GemmConfig,
     gemm_configs,
     pair_configs,
-    skip_configs,
     table_arch,
 )
 
@@ -38,19 +36,13 @@ def pair_config(hidden: Tensor) -> GemmConfig:
     return pinned(hidden, pair_configs)
 
 
-def skip_config(weight: Tensor) -> GemmConfig:
-    """The one configuration of the product that skips blocks of delta."""
-    return pinned(weight, skip_configs, INTERPRETER_SKIP)
-
-
 def pinned(
     hidden: Tensor,
     table: Callable[[int, int], tuple[GemmConfig, ...]],
-    interpreter: GemmConfig | None = None,
 ) -> GemmConfig:
     """The first row of a table for the tensor's device and dtype."""
     if not hidden.is_cuda:
-        return interpreter or INTERPRETER_GEMM
+        return INTERPRETER_GEMM
     arch = table_arch(torch.cuda.get_device_capability(hidden.device))
     return table(arch, hidden.element_size())[0]
 

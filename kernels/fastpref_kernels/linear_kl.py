@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP_T, MERGE
-from .delta import chain_rule
+from .configs import GROUP_T, MERGE_KL
 from .launch import (
     aligned_rows,
     dense_rows,
@@ -27,7 +26,7 @@ from .launch import (
     pair_operands,
 )
 from .linear_logps import head_gradients, rows_per_chunk, scale_rows
-from .tiles import column_quarters, finish_logits, grouped_tile, matmul_tile
+from .tiles import chain_rule, column_quarters, finish_logits, grouped_tile, matmul_tile
 
 
 @triton.jit
@@ -237,9 +236,9 @@ def linear_kl_fwd(
             GROUP=GROUP_T,
             **pair_operands(hidden, weight, ref_hidden, ref_weight, config),
         )
-        merge_kl_kernel[(triton.cdiv(T, MERGE.block_t),)](
+        merge_kl_kernel[(triton.cdiv(T, MERGE_KL.block_t),)](
             partials, kl, lse, ref_lse, T, panels,
-            BLOCK_T=MERGE.block_t, num_warps=MERGE.num_warps, enable_fp_fusion=True,
+            BLOCK_T=MERGE_KL.block_t, num_warps=MERGE_KL.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
         if direction is None:
             return

@@ -8,7 +8,7 @@ The direction does not know the upstream gradient, so the forward pass computes 
 of delta, and all that is left to do backward is to scale its rows. Passes over the head (one is
 2 T D V FLOPs): 2 with a frozen head; 3 with a trained one whose delta fits in CACHE_BYTES, else 4,
 delta being recomputed panel by panel of the vocabulary, so that each row of the weight's gradient
-is rounded once and no fp32 copy of it exists. SKIP_BELOW trades exactness for time; it is off.
+is rounded once and no fp32 copy of it exists.
 
 Extra memory: CHUNK_BYTES of delta, T x D for the direction; with a trained head the T x V cache
 instead of the chunk, or a panel of the chunk's size, and T x D of scaled hidden states.
@@ -23,11 +23,9 @@ from .configs import IGNORE_INDEX
 from .delta import linear_delta, softmax_delta
 from .forward import linear_softmax_fwd
 from .launch import aligned_rows, dense_rows, launching_on
-from .skipping import active_flags, active_mm
 
 CHUNK_BYTES = 256 << 20  # 1024 rows of 128k bf16 columns: full waves in both GEMMs of a chunk
 CACHE_BYTES = 2 << 30
-SKIP_BELOW = 0.0  # leave blocks of delta below this out of the direction; 2**-12 is worth trying
 
 
 def kept_deltas(
@@ -52,7 +50,10 @@ def linear_logps_fwd(
     direction: Tensor | None,  # (T, D), written
     deltas: Tensor | None,  # (T, V), rows of unit stride, written
 ) -> None:
-    """Log-probs and log-sum-exps; nothing of size rows x V where they alone are wanted."""
+    """Log-probs and log-sum-exps; nothing of size rows x V where they alone are wanted.
+
+    Of deltas that are kept, row t is delta_t but for a factor, which is left in lse[t].
+    """
     hidden, weight = dense_rows(hidden), dense_rows(weight)
     T, V = hidden.shape[0], weight.shape[0]
     with launching_on(hidden):
@@ -65,22 +66,20 @@ def linear_logps_fwd(
             return
         rows = rows_per_chunk(V, hidden.element_size())
         buffer = aligned_rows(min(rows, T), V, hidden) if deltas is None else deltas
+        factor = torch.empty_like(lse)
         for start in range(0, T, rows):
             part = slice(start, min(start + rows, T))
             delta = buffer[: part.stop - start] if deltas is None else deltas[part]
-            skip = SKIP_BELOW > 0 and direction is not None
-            active = active_flags(delta, hidden) if skip else None
             stats = softmax_delta(
-                hidden[part], weight, labels[part], bias, logit_scale, softcap, delta,
-                active, SKIP_BELOW,
-            )  # fmt: skip
+                hidden[part], weight, labels[part], bias, logit_scale, softcap, delta, factor[part]
+            )
             logps[part], lse[part] = stats.logps, stats.lse
-            if direction is None:
-                continue
-            if active is None:
+            if direction is not None:
                 torch.mm(delta, weight, out=direction[part])
-            else:
-                active_mm(delta, weight, active, direction[part])
+        if direction is not None:
+            torch.mul(direction, factor[:, None], out=direction)
+        if deltas is not None:
+            lse.copy_(factor)
 
 
 def linear_logps_bwd(
@@ -91,13 +90,14 @@ def linear_logps_bwd(
     bias: Tensor | None,  # (V,)
     logit_scale: float,
     softcap: float | None,
-    lse: Tensor,  # (T,)
-    deltas: Tensor | None,  # (T, V) from the forward pass
+    lse: Tensor,  # (T,) and
+    deltas: Tensor | None,  # (T, V) as the forward pass left them
     grad_weight: Tensor | None,  # (V, D), written
     grad_bias: Tensor | None,  # (V,), written
 ) -> None:
     """Gradients of a trained head, from deltas kept or made again."""
     hidden, weight = dense_rows(hidden), dense_rows(weight)
+    gain = gain if deltas is None else gain * lse
     # An ignored row may hold NaN, which a gain of zero would not silence.
     scaled = scale_rows(hidden, gain).masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)
 

@@ -88,9 +88,32 @@ def finish_logits(acc, col, bias, V, logit_scale, softcap, BLOCK: tl.constexpr):
     if bias is not None:
         x += tl.load(bias + col + local, mask=local < V - col, other=0.0).to(tl.float32)[None, :]
     x *= logit_scale
-    if softcap is not None:  # tanh; an exponential that overflows leaves -1, as it should
-        x = softcap * (2.0 / (1.0 + tl.exp(-2.0 * x / softcap)) - 1.0)
+    if softcap is not None:
+        x = soft_cap(x, softcap)
     return tl.where(local[None, :] < V - col, x, float("-inf"))
+
+
+@triton.jit
+def soft_cap(x, softcap):
+    """c tanh(x / c), in a form that needs no x once its exponential is there."""
+    e = tl.exp(tl.minimum(2.0 * x / softcap, 80.0, propagate_nan=tl.PropagateNan.ALL))
+    return softcap * ((e - 1.0) / (e + 1.0))
+
+
+@triton.jit
+def cap_slope(x, softcap):
+    """d x / d (logit before the cap), from the capped logit x."""
+    ratio = tl.maximum(x / softcap, -1.0)  # columns past the vocabulary are -inf
+    return 1.0 - ratio * ratio
+
+
+@triton.jit
+def chain_rule(d, x, logit_scale, softcap):
+    """d L / d product from d = d L / d x, given the finished logit x."""
+    d *= logit_scale
+    if softcap is not None:
+        d *= cap_slope(x, softcap)
+    return d
 
 
 @triton.jit
