@@ -9,28 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fastpref import ops
 from fastpref.bench import peers, rows, timer
 from fastpref.bench.rows import Inputs, Problem
 
 Check = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 MIB = 2**20
-SHAPE, DRY_SHAPE = (8192, 4096, 128256), (16, 32, 96)
-CHUNK_MIB = (64, 128, 256, 512)
-ACTIVE_SHARES = (1.0, 0.5, 0.1)  # of blocks of delta
+SHAPE, DRY_SHAPE = rows.CUDA_SHAPES[0], (16, 32, 96)
+OTHER_SHAPES = rows.CUDA_SHAPES[2:]
+MOST_MIB = 560
 MODULE = "fastpref_kernels.linear_logps"
+T = TypeVar("T")
 
 
 def ablation(device: str, dry: bool) -> Iterator[Check]:
-    """Chunk sizes, tile shapes, and cuBLAS alone at the shapes that an op calls it with."""
+    """What an op's parts take, tile shapes, rows a chunk, and cuBLAS alone beside each."""
     dtype = "float32" if dry else rows.DTYPE[device]
+    shapes = (DRY_SHAPE,) if dry else (SHAPE, *OTHER_SHAPES)
     frozen, trained, forward, kl = (
-        Problem(op, head, *(DRY_SHAPE if dry else SHAPE), dtype)
+        Problem(op, head, *shapes[0], dtype)
         for op, head in (
             ("linear_logps", "frozen"),
             ("linear_logps", "trained"),
@@ -38,42 +39,72 @@ def ablation(device: str, dry: bool) -> Iterator[Check]:
             ("linear_kl", "frozen"),
         )
     )
-    for mib in CHUNK_MIB:
-        part = {"part": "cuBLAS: delta @ weight of one chunk", "chunk_mib": mib}
-        yield part, partial(_one_chunk, frozen, mib, device)
-    for name in ("cuBLAS: logits", "logits and their exponentials", "the same, turned into delta"):
-        yield {"part": f"{name} of one chunk"}, partial(_first_product, name, frozen, device)
-    for share in ACTIVE_SHARES:
-        part = {"part": "Triton: delta @ weight of one chunk", "active_share": share}
-        yield part, partial(_walked_chunk, frozen, share, device)
+    for problem in (frozen, trained, kl):
+        part = {"part": f"{problem.op}, {problem.head}: kernels, ms"}
+        yield part, partial(_profile, problem, device)
     for problem, table in ((forward, "gemm"), (frozen, "gemm"), (trained, "gemm"), (kl, "pair")):
-        for index, config in candidates(table, dtype, device):
-            part = {"part": f"{problem.op}, {problem.head}: tiles", "config": config}
-            run = partial(_op, problem, device)
-            yield part, partial(with_candidate, table, index, dtype, device, run)
-    for index, config in candidates("gemm", dtype, device):
-        run = partial(_delta_panel, frozen, device)
-        part = {"part": "delta of one panel, made again", "config": config}
-        yield part, partial(with_candidate, "gemm", index, dtype, device, run)
-    for mib in CHUNK_MIB:
-        part = {"part": "linear_logps, frozen: chunk", "chunk_mib": mib}
-        yield part, partial(_with_chunk, mib, frozen, device)
+        part = {"part": f"{problem.op}, {problem.head}: tiles"}
+        yield part, partial(_tiles, problem, table, device)
+    yield {"part": "the first product of one chunk"}, partial(_first_product, frozen, device)
+    for shape in shapes:
+        problem = Problem("linear_logps", "frozen", *shape, dtype)
+        part = {"part": f"linear_logps, frozen, T {shape[0]}, D {shape[1]}, V {shape[2]}: rows"}
+        yield part, partial(_chunks, problem, device)
 
 
-def _one_chunk(problem: Problem, mib: int, device: str) -> dict[str, Any]:
+def _profile(problem: Problem, device: str) -> dict[str, Any]:
+    """Milliseconds of each kernel of one call, and of all from the first to the last."""
+    run = _ours(problem, rows.make_inputs(problem, device))
+    for _ in range(3):
+        run()
+    with torch.profiler.profile() as profiler:
+        run()
+        timer.release(device)
+    found: dict[str, float] = {}
+    spans = [e.time_range for e in profiler.events() if e.device_type.name == "CUDA"]
+    for event in profiler.events():
+        if event.device_type.name == "CUDA":
+            found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us() / 1000
+    if spans:
+        found["from first to last"] = (
+            max(s.end for s in spans) - min(s.start for s in spans)
+        ) / 1e3
+    return {"kernels": dict(sorted(found.items(), key=lambda item: -item[1])[:16])}
+
+
+def _tiles(problem: Problem, table: str, device: str) -> dict[str, Any]:
+    """Every tile shape of a table."""
     inputs = rows.make_inputs(problem, device)
-    weight = inputs.weight.detach()
-    count = min(problem.T, max(1, mib * MIB // (problem.V * weight.element_size())))
-    delta = weight.new_empty(count, problem.V).normal_(std=problem.V**-0.5)
-    found = _timed(lambda: torch.mm(delta, weight), device)
-    return found | _rate(2 * count * problem.D * problem.V, found) | {"rows": count}
+    ours = _ours(problem, inputs)
+    runs: dict[str, timer.Run] = {
+        config: partial(with_candidate, table, index, problem.dtype, device, ours)
+        for index, config in candidates(table, problem.dtype, device)
+    }
+    return _beside(problem, inputs, runs, device)
 
 
-def _first_product(name: str, problem: Problem, device: str) -> dict[str, Any]:
+def _chunks(problem: Problem, device: str) -> dict[str, Any]:
+    """Numbers of rows whose delta is alive at a time, up to MOST_MIB of it."""
+    most = MOST_MIB * MIB // (problem.V * getattr(torch, problem.dtype).itemsize)
+    inputs = rows.make_inputs(problem, device)
+    ours = _ours(problem, inputs)
+
+    def run(count: int) -> torch.Tensor:
+        # The budget's unit is one row of all words, in multiples of 128 rows.
+        budget = count * problem.V * inputs.weight.element_size()
+        with peers.setting(MODULE, "CHUNK_BYTES", budget):
+            return ours()
+
+    counts = range(512, min(most, problem.T) + 1, 128) if device == "cuda" else (16,)
+    runs: dict[str, timer.Run] = {f"{count} rows": partial(run, count) for count in counts}
+    return _beside(problem, inputs, runs, device)
+
+
+def _first_product(problem: Problem, device: str) -> dict[str, Any]:
     """hidden @ weight.T of as many rows as the op takes at a time, and what is made of it."""
-    from fastpref_kernels.delta import softmax_delta
+    from fastpref_kernels.delta import label_logits, softmax_delta
     from fastpref_kernels.forward import linear_softmax_fwd
-    from fastpref_kernels.launch import aligned_rows, gemm_config
+    from fastpref_kernels.launch import aligned_rows
     from fastpref_kernels.linear_logps import rows_per_chunk
 
     inputs = rows.make_inputs(problem, device)
@@ -81,59 +112,32 @@ def _first_product(name: str, problem: Problem, device: str) -> dict[str, Any]:
     hidden = hidden[: rows_per_chunk(problem.V, weight.element_size())]
     labels = inputs.labels[: len(hidden)]
     out = aligned_rows(len(hidden), problem.V, weight)
-    blocks = 4 * -(-problem.V // gemm_config(hidden).block_v)
-    maxima = hidden.new_empty(blocks, len(hidden), dtype=torch.float32)
+    factor = hidden.new_empty(len(hidden), dtype=torch.float32)
     head = (hidden, weight, labels, None, 1.0, None)
-    run: timer.Run = {
-        "cuBLAS": lambda: torch.mm(hidden, weight.T, out=out),
-        "logits": lambda: linear_softmax_fwd(*head, full=False, exps=out, block_max=maxima),
-        "the": lambda: softmax_delta(*head, out),
-    }[name.split()[0].rstrip(":")]
-    found = _timed(run, device)
+    runs: dict[str, timer.Run] = {
+        "gemm": lambda: torch.mm(hidden, weight.T, out=out),
+        "the other product": lambda: torch.mm(out, weight),
+        "statistics": lambda: linear_softmax_fwd(*head, full=False),
+        "statistics and delta": lambda: softmax_delta(*head, out, factor),
+        "logits of the labels": lambda: label_logits(*head),
+    }
     flops = 2 * len(hidden) * problem.D * problem.V
-    return found | _rate(flops, found) | {"rows": len(hidden)}
+    return _timed(runs, flops, device)
 
 
-def _walked_chunk(problem: Problem, share: float, device: str) -> dict[str, Any]:
-    """The product that skips blocks, with the first `share` of each row's blocks active."""
-    from fastpref_kernels.launch import aligned_rows
-    from fastpref_kernels.skipping import active_flags, active_mm
-
-    inputs = rows.make_inputs(problem, device)
-    weight = inputs.weight.detach()
-    count = min(problem.T, max(1, 256 * MIB // (problem.V * weight.element_size())))
-    delta = aligned_rows(count, problem.V, weight).normal_(std=problem.V**-0.5)
-    active = active_flags(delta, weight)
-    active[:, : max(1, round(share * active.shape[1]))] = 1
-    direction = weight.new_empty(count, problem.D)
-
-    def run() -> torch.Tensor:
-        active_mm(delta, weight, active, direction)
-        return direction
-
-    found = _timed(run, device)
-    return found | _rate(2 * count * problem.D * problem.V, found) | {"rows": count}
+def _beside(
+    problem: Problem, inputs: Inputs, runs: dict[str, timer.Run], device: str
+) -> dict[str, Any]:
+    gemm = peers.products(problem, inputs, problem.products)
+    return _timed({"gemm": gemm, **runs}, problem.flops, device)
 
 
-def _op(problem: Problem, device: str) -> dict[str, Any]:
-    found = _timed(_ours(problem, rows.make_inputs(problem, device)), device)
-    return found | _rate(problem.flops, found)
-
-
-def _with_chunk(mib: int, problem: Problem, device: str) -> dict[str, Any]:
-    with peers.setting(MODULE, "CHUNK_BYTES", mib * MIB):
-        return _op(problem, device)
-
-
-def _delta_panel(problem: Problem, device: str) -> dict[str, Any]:
-    from fastpref_kernels import BACKEND
-
-    x = rows.make_inputs(problem, device)
-    hidden, weight = x.hidden.detach(), x.weight.detach()
-    weight = weight[: max(1, 256 * MIB // (problem.T * weight.element_size()))]
-    lse = ops.token_stats(hidden, x.weight, x.labels, impl="triton").lse
-    found = _timed(lambda: BACKEND.delta_panel(hidden, weight, x.labels, 1.0, None, lse, 0), device)
-    return found | _rate(2 * problem.T * problem.D * len(weight), found) | {"columns": len(weight)}
+def _timed(runs: dict[str, timer.Run], flops: float, device: str) -> dict[str, Any]:
+    """Seconds and speed of runs that take turns."""
+    times, failures = timer.interleave(runs, device, timer.MIN_ROUNDS, "gemm")
+    found = {name: timer.summary(seconds) for name, seconds in times.items()}
+    speeds = {name: flops / seconds["median"] / 1e12 for name, seconds in found.items()}
+    return {"seconds": found, "tflops": speeds, **({"broken": failures} if failures else {})}
 
 
 def _ours(problem: Problem, inputs: Inputs) -> timer.Run:
@@ -141,17 +145,6 @@ def _ours(problem: Problem, inputs: Inputs) -> timer.Run:
         if implementation.name == "fastpref triton":
             return peers.prepare(implementation, problem, inputs)
     raise RuntimeError("impl='triton' is not available on this device")
-
-
-def _timed(run: timer.Run, device: str) -> dict[str, Any]:
-    times, failures = timer.interleave({"run": run}, device, timer.MIN_ROUNDS, "run")
-    if failures:
-        raise RuntimeError(failures["run"])
-    return {"seconds": timer.summary(times["run"])}
-
-
-def _rate(flops: float, found: dict[str, Any]) -> dict[str, float]:
-    return {"tflops": flops / found["seconds"]["median"] / 1e12}
 
 
 def _tables(name: str, dtype: str) -> dict[int, Any]:
@@ -172,10 +165,8 @@ def candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
     return [(i, "x".join(str(int(x)) for x in config)) for i, config in enumerate(table)]
 
 
-def with_candidate(
-    name: str, index: int, dtype: str, device: str, run: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What `run` finds while one candidate is in use."""
+def with_candidate(name: str, index: int, dtype: str, device: str, run: Callable[[], T]) -> T:
+    """What `run` returns while one candidate is in use."""
     if device != "cuda":
         return run()
     with _first(name, index, dtype):

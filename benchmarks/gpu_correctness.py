@@ -100,9 +100,17 @@ def logps(x: Inputs, case: Case, impl: str) -> Results:
 
 
 def logps_frozen(x: Inputs, case: Case, impl: str) -> Results:
-    made = ops.linear_logps(
-        x["hidden"], x["weight"].detach(), x["labels"], impl=impl, **_head(case)
-    )
+    """Their bits must be those that a reference is scored with."""
+    head = x["hidden"], x["weight"].detach(), x["labels"]
+    made = ops.linear_logps(*head, impl=impl, **_head(case))
+    if impl == "triton":
+        for stats in (
+            ops.token_stats(*head, impl=impl, **_head(case)).logps,
+            ops.linear_logps(x["hidden"].detach(), *head[1:], impl=impl, **_head(case)),
+        ):
+            if not torch.equal(stats, made.detach()):
+                gap = float((stats - made.detach()).abs().max())
+                raise RuntimeError(f"log-probs of training and of scoring differ by {gap:.1e}")
     return {"logps": made, **_gradients(made, x, ("hidden",))}
 
 

@@ -168,7 +168,9 @@ def measured(device: str, dry: bool) -> Iterator[Check]:
     if dry:
         problems = rows.shape_problems((DRY_SHAPE,), device)
     else:
-        problems = rows.problems(device, quick=False)
+        shapes = rows.shape_problems(rows.CUDA_SHAPES[:1], device)
+        shapes += rows.sweeps(device, quick=False)[:4]  # the targets need no others
+        problems = list(dict.fromkeys([*shapes, *rows.problems(device, quick=False)]))
     with Bench(device, FAMILIES, timer.MIN_ROUNDS) as bench:
         for problem in problems:
             yield asdict(problem), partial(_measure, bench, problem)
@@ -213,12 +215,12 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
     swept = rows.sweeps("cuda", quick=False)[0]
     few, many = (extra(T=swept.T, D=swept.D, V=V) for V in (swept.V, 8 * swept.V))
     exact = [row["met"] for row in checks if row.get("dtype") == "bfloat16" and "met" in row]
-    dpo = "dpo frozen"
+    padded = "dpo_padded frozen"
     found = [
         ("head frozen: time over its 2 products", over(logps), "<=", 1.20),
         ("head frozen: extra memory, MB", extra(), "<=", 600),
-        ("head frozen, DPO: liger's time over ours", _ratio(seconds(dpo, "liger DPO") or
-         seconds(dpo, "liger DPO, eager"), seconds(dpo)), ">=", 2),
+        ("DPO, padded batch: liger's time over ours", _ratio(seconds(padded, "liger DPO") or
+         seconds(padded, "liger DPO, eager"), seconds(padded)), ">=", 2),
         ("head frozen: cce's time over ours", _ratio(seconds(logps, "cce"), seconds(logps)),
          ">=", 1.3),
         ("head frozen: trl's time over ours",
@@ -283,13 +285,13 @@ def failure(row: Row) -> str:
 
 
 def tuning(row: Row) -> list[str]:
-    """A line for a row of the ablation that was timed."""
-    if "seconds" not in row:
-        return []
-    choice = row.get("config") or row.get("active_share") or ""
-    choice = f"{row['chunk_mib']} MiB" if "chunk_mib" in row else str(choice)
-    speed = f"{row['seconds']['median'] * 1000:8.2f} ms {row['tflops']:7.1f} TFLOP/s"
-    return [f"  {row['part']:38} {choice:24} {speed}"]
+    """The lines of a row of the ablation."""
+    lines = [f"  {name[:76]:76} {ms:8.3f}" for name, ms in row.get("kernels", {}).items()]
+    lines += [
+        f"  {name:44} {found['median'] * 1000:8.2f} ms {row['tflops'][name]:7.1f} TFLOP/s"
+        for name, found in row.get("seconds", {}).items()
+    ]
+    return [row["part"], *lines] if lines else []
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from fastpref import ops, reference
 from fastpref.bench.environment import package_version
 from fastpref.bench.rows import Inputs, Problem, make_inputs, small
 from fastpref.errors import UserError, first_line
+from fastpref.reference import IGNORE_INDEX
 
 Function = Callable[[Inputs], Tensor]
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> (T,)
@@ -160,16 +161,28 @@ def _objective(result: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _with_logps(logps: Logps) -> dict[str, Function]:
-    """The ops that token log-probs give."""
+    """The ops that token log-probs give; rows without a label are left out first."""
 
     def direct(x: Inputs) -> Tensor:
         return logps(x.hidden, x.weight, x.labels)
+
+    def padded(x: Inputs) -> Tensor:
+        rows, cu_seqlens = completions(x)
+        return dpo(logps(x.hidden[rows], x.weight, x.labels[rows]).float(), cu_seqlens)
 
     return {
         "linear_logps": direct,
         "forward": direct,
         "dpo": lambda x: dpo(direct(x).float(), x.cu_seqlens),
+        "dpo_padded": padded,
     }
+
+
+def completions(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Rows that have a label, and the offsets of the sequences among them."""
+    kept = x.labels != IGNORE_INDEX
+    before = functional.pad(kept.cumsum(0), (1, 0))
+    return kept.nonzero().squeeze(1), before[x.cu_seqlens]
 
 
 def _ours(impl: str) -> list[Implementation]:
@@ -210,8 +223,8 @@ def _ours(impl: str) -> list[Implementation]:
 
 
 def _peers(device: str) -> list[Implementation]:
-    liger_dpo = Implementation("liger DPO, eager", "liger", {"dpo": _liger_dpo(False)}, ("frozen",))
-    compiled = Implementation("liger DPO", "liger", {"dpo": _liger_dpo(True)}, ("frozen",))
+    liger_dpo = Implementation("liger DPO, eager", "liger", _liger_dpo(False), ("frozen",))
+    compiled = Implementation("liger DPO", "liger", _liger_dpo(True), ("frozen",))
     return [
         Implementation("torch full logits", "torch", _FULL),
         Implementation("torch linear_cross_entropy", "torch", _with_logps(_torch_fused)),
@@ -229,6 +242,12 @@ def _full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(1, labels[:, None]).squeeze(1)
 
 
+def _full_padded(x: Inputs) -> Tensor:
+    """As a model's own head does it: logits of every row."""
+    logps = _full_logits(x.hidden, x.weight, x.labels.clamp(min=0))
+    return dpo(logps.float().masked_fill(x.labels == IGNORE_INDEX, 0.0), x.cu_seqlens)
+
+
 def _full_geometry(x: Inputs) -> Tensor:
     return torch.cat(
         reference.score_geometry(x.hidden, x.weight, x.labels, x.cu_seqlens, per_pair=True)
@@ -237,6 +256,7 @@ def _full_geometry(x: Inputs) -> Tensor:
 
 _FULL: dict[str, Function] = {
     **_with_logps(_full_logits),
+    "dpo_padded": _full_padded,
     "linear_kl": lambda x: reference.linear_kl(x.hidden, x.weight, x.ref_hidden, x.weight.detach()),
     "score_geometry": _full_geometry,
 }
@@ -270,7 +290,7 @@ def _liger(x: Inputs) -> Tensor:
     return -loss
 
 
-def _liger_dpo(compiled: bool) -> Function:
+def _liger_dpo(compiled: bool) -> dict[str, Function]:
     def loss(x: Inputs) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -280,7 +300,7 @@ def _liger_dpo(compiled: bool) -> Function:
         value: Tensor = module(x.weight, hidden, x.labels.view(sequences, -1))[0]
         return value
 
-    return loss
+    return {"dpo": loss, "dpo_padded": loss}
 
 
 def _cce(filter_eps: str | None) -> Logps:

@@ -6,13 +6,16 @@
     forward         log-probs of the labels, no gradient                   L
     linear_kl       KL to a reference with the same head, and gradient     L L H
     dpo             DPO of equally long pairs, its gradient to hidden      L H
+    dpo_padded      the same of a padded batch with prompts                L H
     score_geometry  norms and cosine of each pair's scores                 L and the Gram matrices
 
     L: hidden @ weight.T      H: delta @ weight      W: delta.T @ hidden,     2 T D V FLOPs each
 
 Every token is one of a completion: rows that a prompt or padding would add are left out before
-they reach a head, so what peers lose on those is not in these figures. `dpo` has no reference
-pass: its reference log-probs are zeros.
+they reach a head, so what peers lose on those is not in these figures. Only `dpo_padded` has them:
+its rows are those of a padded batch, whose lengths are drawn from log-normal distributions, and
+each implementation does with them what its trainer does; its yardstick is the products of all rows.
+No DPO has a reference pass: the reference log-probs are zeros.
 """
 
 from __future__ import annotations
@@ -23,17 +26,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.reference import IGNORE_INDEX
+
 PRODUCTS = {
     ("linear_logps", "frozen"): "LH",
     ("linear_logps", "trained"): "LHW",
     ("forward", "frozen"): "L",
     ("linear_kl", "frozen"): "LLH",
     ("dpo", "frozen"): "LH",
+    ("dpo_padded", "frozen"): "LH",
     # The yardstick of the geometry is the head's forward and backward, which it accompanies.
     ("score_geometry", "frozen"): "LH",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in PRODUCTS))
 PAIR_TOKENS = 2048  # of both responses together
+# Medians as in UltraFeedback, in tokens, and standard deviations of the logarithm.
+PROMPT, RESPONSE = (120, 0.8), (250, 0.6)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Inputs(NamedTuple):
 
     hidden: Tensor  # (T, D)
     weight: Tensor  # (V, D)
-    labels: Tensor  # (T,)
+    labels: Tensor  # (T,); -100 where a row is of a prompt or padding
     upstream: Tensor  # (T,) fp32, uneven
     ref_hidden: Tensor  # (T, D)
     cu_seqlens: Tensor  # (2 pairs + 1,)
@@ -100,14 +108,31 @@ def make_inputs(problem: Problem, device: str) -> Inputs:
         empty = torch.empty(shape, dtype=dtype, device=device)
         return empty.normal_(std=std, generator=generator)
 
+    labels = torch.randint(V, (T,), generator=generator, device=device)
+    if problem.op == "dpo_padded":
+        labels = labels.masked_fill(_no_completion(2 * problem.pairs, T).to(device), IGNORE_INDEX)
     return Inputs(
         hidden=normal(T, D).requires_grad_(problem.differentiable),
         weight=normal(V, D, std=D**-0.5).requires_grad_(problem.head == "trained"),
-        labels=torch.randint(V, (T,), generator=generator, device=device),
+        labels=labels,
         upstream=normal(T, dtype=torch.float32),
         ref_hidden=normal(T, D),
         cu_seqlens=torch.arange(2 * problem.pairs + 1, device=device) * T // (2 * problem.pairs),
     )
+
+
+def _no_completion(sequences: int, T: int) -> Tensor:
+    """(T,) bool of equally many rows a sequence: prompt, completion, padding, cut on the right."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = torch.randn(2, sequences // 2, generator=draw)  # a pair has one prompt
+    normals = torch.stack([pairs[0].repeat(2), torch.randn(sequences, generator=draw)])
+    medians, spreads = torch.tensor([PROMPT, RESPONSE]).T
+    prompt, response = (medians[:, None] * (spreads[:, None] * normals).exp()).long() + 1
+    length = T // sequences
+    prompt = prompt.clamp(max=length // 2)
+    row = torch.arange(length)
+    inside = (row >= prompt[:, None]) & (row < (prompt + response)[:, None])
+    return ~inside.flatten()
 
 
 def small(problem: Problem) -> Problem:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference
-from fastpref.bench.peers import dpo
+from fastpref.bench.peers import completions, dpo
 from fastpref.bench.rows import Inputs, Problem
 
 SAMPLE = 256
@@ -36,6 +36,8 @@ def judge(problem: Problem, inputs: Inputs) -> Judge:
         return _kl(inputs)
     if problem.op == "score_geometry":
         return _geometry(problem, inputs)
+    if problem.op == "dpo_padded":
+        return _padded(inputs)
     return _logps(problem, inputs)
 
 
@@ -74,6 +76,26 @@ def _logps(problem: Problem, inputs: Inputs) -> Judge:
         if inputs.weight.grad is not None:
             true = deltas.T @ (upstream[:, None] * hidden.double())
             found["grad_weight"] = _relative(inputs.weight.grad[rows], true)
+        return found
+
+    return errors
+
+
+def _padded(inputs: Inputs) -> Judge:
+    rows, cu_seqlens = completions(inputs)
+    hidden, wide = inputs.hidden.detach()[rows], inputs.weight.detach().double()
+    lse, target = _statistics(hidden, wide, inputs.labels[rows])
+    logps = target - lse
+    tokens = spread(len(rows)).to(rows.device)
+    softmax = (hidden[tokens].double() @ wide.T).sub_(lse[tokens, None]).exp_()
+    true = wide[inputs.labels[rows[tokens]]] - softmax @ wide
+    true *= _dpo_upstream(logps, cu_seqlens)[tokens, None]
+    value = dpo(logps, cu_seqlens)
+
+    def errors(result: Tensor) -> Errors:
+        found = {"value": _relative(result, value)}
+        if inputs.hidden.grad is not None:
+            found["grad_hidden"] = _relative(inputs.hidden.grad[rows[tokens]], true)
         return found
 
     return errors

@@ -10,9 +10,9 @@ and 0 in rows labelled -100. Two ways to it, both from fp32 logits that are neve
 - `linear_delta`, one GEMM, for any columns of the vocabulary once the log-sum-exp is known: the
   recomputation. Rounded once.
 
-The shift is the label's own logit plus SHIFT: any number within RANGE of the log-sum-exp does. Where
-the label's log-prob is below SHIFT - RANGE = -48 nats, the statistics pass does the row once more,
-shifted by the log-sum-exp. fp16 has no room for such exponentials and takes two GEMMs.
+The shift is the label's own logit plus SHIFT: any number within RANGE of the log-sum-exp does.
+Where the label's log-prob is below SHIFT - RANGE = -48 nats, the statistics pass does the row once
+more, shifted by the log-sum-exp. fp16 has no room for such exponentials and takes two GEMMs.
 
 Memory: the (T, V) matrix itself in the input dtype.
 """
