@@ -1,10 +1,13 @@
 """The Triton ops against fp64 on the device itself, at odd shapes; a section of gpu_suite.py.
 
-    value:      err(ours) <= 2 err(fp32 PyTorch on the same inputs) + eps      nats, the largest
+    value:      err(ours) <= 2 err(PyTorch in fp32 on the same inputs) + eps   nats, the largest
     gradient:   err(ours) <= 2 err(PyTorch in the same dtype) + eps            relative, in the norm
 
-PyTorch in the same dtype rounds the logits to it, as a plain training loop does. The eps of a
-gradient is one rounding to that dtype, which delta may have more.
+PyTorch in fp32 has the products of the tensor cores, (hidden @ weight.T) to fp32, where that is
+worse than products of fp32: a tensor core cuts every sum of 16 products off, which at 4104 columns
+is three times the error of fp32 arithmetic. PyTorch in the same dtype rounds the logits to it, as a
+plain training loop does. The eps of a gradient is one rounding to that dtype, which delta may have
+more.
 """
 
 from __future__ import annotations
@@ -178,7 +181,9 @@ def check(op: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any
     inputs = Inputs.of(case, dtype, device)
     ours = OPS[op](inputs.cast(dtype), case, "triton")
     true = OPS[op](inputs.cast(torch.float64), case, "reference")
-    fp32 = OPS[op](inputs.cast(dtype), case, "reference")
+    fp32 = [OPS[op](inputs.cast(dtype), case, "reference")]
+    if device == "cuda" and dtype != torch.float32:
+        fp32.append(OPS[op](inputs.cast(dtype), case, "chunked"))  # products of the tensor cores
     plain = _plain(op, inputs.cast(dtype), case)
     errors = {}
     for name, value in true.items():
@@ -196,7 +201,7 @@ def check(op: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any
             def error(x: Tensor, value: Tensor = value, scale: float = 1.0) -> float:
                 return float((x.double() - value).abs().max())
 
-            allowed = 2 * error(fp32[name].detach()) + VALUE_EPS
+            allowed = 2 * max(error(torch32[name].detach()) for torch32 in fp32) + VALUE_EPS
         errors[name] = {"error": error(ours[name].detach()), "allowed": allowed}
     return {"errors": errors, "met": all(e["error"] <= e["allowed"] for e in errors.values())}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def interleave(
     """Seconds of each run's counted calls by name, and by name why others have none.
 
     A warm-up of each comes first, whose result `inspect` sees; then `rounds` times one call of
-    each in turn, so that whatever slows the machine for a while slows all of them.
+    each, so that whatever slows the machine for a while slows all of them, and in another order
+    each time: what runs after a long product finds a hot GPU with a lower clock.
     """
     tick = clock(device)
     first: dict[str, float] = {}
@@ -53,9 +55,11 @@ def interleave(
             release(device)
     limit = max(PATIENCE, TOO_SLOW * first.get(yardstick, float("inf")))
     times: dict[str, list[float]] = {name: [] for name in first if first[name] <= limit}
+    order, shuffle = list(times), random.Random(0)
     for _ in range(rounds):
-        for name, kept in times.items():
-            kept.append(tick(runs[name])[0])
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(tick(runs[name])[0])
     return {name: times.get(name, [first[name]]) for name in first}, failures
 
 

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import (
+    FP_FUSION,
     GROUP_T,
     LABEL_LOGITS,
     MERGE,
@@ -228,7 +229,7 @@ def source(job: Job) -> ASTSource:
 def compile_job(job: Job) -> Row:
     """Compile for the job's architecture and read the resources off the machine code."""
     options: dict[str, Any] = {"num_warps": job.config.num_warps}
-    options["enable_fp_fusion"] = job.kernel not in LOSS_KERNELS
+    options["enable_fp_fusion"] = FP_FUSION
     if isinstance(job.config, GemmConfig):
         options["num_stages"] = job.config.num_stages
     try:

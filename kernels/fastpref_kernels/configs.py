@@ -48,6 +48,9 @@ class RowConfig(NamedTuple):
 
 
 IGNORE_INDEX = -100
+# A product and a sum rounded once instead of twice, where the compiler likes: the variants of a
+# kernel would differ in the last bit.
+FP_FUSION = False
 GROUP_T = 16  # row blocks that share a panel of the weight while it is in the L2 cache
 
 # Keyed by the architecture that the table was written for: 80 stands for Ampere, Ada and consumer
@@ -55,9 +58,10 @@ GROUP_T = 16  # row blocks that share a panel of the weight while it is in the L
 HALF_GEMM: dict[int, tuple[GemmConfig, ...]] = {
     80: (GemmConfig(128, 128, 64, 8, 3, tma=False), GemmConfig(64, 128, 64, 4, 3, tma=False)),
     90: (
-        GemmConfig(128, 256, 64, 8, 3, tma=True),
         GemmConfig(128, 256, 64, 8, 3, tma=True, panel_v=256),
-        GemmConfig(128, 256, 64, 8, 4, tma=True),
+        GemmConfig(128, 256, 64, 8, 4, tma=True, panel_v=256),
+        GemmConfig(128, 256, 64, 8, 3, tma=True),
+        GemmConfig(256, 128, 64, 8, 4, tma=True, panel_v=256),
         GemmConfig(256, 128, 64, 8, 4, tma=True),
         GemmConfig(128, 128, 64, 8, 4, tma=True),
         GemmConfig(128, 128, 64, 4, 3, tma=True),  # two programs on a multiprocessor
@@ -79,6 +83,7 @@ INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
 
 MERGE = RowConfig(16, 4)
 MERGE_PANELS = 64  # partials of a row that are read at once
+AGAIN_PANELS = 16  # panels that one program walks where nearly all have nothing to do
 MERGE_KL = RowConfig(128, 4)
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 

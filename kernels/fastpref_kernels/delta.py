@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP_T, LABEL_LOGITS
+from .configs import FP_FUSION, GROUP_T, LABEL_LOGITS
 from .forward import Exps, TokenStats, linear_softmax_fwd
 from .launch import dense_rows, gemm_config, operands
 from .tiles import (
@@ -164,7 +164,8 @@ def label_logits(
             hidden, weight, None if bias is None else bias.contiguous(), labels.contiguous(),
             logits, weight.shape[0], D, hidden.stride(0), weight.stride(0), float(logit_scale),
             None if softcap is None else float(softcap),
-            BLOCK=LABEL_LOGITS.block_t, num_warps=LABEL_LOGITS.num_warps, enable_fp_fusion=True,
+            BLOCK=LABEL_LOGITS.block_t, num_warps=LABEL_LOGITS.num_warps,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return logits
 

@@ -6,10 +6,10 @@
 Each program owns block_t rows and one panel of the vocabulary, which it walks tile by tile with an
 online softmax; its fp32 partials, (panels, T), are merged by a second kernel in panel order. Panels
 do not depend on T, and nothing is added atomically: a token's numbers are the same to the bit
-whatever the tokens around it.
+whatever the tokens around it, and, since the compiler fuses no operations, in every variant.
 
-Extra memory: 8 bytes a token and panel of 2048 columns (12 with the entropy), so 4 MB for
-8192 tokens and 128k columns. The training pass (`delta.py`) uses the same kernel and asks it, in
+Extra memory: 8 bytes a token and panel (12 with the entropy), so 33 MB for 8192 tokens and 128k
+columns in panels of 256. The training pass (`delta.py`) uses the same kernel and asks it, in
 addition, for e^(x - shift), rounded once to the input dtype: relative error 2^-8 in bf16, where a
 rounded logit of 20 would carry 6 per cent into its probability.
 """
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP_T, MERGE, MERGE_PANELS
+from .configs import AGAIN_PANELS, FP_FUSION, GROUP_T, MERGE, MERGE_PANELS
 from .launch import gemm_config, operands
 from .numerics import one_minus_exp
 from .tiles import (
@@ -138,14 +138,15 @@ def linear_softmax_fwd_kernel(
                     mask=inside,
                 )
 
-    offsets = panel.to(tl.int64) * T + rows
-    tl.store(panel_max + offsets, m, mask=row_mask)
-    tl.store(panel_sum + offsets, s, mask=row_mask)
-    if panel_dot is not None:
-        tl.store(panel_dot + offsets, dot, mask=row_mask)
-    start = first_tile * BLOCK_V
-    met = (label >= start) & (label < tl.minimum(start + PANEL_TILES * BLOCK_V, V))
-    tl.store(target + rows, target_logit, mask=row_mask & met)
+    if again is None:
+        offsets = panel.to(tl.int64) * T + rows
+        tl.store(panel_max + offsets, m, mask=row_mask)
+        tl.store(panel_sum + offsets, s, mask=row_mask)
+        if panel_dot is not None:
+            tl.store(panel_dot + offsets, dot, mask=row_mask)
+        start = first_tile * BLOCK_V
+        met = (label >= start) & (label < tl.minimum(start + PANEL_TILES * BLOCK_V, V))
+        tl.store(target + rows, target_logit, mask=row_mask & met)
 
 
 @triton.jit
@@ -253,7 +254,8 @@ def linear_softmax_fwd(
     if T == 0:
         return TokenStats(logps, lse, entropy, top1)
 
-    panels = triton.cdiv(triton.cdiv(V, config.block_v), config.panel_tiles)
+    blocks, tiles = triton.cdiv(T, config.block_t), triton.cdiv(V, config.block_v)
+    panels = triton.cdiv(tiles, config.panel_tiles)
     labels = labels.contiguous()
     target = fp32(T).fill_(float("nan"))  # a label outside [0, V) stays visible
     panel_max, panel_sum = fp32((2, panels, T))
@@ -272,18 +274,18 @@ def linear_softmax_fwd(
         "panel_sum": panel_sum,
         "panel_dot": panel_dot,
     }
-    softmax = partial(
-        linear_softmax_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)],
-        bias=None if bias is None else bias.contiguous(),
-        exps=exps,
-        shift=shift,
-        PANEL_TILES=config.panel_tiles,
-        GROUP=GROUP_T,
+    arguments = {
+        "bias": None if bias is None else bias.contiguous(),
+        "exps": exps,
+        "shift": shift,
+        "GROUP": GROUP_T,
         **partials,
         **head,
         **operands(hidden, weight, config),
+    }
+    linear_softmax_fwd_kernel[(blocks * panels,)](
+        again=None, PANEL_TILES=config.panel_tiles, **arguments
     )
-    softmax(again=None)
     merge_fwd_kernel[(triton.cdiv(T, MERGE.block_t),)](
         logps=logps,
         lse=lse,
@@ -299,10 +301,12 @@ def linear_softmax_fwd(
         BLOCK_T=MERGE.block_t,
         BLOCK_P=MERGE_PANELS,
         num_warps=MERGE.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=FP_FUSION,
         **partials,
         **head,
     )
-    if again is not None:  # nearly always no row: the programs find nothing to do
-        softmax(again=again)
+    if again is not None:  # nearly always no row: few programs, which find nothing to do
+        linear_softmax_fwd_kernel[(blocks * triton.cdiv(panels, AGAIN_PANELS),)](
+            again=again, PANEL_TILES=AGAIN_PANELS * config.panel_tiles, **arguments
+        )
     return TokenStats(logps, lse, entropy, top1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import (
+    FP_FUSION,
     INTERPRETER_GEMM,
     GemmConfig,
     gemm_configs,
@@ -83,7 +84,7 @@ def operands(hidden: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, An
         "UPCAST": not hidden.is_cuda,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,  # Triton's default depends on its version
+        "enable_fp_fusion": FP_FUSION,
     }
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP_T, MERGE_KL
+from .configs import FP_FUSION, GROUP_T, MERGE_KL
 from .launch import (
     aligned_rows,
     dense_rows,
@@ -238,7 +238,7 @@ def linear_kl_fwd(
         )
         merge_kl_kernel[(triton.cdiv(T, MERGE_KL.block_t),)](
             partials, kl, lse, ref_lse, T, panels,
-            BLOCK_T=MERGE_KL.block_t, num_warps=MERGE_KL.num_warps, enable_fp_fusion=True,
+            BLOCK_T=MERGE_KL.block_t, num_warps=MERGE_KL.num_warps, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         if direction is None:
             return

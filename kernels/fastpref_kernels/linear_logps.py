@@ -139,8 +139,8 @@ def head_gradients(
 
 
 def rows_per_chunk(width: int, element_size: int) -> int:
-    """Rows of this width in CHUNK_BYTES, a multiple of 128 so that no GEMM tile is cut."""
-    return max(128, CHUNK_BYTES // (max(width, 1) * element_size) // 128 * 128)
+    """About as many rows of this width as CHUNK_BYTES hold, in 128s so that no GEMM tile is cut."""
+    return max(1, round(CHUNK_BYTES / (max(width, 1) * element_size * 128))) * 128
 
 
 def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
