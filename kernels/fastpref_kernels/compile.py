@@ -122,11 +122,14 @@ GEMM_KERNELS = {
         linear_softmax_fwd_kernel,
         {
             "stats": without("bias", "softcap", "exps", "shift", "again"),
-            "stats,bias,softcap": without("exps", "shift", "again"),
+            "stats,bias": without("softcap", "exps", "shift", "again"),
+            "stats,softcap": without("bias", "exps", "shift", "again"),
             "train": without("bias", "softcap", "panel_dot", "again"),
-            "train,bias,softcap": without("panel_dot", "again"),
+            "train,bias": without("softcap", "panel_dot", "again"),
+            "train,softcap": without("bias", "panel_dot", "again"),
             "again": without("bias", "softcap", "panel_dot"),
-            "again,bias,softcap": without("panel_dot"),
+            "again,bias": without("softcap", "panel_dot"),
+            "again,softcap": without("bias", "panel_dot"),
         },
     ),
     "linear_kl_fwd": Kernel(
@@ -134,7 +137,12 @@ GEMM_KERNELS = {
     ),
     "kl_delta": Kernel(kl_delta_kernel, {"plain": without("softcap"), "softcap": without()}),
     "linear_delta": Kernel(
-        linear_delta_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
+        linear_delta_kernel,
+        {
+            "plain": without("bias", "softcap"),
+            "bias": without("softcap"),
+            "softcap": without("bias"),
+        },
     ),
 }
 ROW_KERNELS = {

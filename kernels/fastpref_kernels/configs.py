@@ -60,11 +60,7 @@ HALF_GEMM: dict[int, tuple[GemmConfig, ...]] = {
     90: (
         GemmConfig(128, 256, 64, 8, 3, tma=True, panel_v=256),
         GemmConfig(128, 256, 64, 8, 4, tma=True, panel_v=256),
-        GemmConfig(128, 256, 64, 8, 3, tma=True),
-        GemmConfig(256, 128, 64, 8, 4, tma=True, panel_v=256),
-        GemmConfig(256, 128, 64, 8, 4, tma=True),
-        GemmConfig(128, 128, 64, 8, 4, tma=True),
-        GemmConfig(128, 128, 64, 4, 3, tma=True),  # two programs on a multiprocessor
+        GemmConfig(128, 128, 64, 8, 4, tma=True, panel_v=256),
     ),
     100: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
 }

@@ -149,7 +149,12 @@ def linear_softmax_fwd_kernel(
         tl.store(target + rows, target_logit, mask=row_mask & met)
 
 
-@triton.jit
+# Sums over panels are of the layout of their loads, which must not depend on T or on an address: a
+# token's bits would depend on how many tokens come with it.
+@triton.jit(
+    do_not_specialize=["T", "panels"],
+    do_not_specialize_on_alignment=["panel_max", "panel_sum", "panel_dot"],
+)
 def merge_fwd_kernel(
     labels,  # (T,)
     target,  # (T,)

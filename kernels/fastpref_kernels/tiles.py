@@ -95,9 +95,8 @@ def finish_logits(acc, col, bias, V, logit_scale, softcap, BLOCK: tl.constexpr):
 
 @triton.jit
 def soft_cap(x, softcap):
-    """c tanh(x / c), in a form that needs no x once its exponential is there."""
-    e = tl.exp(tl.minimum(2.0 * x / softcap, 80.0, propagate_nan=tl.PropagateNan.ALL))
-    return softcap * ((e - 1.0) / (e + 1.0))
+    """c tanh(x / c); an exponential that overflows leaves -1, as it should."""
+    return softcap * (2.0 / (1.0 + tl.exp(-2.0 * x / softcap)) - 1.0)
 
 
 @triton.jit
