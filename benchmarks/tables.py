@@ -11,7 +11,6 @@ caption of`, what a reproduction says of itself.
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -163,15 +162,68 @@ def faults(found: Any) -> str:
     return _table(("ended", *(column.replace("_", " ") for column in columns)), rows)
 
 
-def skipped_blocks(found: Any) -> str:
-    points = sorted(found["points"], key=lambda p: (-p["threshold"], p["evidence"]))
-    strengths = sorted({p["evidence"] for p in points})
-    rows: dict[str, list[str]] = {}
+GPU_COLUMNS = {
+    ("linear_logps", "frozen"): "head frozen",
+    ("linear_logps", "trained"): "trained",
+    ("forward", "frozen"): "no gradient",
+}
+
+
+def gpu_heads(points: list[Any]) -> str:
+    """Milliseconds, times the products in the same run, and memory, at the first shape."""
+    shape = {key: points[0][key] for key in "TDV"}
+    cells: dict[str, dict[tuple[str, str], str]] = {}
     for p in points:
-        cell = f"{100 * p['active_share']:.1f} %, {p['relative_error']:.1g}"
-        rows.setdefault(_power_of_two(p["threshold"]), []).append(cell)
-    first, *others = (f"evidence {strength:g}" for strength in strengths)
-    return _table(("threshold", f"{first}: active, error", *others), rows)
+        if "seconds" in p and {key: p[key] for key in "TDV"} == shape:
+            median, over = p["seconds"]["median"], (p["over_yardstick"] or {}).get("median")
+            cell = f"{1000 * median:.1f} ms"
+            if not p["implementation"].startswith("gemm"):
+                cell += f", {over:.2f} ×, {_mib(p['extra_bytes'])}"
+            cells.setdefault(p["implementation"], {})[p["op"], p["head"]] = cell
+    rows = {
+        name: [row.get(column, "–") for column in GPU_COLUMNS]
+        for name, row in sorted(cells.items(), key=lambda item: not item[0].startswith("gemm"))
+        if set(row) & set(GPU_COLUMNS)
+    }
+    return _table(("", *GPU_COLUMNS.values()), rows)
+
+
+def gpu_suite(found: Any) -> str:
+    rows = found["sections"]["targets"]["rows"]
+    return gpu_heads([point for row in rows for point in row.get("points", ())])
+
+
+def load_figures(found: Any) -> str:
+    """What large inputs and long runs took."""
+    few, many = found["rows"]["few"], found["rows"]["many"]
+    long, groups, steps = found["long"], found["groups"], found["steps"]
+    before, after = steps["second_tenth"], steps["last_tenth"]
+
+    def mib(number: float) -> str:
+        return f"{number:,.0f} MiB"
+
+    rows = {
+        f"{many['groups']:,} pairs, {many['tokens'] / 1e6:.0f} million tokens": [
+            f"tokenised and planned in {many['seconds']:.0f} s",
+            f"{mib(many['peak_mib'])}; {mib(few['peak_mib'])} for {few['groups']:,} pairs",
+        ],
+        f"{long['responses']} responses of 32k tokens": [
+            f"three steps in {long['training_seconds']:.0f} s",
+            mib(long["training_peak_mib"]),
+        ],
+        f"{groups['groups']:,} groups of 16 responses": [
+            f"tokenised and planned in {groups['seconds']:.0f} s, "
+            f"one epoch in {groups['training_seconds']:.0f} s",
+            mib(groups["training_peak_mib"]),
+        ],
+        f"{steps['steps']:,} steps, {steps['steps'] // 1000} thousand lines of metrics": [
+            f"{before['step_ms']:.1f} ms a step in the second tenth, {after['step_ms']:.1f} ms in "
+            f"the last; report in {steps['report_seconds']:.0f} s",
+            f"{mib(before['memory_mib'])} in the second tenth, {mib(after['memory_mib'])} in the "
+            f"last; {before['open_files']:.0f} open files in both",
+        ],
+    }
+    return _table(("", "time", "memory"), rows)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
@@ -180,7 +232,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "end-to-end": end_to_end,
     "plan-check": plan_check,
     "hardware-plans": hardware_plans,
-    "skipped-blocks": skipped_blocks,
+    "h100": lambda found: gpu_heads(found["points"]),
+    "h100-suite": gpu_suite,
+    "load": load_figures,
     "faults": faults,
     "calibration-band": lambda found: calibration.tables(found["training"])[0],
     "calibration-outcome": lambda found: calibration.tables(found["training"])[1],
@@ -203,13 +257,6 @@ def _mib(size: float) -> str:
 
 def _minus(number: str) -> str:
     return number.replace("-", "−")
-
-
-def _power_of_two(number: float) -> str:
-    return "2" + str(math.frexp(number)[1] - 1).translate(_SUPERSCRIPT)
-
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 if __name__ == "__main__":

@@ -107,11 +107,13 @@ class Trainer:
     def loop(self, signals: list[int]) -> None:
         """Train from the current step to the last; a signal ends it after the step at hand."""
         gc.collect()
-        gc.disable()  # it would stop the one or the other rank at any moment
+        gc.freeze()  # what is there now stays: later collections need not look at it
+        gc.disable()  # they would stop the one or the other rank at any moment
         try:
             self._loop(signals)
         finally:
             gc.enable()
+            gc.unfreeze()
             self.checkpoints.wait()
 
     def _loop(self, signals: list[int]) -> None:
@@ -216,7 +218,7 @@ class Trainer:
         self.display.note(progress.evaluation(record))
 
     def _log(self, tally: Tally, done: float) -> None:
-        gc.collect(1)
+        gc.collect()  # all generations: a checkpoint being written outlives the youngest
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
         record: dict[str, Any] = {
