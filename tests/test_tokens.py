@@ -38,9 +38,19 @@ def one(
 ) -> tuple[dict[str, Any], Counter[str]]:
     counts: Counter[str] = Counter()
     config = Data(train="x", **options)
-    (made,) = tokenize([(1, *to_groups(row))], "x", tokenizer, config, "pairwise", counts)
+    (made,) = next(tokenize([[(1, *to_groups(row))]], "x", tokenizer, config, "pairwise", counts))
     chosen, rejected = made.pop("responses")
     return {**made, "chosen": chosen, "rejected": rejected}, counts
+
+
+def test_what_the_tokenizers_file_says_of_truncation_and_padding_is_not_done(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    row = {"prompt": "one two three", "chosen": " four five six", "rejected": " seven"}
+    plain = one(tokenizer, row)[0]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert one(tokenizer, row)[0] == plain
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_text(

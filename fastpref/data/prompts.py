@@ -75,7 +75,7 @@ def encode(
     """Token ids of groups with any number of responses, of any length; see `tokens.tokenize`."""
     counts: Counter[str] = Counter()
     whole = Data(train=source, max_length=sys.maxsize)
-    rows = list(tokenize(numbered, source, tokenizer, whole, "pointwise", counts))
+    (rows,) = tokenize([numbered], source, tokenizer, whole, "pointwise", counts)
     if counts["no_completion"]:
         raise DataError(
             f"{source}: a prompt is empty, and the tokenizer has neither a BOS nor an EOS token to "

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice, pairwise
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastpref import files
 from fastpref.config import Data
@@ -243,8 +244,7 @@ def _write(
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
         groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
-        for numbered in chunks(groups, 512):
-            rows = list(tokenize(numbered, source, tokenizer, data, kind, counts))
+        for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
             counted: list[int] = []  # sequences of each row; tokens of each sequence, and these
             for row in rows:
                 about_it = [row[name] for name in ("labels", "reference", "weights")]
@@ -261,14 +261,61 @@ def _write(
 
 
 def tokenize(
-    numbered: list[tuple[int, TextGroup]],
+    batches: Iterable[list[tuple[int, TextGroup]]],
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     kind: Kind,
     counts: Counter[str],
-) -> Iterator[dict[str, Any]]:
-    """Rows of `_SCHEMA` for the groups whose responses all keep a token; `counts` is kept."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of `_SCHEMA`, a list a batch, for the groups whose responses all keep a token; `counts`
+    is kept.
+
+    A batch is encoded, which holds no lock, while the rows of the one before are made.
+    """
+
+    def rows(numbered: list[tuple[int, TextGroup]], encoding: Future[list[list[int]]]) -> Any:
+        ids = iter(encoding.result())
+        made = (
+            _row(number, group, list(islice(ids, 1 + len(group.responses))))
+            for number, group in numbered
+        )
+        return [row for row in made if row is not None]
+
+    def _row(number: int, group: TextGroup, encoded: list[list[int]]) -> dict[str, Any] | None:
+        counts["found"] += 1
+        tokens = _split_and_cut(encoded, group.conversational, tokenizer, data)
+        if tokens is None:
+            counts["no_completion"] += 1
+            return None
+        counts["kept"] += 1
+        counts["prompts_cut"] += tokens.prompt_cut
+        for name, cut in zip(cycle(_PARTS[kind]), tokens.cut, strict=False):
+            counts[f"{name}_cut"] += cut
+        return {
+            "row": number,
+            "prompt": tokens.prompt,
+            "responses": tokens.responses,
+            "labels": group.labels,
+            "reference": group.reference_logps,
+            "weights": _token_weights(group, tokens, f"{source}, row {number}"),
+        }
+
+    with ThreadPoolExecutor(1, "tokenizer") as thread:
+        before: list[Any] = []
+        for numbered in batches:
+            encoding = thread.submit(_encode, *_texts(numbered, source, tokenizer), tokenizer)
+            if before:
+                yield rows(*before)
+            before = [numbered, encoding]
+        if before:
+            yield rows(*before)
+
+
+def _texts(
+    numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[bool]]:
+    """Prompt, and prompt + response, of each group, and whether they lack special tokens."""
     texts: list[str] = []
     special: list[bool] = []
     for number, group in numbered:
@@ -283,26 +330,7 @@ def tokenize(
         bos = tokenizer.bos_token
         add = not group.conversational and not (bos and rendered[0].startswith(bos))
         special.extend([add] * len(rendered))
-    ids = iter(_encode(texts, special, tokenizer))
-    for number, group in numbered:
-        counts["found"] += 1
-        encoded = list(islice(ids, 1 + len(group.responses)))
-        tokens = _split_and_cut(encoded, group.conversational, tokenizer, data)
-        if tokens is None:
-            counts["no_completion"] += 1
-            continue
-        counts["kept"] += 1
-        counts["prompts_cut"] += tokens.prompt_cut
-        for name, cut in zip(cycle(_PARTS[kind]), tokens.cut, strict=False):
-            counts[f"{name}_cut"] += cut
-        yield {
-            "row": number,
-            "prompt": tokens.prompt,
-            "responses": tokens.responses,
-            "labels": group.labels,
-            "reference": group.reference_logps,
-            "weights": _token_weights(group, tokens, f"{source}, row {number}"),
-        }
+    return texts, special
 
 
 def _encode(
@@ -312,16 +340,23 @@ def _encode(
     ids: list[list[int]] = [[] for _ in texts]
     for add in (True, False):
         chosen = [i for i, flag in enumerate(special) if flag is add]
-        if chosen:
-            encoded = tokenizer(
-                [texts[i] for i in chosen],
-                add_special_tokens=add,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
-            for i, tokens in zip(chosen, encoded, strict=True):
-                ids[i] = tokens
+        encoded = _ids([texts[i] for i in chosen], add, tokenizer) if chosen else []
+        for i, tokens in zip(chosen, encoded, strict=True):
+            ids[i] = tokens
     return ids
+
+
+def _ids(texts: list[str], add: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def call(texts: list[str]) -> Any:
+        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
+        return tokenizer(texts, add_special_tokens=add, **options)["input_ids"]
+
+    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        found: list[list[int]] = call(texts)
+        return found
+    call(["-"])  # sets the backend to cut and to pad nothing
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add)
+    return [text.ids for text in encoded]
 
 
 class _Tokens(NamedTuple):
