@@ -218,7 +218,7 @@ class Trainer:
         self.display.note(progress.evaluation(record))
 
     def _log(self, tally: Tally, done: float) -> None:
-        gc.collect()  # all generations: a checkpoint being written outlives the youngest
+        gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
         record: dict[str, Any] = {
@@ -285,6 +285,7 @@ class Trainer:
             "spikes": self.spikes.state(),
         }
         self.checkpoints.save(self.step, self.policy, self.optimizer, position)
+        gc.collect()  # what the one before has left, too, which outlived the younger generations
 
     def _resume(self, folder: Path) -> None:
         position = checkpoint.position(folder)
