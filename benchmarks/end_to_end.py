@@ -125,6 +125,9 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
     from fastpref.data import bpe
     from fastpref.data.plan import Plan
     from fastpref.data.tokens import load_groups
+    from fastpref.estimate.devices import named
+    from fastpref.estimate.predict import Predictor
+    from fastpref.estimate.work import Sizes
 
     rows = list(synthetic(preset)) if data is None else real(data, preset.pairs)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -144,8 +147,11 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
     steps = [[groups[i] for part in step for i in part] for step in plan.epoch()]
     ordered = [rows[group.row - 1] for step in steps for group in step]
     (folder / "ordered.json").write_text(json.dumps(ordered))
+    device = named("cpu" if preset.device == "cpu" else "h100", getattr(torch, preset.dtype))
+    predicted = Predictor(device, len(tokenizer))(parse(config), Sizes.of(groups), 1)
     return {
         "vocabulary": len(tokenizer),
+        "predicted": {"peak_bytes": predicted.parts.total, "step_seconds": predicted.seconds},
         "pairs": [sorted(pair_id(g.prompt, *g.responses) for g in step) for step in steps],
         "response_tokens": [sum(len(r) for g in step for r in g.responses) for step in steps],
         "prompt_tokens": [sum(len(g.prompt) for g in step) for step in steps],

@@ -100,7 +100,10 @@ def test_runs_take_turns_after_a_warm_up(ticks: list[str]) -> None:
     )
     assert seen == [(name, name) for name in runs]
     # c needs more than ten times the yardstick and more than a second: its warm-up is all.
-    assert ticks == [*runs, *5 * ["a", "bb"]]
+    assert ticks[:3] == list(runs)
+    rounds = [ticks[k : k + 2] for k in range(3, len(ticks), 2)]
+    assert len(rounds) == 5 and all(sorted(turns) == ["a", "bb"] for turns in rounds)
+    assert ["bb", "a"] in rounds and ["a", "bb"] in rounds  # none is always after the same
     assert times == {"a": 5 * [1.0], "bb": 5 * [2.0], "c" * 11: [11.0]}
     assert not failures
 
@@ -415,7 +418,7 @@ def test_the_gpu_suite_runs_on_tiny_shapes(tmp_path: Path) -> None:
     assert found["ended"] == "complete"
     failed = {row["part"]: row["failed"] for row in found["rows"] if "failed" in row}
     assert failed == {}
-    walked = [row for row in found["rows"] if "active_share" in row]
-    assert len(walked) == 3 and all(row["seconds"]["median"] > 0 for row in walked)
+    timed = [row for row in found["rows"] if "seconds" in row]
+    assert timed and all(len(row["seconds"]) > 1 and "broken" not in row for row in timed)
     assert all(row["met"] is None for row in document["targets"])
     assert "not measured" in done.stdout

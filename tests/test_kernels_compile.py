@@ -44,6 +44,42 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path) -> None:
             assert instruction == "wgmma"
 
 
+SUMS = """
+import itertools, re, triton
+from triton.backends.compiler import GPUTarget
+from fastpref_kernels import compile as command
+from fastpref_kernels.configs import MERGE, gemm_configs
+
+def sums(name, variant, dtype, config, aligned):
+    kernel = command.KERNELS[name].function
+    source = command.source(command.Job(name, variant, dtype, config, 90))
+    for index, parameter in enumerate(kernel.params):
+        if aligned and parameter.name in "TV" and not parameter.do_not_specialize:
+            source.attrs[index,] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#[a-z0-9]+) = (.*)$", code, re.M))
+    reduced = re.findall(r'"tt.reduce".*?\}\) : \((tensor<[^#]*)(#[a-z0-9]+)', code, re.S)
+    return sorted({(shape, layouts[layout]) for shape, layout in reduced})
+
+for dtype, size in (("bf16", 2), ("fp32", 4)):
+    for name, config in (("linear_softmax_fwd", gemm_configs(90, size)[0]), ("merge_fwd", MERGE)):
+        launches = itertools.product(("stats", "train"), [dtype], [config], (False, True))
+        made = [sums(name, *launch) for launch in launches]
+        assert made[0] and all(other == made[0] for other in made), (name, dtype, made)
+"""
+
+
+def test_sums_are_laid_out_alike_whatever_the_variant_and_the_number_of_rows() -> None:
+    """Else a log-prob would depend, in its last bit, on why and with how many it is computed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    done = subprocess.run(
+        [sys.executable, "-c", SUMS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 

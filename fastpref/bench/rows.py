@@ -164,7 +164,7 @@ def problems(device: str, quick: bool) -> list[Problem]:
         for head in ("frozen", "trained")
     ]
     forward = Problem("forward", "frozen", *CPU_SHAPES[0], DTYPE[device])
-    dpo = shape_problems(CPU_SHAPES, device, ("dpo",))
+    dpo = shape_problems(CPU_SHAPES, device, ("dpo", "dpo_padded"))
     others = shape_problems(((256, 128, 8192),), device, ("linear_kl", "score_geometry"))
     return [*heads, forward, *dpo, *others, *sweeps(device, quick)]
 
