@@ -32,7 +32,9 @@ class Backend(Protocol):
         lse: Tensor,  # (T,), filled in
         direction: Tensor | None,  # (T, D), filled in: d logps[t] / d h_t
         deltas: Tensor | None,  # (T, V), filled in
-    ) -> None: ...
+    ) -> None:
+        """What lse and deltas hold is between this and the backward pass, which alone reads them:
+        by default the log-sum-exps and the deltas."""
 
     def linear_logps_bwd(
         self,
@@ -43,7 +45,7 @@ class Backend(Protocol):
         bias: Tensor | None,  # (V,)
         logit_scale: float,
         softcap: float | None,
-        lse: Tensor,  # (T,)
+        lse: Tensor,  # (T,) and
         deltas: Tensor | None,  # (T, V) as the forward pass left them
         grad_weight: Tensor | None,  # (V, D), filled in
         grad_bias: Tensor | None,  # (V,), filled in
