@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -222,9 +222,10 @@ class JsonLines:
     """`metrics.jsonl`: one object a line, each with its `step`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in read(path) if line["step"] <= resume_step] if resume_step else []
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
+            for line in lines(path) if resume_step else ():
+                if line["step"] <= resume_step:
+                    kept.write(json.dumps(line) + "\n")
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -290,10 +291,19 @@ def trackers(
     return made
 
 
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, one at a time: there may be as many as a long run has steps.
+
+    A last line that a crash cut short is left out.
+    """
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All `lines` of a metrics file."""
+    return list(lines(path))
 
 
 def _missing(name: str) -> UserError:

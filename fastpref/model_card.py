@@ -14,7 +14,7 @@ from fastpref.version import __version__
 def write(folder: Path, config: Config, metrics_file: Path) -> None:
     """Write `folder/README.md` from the config and the last training and evaluation metrics."""
     final: dict[str, float] = {}
-    for record in metrics.read(metrics_file):
+    for record in metrics.lines(metrics_file):
         final |= {k: v for k, v in record.items() if isinstance(v, int | float)}
     header = {
         "library_name": "transformers" if config.adapter is None else "peft",
