@@ -41,9 +41,9 @@ from fastpref import metrics
 from fastpref.bench import environment
 from fastpref.data import bpe
 from fastpref.data.plan import Plan, tokens_of
+from fastpref.data.tokenizers import tokenizer_of
 from fastpref.data.tokens import load_groups
 from fastpref.files import replacing
-from fastpref.prepare import tokenizer_of
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 FASTPREF = [sys.executable, "-W", "ignore", "-m", "fastpref"]

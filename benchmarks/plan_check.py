@@ -31,11 +31,11 @@ from rich.console import Console
 
 from fastpref import config as configs
 from fastpref.bench import environment
+from fastpref.data.tokenizers import load_tokenizer
 from fastpref.data.tokens import load_groups
 from fastpref.estimate.devices import named
 from fastpref.estimate.predict import Prediction, Predictor
 from fastpref.estimate.work import Sizes
-from fastpref.pretrained import load_tokenizer
 from fastpref.progress import Display
 from fastpref.train import Trainer
 

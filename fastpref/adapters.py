@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref import config as configs
-from fastpref.model import ModelError, Policy, cannot_load
+from fastpref.errors import ModelError, cannot_load
+from fastpref.model import Policy
 
 TRAINED, REFERENCE = "default", "reference"
 _ADDS_ZERO = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # of a fresh adapter

@@ -1,4 +1,4 @@
-"""The one exception type for everything a user can cause, and its words."""
+"""What everything that a user can cause is raised as, and its words."""
 
 
 class UserError(ValueError):
@@ -8,6 +8,15 @@ class UserError(ValueError):
     """
 
     is_news = True  # False where another rank of the run says the same
+
+
+class ModelError(UserError):
+    """A model or a tokenizer that cannot be loaded, or whose log-probs fastpref cannot compute."""
+
+
+def cannot_load(field: str, source: str, error: BaseException) -> str:
+    """The message of a ModelError for what another library refused."""
+    return f"{field}: cannot load {source}: {first_line(error)}; mend it or name another"
 
 
 def shown(value: object) -> str:

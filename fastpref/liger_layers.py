@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastpref.model import ModelError
+from fastpref.errors import ModelError
 from fastpref.packages import has, require
 
 OPTION = "model.kernels: liger"

@@ -19,16 +19,7 @@ from fastpref.attention import packing_error
 from fastpref.data.batches import Batch, collate
 from fastpref.data.plan import Layout
 from fastpref.data.tokens import Groups, TokenGroup
-from fastpref.errors import UserError, first_line
-
-
-class ModelError(UserError):
-    """A model that cannot be loaded, or whose log-probs this project cannot compute."""
-
-
-def cannot_load(field: str, source: str, error: BaseException) -> str:
-    """The message of a ModelError for what another library refused."""
-    return f"{field}: cannot load {source}: {first_line(error)}; mend it or name another"
+from fastpref.errors import ModelError
 
 
 class PolicyOutput(NamedTuple):

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import checkpoint, ranks
 from fastpref.config import Config, ConfigError
-from fastpref.data import bpe
 from fastpref.data.batches import Batch
-from fastpref.data.formats import DataError, read_groups
 from fastpref.data.mismatched import Mismatched
 from fastpref.data.plan import Plan
+from fastpref.data.tokenizers import tokenizer_of
 from fastpref.data.tokens import GroupDataset, Groups, load_groups
 from fastpref.files import clear_leftovers
 from fastpref.layout import choose_layout, use_layout
@@ -25,9 +24,9 @@ from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.wrappers import TokenWeighted
-from fastpref.model import ModelError, Policy, context_length
+from fastpref.model import Policy, context_length
 from fastpref.optim import check_eight_bit
-from fastpref.pretrained import announce_code, load_policy, load_tokenizer
+from fastpref.pretrained import announce_code, load_policy
 from fastpref.progress import Display
 from fastpref.reference_logps import (
     AdapterReference,
@@ -251,28 +250,6 @@ def _claim(folder: Path, config: Config, display: Display) -> Path | None:
     if ranks.is_first():
         clear_leftovers(folder)
     return found
-
-
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, or one trained on the data."""
-    named = load_tokenizer(config.model)
-    if named is not None:
-        return named
-    size = (config.model.config or {}).get("vocab_size")
-    if not isinstance(size, int):
-        raise ModelError(
-            "model.config.vocab_size: is needed to train a tokenizer on the data (or name one "
-            "in model.tokenizer)"
-        )
-    try:
-        groups = read_groups(
-            config.data.train, config.build_loss().kind, soft_labels=config.data.soft_labels
-        )
-        return bpe.train(bpe.texts_of(groups), size)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise ModelError(f"model.config.{error}") from None
 
 
 def device_of(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: the policy and the tokenizer as they are loaded, the export."""
+"""Hugging Face folders in and out: the policy as it is loaded, the export."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref import config as configs
 from fastpref import ranks, sharding
 from fastpref.adapters import TRAINED, add_adapter, initialize, merged, merged_updates
-from fastpref.errors import UserError, shown
+from fastpref.errors import ModelError, UserError, cannot_load, shown
 from fastpref.liger_layers import use_liger
-from fastpref.model import ModelError, Policy, cannot_load
+from fastpref.model import Policy
 from fastpref.packages import require
 from fastpref.quantize import check_quantization, load_in_4bit, reloaded_in_4bit
 
@@ -120,18 +115,6 @@ def _local_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
-
-
-def load_tokenizer(model: configs.Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer named by the config; None where one is to be trained on the data."""
-    source = model.tokenizer or model.path
-    if source is None:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # transformers, tokenizers and the Hub raise unrelated types
-        field = "tokenizer" if model.tokenizer else "path"
-        raise ModelError(cannot_load(f"model.{field}", source, error)) from None
 
 
 def _build(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
-from fastpref.model import ModelError
+from fastpref.errors import ModelError
 from fastpref.packages import require
 
 OPTION = "adapter.quantize: nf4"

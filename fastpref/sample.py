@@ -22,12 +22,13 @@ from fastpref import files
 from fastpref.data.batches import collate
 from fastpref.data.formats import Row
 from fastpref.data.prompts import Prompt, encode, read_prompts, response_to
+from fastpref.data.tokenizers import load_tokenizer
 from fastpref.data.tokens import Ids, TokenGroup, chunks
-from fastpref.errors import UserError, first_line
+from fastpref.errors import ModelError, UserError, first_line
 from fastpref.generate import Sampling, engine, require, with_transformers, with_vllm
-from fastpref.model import ModelError, Policy, context_length
+from fastpref.model import Policy, context_length
 from fastpref.prepare import device_of
-from fastpref.pretrained import load_policy, load_tokenizer
+from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 
 DTYPES = ("bfloat16", "float32", "float64")
@@ -154,8 +155,8 @@ class Sampler:
         if chat is not None:  # the last special token of an answer
             answered = chat.text._replace(responses=(response_to(chat.text.prompt, "Yes."),))
             (row,) = encode([(chat.row, answered)], self.source, self.tokenizer)
-            added = self.tokenizer.added_tokens_decoder
-            ends |= {*[t for t in row["responses"][0] if t in added and added[t].special][-1:]}
+            added, answer = self.tokenizer.added_tokens_decoder, row["responses"][0].tolist()
+            ends |= {*[t for t in answer if t in added and added[t].special][-1:]}
         return ends - {None}
 
     def _text(self, prompt: Prompt, ids: Ids) -> str:

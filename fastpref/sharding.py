@@ -34,7 +34,8 @@ from torch.distributed.tensor import DTensor
 from fastpref import config as configs
 from fastpref import ranks
 from fastpref.config import ConfigError
-from fastpref.model import ModelError, Policy
+from fastpref.errors import ModelError
+from fastpref.model import Policy
 
 
 def make_mesh(options: configs.Mesh, device: torch.device) -> DeviceMesh | None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastpref.adapters import as_loaded
 from fastpref.config import Config, ConfigError
-from fastpref.model import ModelError
+from fastpref.errors import ModelError
 from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.reference_logps import weights_sha256

@@ -16,8 +16,9 @@ from rich.console import Console
 from fastpref import config as configs
 from fastpref.config import Config, ConfigError
 from fastpref.data.formats import DataError
+from fastpref.data.tokenizers import load_tokenizer
 from fastpref.data.tokens import load_groups
-from fastpref.errors import UserError
+from fastpref.errors import ModelError, UserError
 from fastpref.estimate import head as heads
 from fastpref.estimate.changes import Setup, fitting
 from fastpref.estimate.devices import GPUS, Device, named
@@ -27,8 +28,7 @@ from fastpref.estimate.run import run
 from fastpref.estimate.shapes import NF4_BYTES, empty_policy, shapes_of
 from fastpref.estimate.trace import Line, Trace, trace
 from fastpref.estimate.work import Pass, Sizes, steps_of
-from fastpref.model import ModelError
-from fastpref.pretrained import load_policy, load_tokenizer
+from fastpref.pretrained import load_policy
 
 MakeConfig = Callable[..., Config]
 D, V, LAYERS = 32, 384, 2  # of the tiny Llama

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from fastpref import packages
 from fastpref.config import Config
+from fastpref.errors import ModelError
 from fastpref.liger_layers import use_liger
-from fastpref.model import ModelError
 from fastpref.packages import MissingPackage
 from fastpref.pretrained import load_policy
 

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fastpref import model as module
 from fastpref.config import Config
 from fastpref.data.batches import collate
+from fastpref.data.tokenizers import load_tokenizer
 from fastpref.data.tokens import TokenGroup, load_groups
-from fastpref.model import Asked, ModelError, Policy
-from fastpref.pretrained import load_policy, load_tokenizer
+from fastpref.errors import ModelError
+from fastpref.model import Asked, Policy
+from fastpref.pretrained import load_policy
 
 CPU = torch.device("cpu")
 

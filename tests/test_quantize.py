@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 
 from fastpref import packages
 from fastpref.config import Config
-from fastpref.model import ModelError, Policy
+from fastpref.errors import ModelError
+from fastpref.model import Policy
 from fastpref.packages import MissingPackage
 from fastpref.pretrained import load_policy
 from fastpref.progress import Display

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastpref.data.formats import TextGroup, to_groups
 from fastpref.data.prompts import Prompt, read_prompts
-from fastpref.errors import UserError
+from fastpref.errors import ModelError, UserError
 from fastpref.generate import Sampling
-from fastpref.model import ModelError
 from fastpref.progress import Display
 from fastpref.sample import Completion, Sampler, record, run
 

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref import config as configs
 from fastpref import metrics, ranks, sharding
 from fastpref.config import ConfigError
-from fastpref.model import ModelError, Policy
+from fastpref.errors import ModelError
+from fastpref.model import Policy
 from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.train import Trainer

@@ -39,8 +39,10 @@ def one(
     counts: Counter[str] = Counter()
     config = Data(train="x", **options)
     (made,) = next(tokenize([[(1, *to_groups(row))]], "x", tokenizer, config, "pairwise", counts))
-    chosen, rejected = made.pop("responses")
-    return {**made, "chosen": chosen, "rejected": rejected}, counts
+    ids = zip(
+        ("prompt", "chosen", "rejected"), (made.pop("prompt"), *made.pop("responses")), strict=True
+    )
+    return {**made, **{name: tokens.tolist() for name, tokens in ids}}, counts
 
 
 def test_what_the_tokenizers_file_says_of_truncation_and_padding_is_not_done(

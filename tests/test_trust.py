@@ -19,9 +19,10 @@ from rich.console import Console
 
 from fastpref import files
 from fastpref.config import Config
-from fastpref.model import ModelError
+from fastpref.data.tokenizers import load_tokenizer
+from fastpref.errors import ModelError
 from fastpref.prepare import load
-from fastpref.pretrained import load_policy, load_tokenizer
+from fastpref.pretrained import load_policy
 from fastpref.progress import Display
 from fastpref.report import page
 from fastpref.report.runs import load as load_runs

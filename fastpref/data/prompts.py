@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Data
@@ -36,7 +35,7 @@ def read_prompts(
     for numbered in chunks(_texts(source), 512):
         texts = dict(numbered)
         for row in encode(numbered, source, tokenizer):
-            ids = np.asarray(row["prompt"], dtype=np.int32)
+            ids = row["prompt"]
             if duplicates or ids.tobytes() not in seen:
                 seen.add(ids.tobytes())
                 prompts.append(Prompt(row["row"], texts[row["row"]], ids))

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fastpref import files
 from fastpref.config import Data
 from fastpref.data.chat import render
-from fastpref.data.formats import DataError, TextGroup, common_prefix, content_hash, read_groups
+from fastpref.data.formats import DataError, TextGroup, content_hash, read_groups
 from fastpref.errors import first_line
 from fastpref.losses import Kind
 
@@ -245,15 +245,14 @@ def _write(
     ):
         groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
         for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
-            counted: list[int] = []  # sequences of each row; tokens of each sequence, and these
             for row in rows:
                 about_it = [row[name] for name in ("labels", "reference", "weights")]
                 labels.update(json.dumps(about_it).encode())
-                counted.append(1 + len(row["responses"]))
-                for tokens in (row["prompt"], *row["responses"]):
-                    counted.append(len(tokens))
-                    counted.extend(tokens)
-            ids.update(np.asarray(counted, dtype="<i4").tobytes())
+                sequences = (row["prompt"], *row["responses"])
+                ids.update(len(sequences).to_bytes(4, "little"))
+                for tokens in sequences:
+                    ids.update(len(tokens).to_bytes(4, "little"))
+                    ids.update(tokens)
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     about: dict[str, Any] = {"kind": kind, "counts": counts}
     about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
@@ -274,17 +273,17 @@ def tokenize(
     A batch is encoded, which holds no lock, while the rows of the one before are made.
     """
 
-    def rows(numbered: list[tuple[int, TextGroup]], encoding: Future[list[list[int]]]) -> Any:
-        ids = iter(encoding.result())
+    def rows(numbered: list[tuple[int, TextGroup]], encoding: Future[list[Any]]) -> Any:
+        texts = iter(encoding.result())
         made = (
-            _row(number, group, list(islice(ids, 1 + len(group.responses))))
+            _row(number, group, [_ids(text) for text in islice(texts, 1 + len(group.responses))])
             for number, group in numbered
         )
         return [row for row in made if row is not None]
 
-    def _row(number: int, group: TextGroup, encoded: list[list[int]]) -> dict[str, Any] | None:
+    def _row(number: int, group: TextGroup, whole: list[Ids]) -> dict[str, Any] | None:
         counts["found"] += 1
-        tokens = _split_and_cut(encoded, group.conversational, tokenizer, data)
+        tokens = _split_and_cut(whole, group.conversational, tokenizer, data)
         if tokens is None:
             counts["no_completion"] += 1
             return None
@@ -333,35 +332,40 @@ def _texts(
     return texts, special
 
 
-def _encode(
-    texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Token ids; texts that already carry their special tokens are encoded without adding any."""
-    ids: list[list[int]] = [[] for _ in texts]
+def _encode(texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Texts → what `_ids` takes; those that carry their special tokens are given no others."""
+    encoded: list[Any] = [None for _ in texts]
     for add in (True, False):
         chosen = [i for i, flag in enumerate(special) if flag is add]
-        encoded = _ids([texts[i] for i in chosen], add, tokenizer) if chosen else []
-        for i, tokens in zip(chosen, encoded, strict=True):
-            ids[i] = tokens
-    return ids
+        found = _encode_alike([texts[i] for i in chosen], add, tokenizer) if chosen else []
+        for i, tokens in zip(chosen, found, strict=True):
+            encoded[i] = tokens
+    return encoded
 
 
-def _ids(texts: list[str], add: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _encode_alike(texts: list[str], add: bool, tokenizer: PreTrainedTokenizerBase) -> Any:
     def call(texts: list[str]) -> Any:
         options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
         return tokenizer(texts, add_special_tokens=add, **options)["input_ids"]
 
     if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
-        found: list[list[int]] = call(texts)
-        return found
+        return call(texts)
     call(["-"])  # sets the backend to cut and to pad nothing
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add)
-    return [text.ids for text in encoded]
+    return tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add)
+
+
+def _ids(encoded: Any) -> Ids:
+    """Token ids of what a tokenizer made of a text: an Encoding, or a list."""
+    return _int32(getattr(encoded, "ids", encoded))
+
+
+def _int32(values: list[int]) -> Ids:
+    return np.asarray(values, dtype=np.int32)
 
 
 class _Tokens(NamedTuple):
-    prompt: list[int]
-    responses: list[list[int]]
+    prompt: Ids
+    responses: list[Ids]
     prompt_cut: bool
     lengths: list[int]  # of the responses before they were cut
     closed: list[bool]  # whether an EOS was added to the response
@@ -372,39 +376,49 @@ class _Tokens(NamedTuple):
 
 
 def _split_and_cut(
-    ids: list[list[int]],  # prompt, then prompt + response for each response
+    ids: list[Ids],  # prompt, then prompt + response for each response
     conversational: bool,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
 ) -> _Tokens | None:
     """Common prefix, EOS, context and truncation; None where a response has no token left."""
     prompt, *wholes = ids
-    start = common_prefix(prompt, *wholes)
+    start = min((_common_prefix(prompt, whole) for whole in wholes), default=len(prompt))
     responses = [whole[start:] for whole in wholes]
     eos = tokenizer.eos_token_id
     closes = data.add_eos and not conversational and eos is not None
-    closed = [closes and r[-1:] != [eos] for r in responses]
-    responses = [[*r, eos] if c else r for r, c in zip(responses, closed, strict=True)]
+    closed = [closes and not (len(r) and r[-1] == eos) for r in responses]
+    end = _int32([eos] if closes else [])
+    responses = [
+        np.concatenate([r, end]) if c else r for r, c in zip(responses, closed, strict=True)
+    ]
     context = prompt[:start]
-    if not context:  # something must predict the first token
+    if not len(context):  # something must predict the first token
         opener = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
         if opener is None:
             return None
-        context = [opener]
+        context = _int32([opener])
     prompt_cut = False
     if data.truncation == "keep_end":
         excess = len(context) + max(map(len, responses)) - data.max_length
         if excess > 0 and len(context) > 1:
             keep = max(1, len(context) - excess)
-            first = context[:1] if context[0] == tokenizer.bos_token_id else []
-            context = first + context[len(context) - keep + len(first) :]
+            first = context[: int(context[0] == tokenizer.bos_token_id)]
+            context = np.concatenate([first, context[len(context) - keep + len(first) :]])
             prompt_cut = True
     room = data.max_length - len(context)
-    if room < 1 or not all(responses):
-        return None
     lengths = [len(response) for response in responses]
+    if room < 1 or not all(lengths):
+        return None
     kept = [response[:room] for response in responses]
     return _Tokens(context, kept, prompt_cut, lengths, closed)
+
+
+def _common_prefix(first: Ids, second: Ids) -> int:
+    """How many tokens both begin with."""
+    shortest = min(len(first), len(second))
+    differ = first[:shortest] != second[:shortest]
+    return int(differ.argmax()) if differ.any() else shortest
 
 
 def _token_weights(group: TextGroup, tokens: _Tokens, where: str) -> list[list[float]] | None:

@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.config import Config
+from fastpref.data.tokenizers import tokenizer_of
 from fastpref.data.tokens import load_groups
-from fastpref.errors import UserError
+from fastpref.errors import ModelError, UserError
 from fastpref.estimate.changes import Setup, fitting
 from fastpref.estimate.devices import named
 from fastpref.estimate.predict import Prediction, Predictor
 from fastpref.estimate.work import Sizes
 from fastpref.files import replacing
 from fastpref.losses import Kind
-from fastpref.model import ModelError
-from fastpref.prepare import tokenizer_of
 from fastpref.pretrained import announce_code
 
 GIB = 2**30

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref import config as configs
 from fastpref.adapters import add_adapter
 from fastpref.config import Config
-from fastpref.errors import UserError, shown
-from fastpref.model import ModelError, Policy, cannot_load
+from fastpref.errors import ModelError, UserError, cannot_load, shown
+from fastpref.model import Policy
 from fastpref.pretrained import checkpoint_activations, without_dropout
 from fastpref.quantize import check_quantization
 

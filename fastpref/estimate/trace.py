@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpref.data.batches import Batch, collate
 from fastpref.data.plan import Layout
 from fastpref.data.tokens import TokenGroup
-from fastpref.errors import first_line
+from fastpref.errors import ModelError, first_line
 from fastpref.layout import use_layout
-from fastpref.model import ModelError, Policy
+from fastpref.model import Policy
 from fastpref.sharding import materialize
 
 
