@@ -40,6 +40,9 @@ class Balance:
     def end_step(self) -> None:
         """Take the pairs of the step, all micro-batches, into the averages."""
 
+    def drop_step(self) -> None:
+        """Forget the pairs seen since the last step."""
+
     def flush(self) -> dict[str, float]:
         """Metrics of the pairs measured since the last call."""
         return {}
@@ -67,7 +70,8 @@ class Balancing(Balance):
         self.parameters = parameters
         self._step = torch.zeros(8, dtype=torch.float64, device=device)
         self._window = torch.zeros(8, dtype=torch.float64, device=device)
-        self._band, self._own_band = torch.zeros(2, 16, dtype=torch.float64, device=device)
+        bands = torch.zeros(3, 16, dtype=torch.float64, device=device)
+        self._band, self._own_band, self._step_band = bands
 
     def wants_geometry(self, step: int) -> bool:
         return self.parameters is None and self._measures(step)
@@ -86,14 +90,19 @@ class Balancing(Balance):
             policy, factor, sums = self.calibration.calibrate(policy, (d_w, d_l), geometry)
             d_w, d_l = d_w * factor, d_l / factor
             self._step += sums
-        self._own_band += band_sums(d_w, d_l, geometry)
+        self._step_band += band_sums(d_w, d_l, geometry)
         return policy
 
     def end_step(self) -> None:
         if self.calibration is not None:
             self.calibration.update(ranks.sum_(self._step))
             self._window += self._step
-            self._step.zero_()
+        self._own_band += self._step_band
+        self.drop_step()
+
+    def drop_step(self) -> None:
+        self._step.zero_()
+        self._step_band.zero_()
 
     def flush(self) -> dict[str, float]:
         self._take_in_band()

@@ -252,7 +252,8 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
         )
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    _make_moments(optimizer)
+    if any(name.startswith("optimizer.") for name in stored):  # else it has taken no step yet
+        _make_moments(optimizer)
     # With more ranks than there were, some begin with a random state of their own.
     random = {name: value for name, value in _random_state().items() if name in stored}
     state = {**_tensors(policy, optimizer), **random}

@@ -325,6 +325,13 @@ class Training(Section):
     )
     seed: NonNegativeInt = Field(0, description="Order of the data, random weights, dropout.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: cuda if there.")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What happens at a loss or a gradient that is NaN or infinite, on any rank. "
+        "`stop` the run before the next line of metrics or checkpoint; `skip` the step, count it "
+        "and name its rows in the metrics, and stop at the tenth in a row. `skip` waits for the "
+        "device in every step.",
+    )
     log_every: PositiveInt = Field(10, description="Steps averaged into one line of metrics.")
     eval_every: PositiveInt | None = Field(
         None, description="Steps between evaluations; null: at the start and the end only."

@@ -175,10 +175,17 @@ class Window:
                     return NonFinite(step, metric, value)
         return None
 
+    def drop_last(self) -> None:
+        """Leave out the step that was taken in last, whose rows have been read."""
+        steps, rows = self.state()
+        self.restore(steps[:-1], rows[:-1])
+
     def flush(self) -> Metrics:
-        """Means over the window and the mean gradient norm; empties the window."""
+        """Means over the window and the mean gradient norm, none of no step; empties the window."""
         rows = self.state()[1]
         self.restore([], rows[:0])
+        if not len(rows):
+            return {}
         return {
             **means(rows[:, 1:].sum(0).view(2, -1), self._names),
             "grad_norm": rows[:, 0].mean().item(),

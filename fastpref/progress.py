@@ -98,7 +98,7 @@ class Display:
 
 def status(record: dict[str, Any]) -> str:
     """Loss, margin, accuracy, speed and memory of a line of metrics, for one line of text."""
-    parts = [f"loss {record['loss']:.4f}"]
+    parts = [f"loss {record['loss']:.4f}" if "loss" in record else "all steps skipped"]
     if "rewards/margins" in record:  # not where all responses were of one class
         parts.append(f"margin {record['rewards/margins']:+.3f}")
     if "rewards/accuracies" in record:

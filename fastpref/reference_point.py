@@ -34,6 +34,9 @@ class ReferencePoint:
     def end_step(self) -> None:
         """Take in what was seen: from now on it counts."""
 
+    def drop_step(self) -> None:
+        """Forget what was seen since the last step."""
+
     def state(self) -> State:
         """What a checkpoint must hold, as numbers that JSON gives back exactly."""
         return {}
@@ -82,6 +85,9 @@ class RewardMean(ReferencePoint):
 
     def end_step(self) -> None:
         self._mean.update(ranks.sum_(self._seen))
+        self.drop_step()
+
+    def drop_step(self) -> None:
         self._seen.zero_()
 
     def state(self) -> State:

@@ -83,6 +83,7 @@ class Trainer:
         self.optimizer = make_optimizer(config.optim, self.trained)
         self.window = metrics.Window(NAMES)
         self.losses, self.spikes = watch.Losses(), watch.Spikes()
+        self.skipped = watch.Skipped()
         self.margins = config.margins
         self.lengths = tokens_of(self.run.train.groups, "flat")
         self.checkpoints = checkpoint.Checkpoints(
@@ -151,8 +152,8 @@ class Trainer:
                     "continue with resume=auto",
                 )
 
-    def _train_step(self, with_entropy: bool) -> Tally:
-        """One optimizer step."""
+    def _train_step(self, with_entropy: bool) -> Tally | None:
+        """One optimizer step; None of one that is skipped."""
         groups = self.plan.groups(self.step)
         point = self.point.of_step(self.run.train, self.step)
         rate = learning_rate(self.config.optim, self.step, self.steps)
@@ -176,12 +177,14 @@ class Trainer:
             self.update.finish()
             limit = self.config.optim.max_grad_norm or math.inf
             norm = sharding.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+            self.step += 1
+            self.tokens += int(self.lengths[groups].sum())
+            self.window.add(self.step, norm, tally.sums)
+            if self.config.training.nonfinite == "skip" and self._skips():
+                return None
             self.optimizer.step()
         self.point.end_step()
         self.balance.end_step()
-        self.step += 1
-        self.tokens += int(self.lengths[groups].sum())
-        self.window.add(self.step, norm, tally.sums)
         return tally
 
     def _forward(
@@ -217,7 +220,7 @@ class Trainer:
         self._track(record)
         self.display.note(progress.evaluation(record))
 
-    def _log(self, tally: Tally, done: float) -> None:
+    def _log(self, tally: Tally | None, done: float) -> None:
         gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
@@ -225,11 +228,12 @@ class Trainer:
             "step": self.step,
             "epoch": self._epoch,
             **self._spikes(),
+            **self.skipped.flush(),
             **self.window.flush(),
             **self.balance.flush(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             # Of this step alone: it costs one more pass over the head.
-            "entropy": tally.entropy(),
+            **({} if tally is None else {"entropy": tally.entropy()}),
             "num_tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
             "peak_memory_gib": metrics.peak_memory(self.policy.device),
@@ -253,25 +257,48 @@ class Trainer:
         return {"loss/spikes": found} if found else {}
 
     def _stop_unless_finite(self) -> None:
-        """Raise Diverged, and save the row numbers, for a step with a loss or gradient gone.
+        """Raise Diverged for a step with a loss or a gradient that is not finite."""
+        found = self.window.first_non_finite()
+        if found is not None:
+            raise self._diverged(found, self._rows(found.step))
+        self.losses.forget()
 
-        Rows are those with such a loss; of a gradient, which is a sum, all rows of the step.
+    def _skips(self) -> bool:
+        """Whether a number of the step at hand is not finite; all that it left is then dropped.
+
+        Raises Diverged at the last of MOST_SKIPPED in a row.
         """
         found = self.window.first_non_finite()
         if found is None:
             self.losses.forget()
-            return
-        indices = self.losses.not_finite(found.step, self.policy.device)
-        indices = indices or self.plan.groups(found.step - 1)
-        rows = sorted({self.run.train.groups[index].row for index in indices})
+            self.skipped.end_row()
+            return False
+        rows = self._rows(found.step)
+        if self.skipped.see(found.step, rows):
+            raise self._diverged(found, rows, f", after {watch.MOST_SKIPPED - 1} that were skipped")
+        self.point.drop_step()
+        self.balance.drop_step()
+        self.losses.forget()
+        self.window.drop_last()
+        self.display.note(
+            f"step {found.step:,} is skipped: {found.metric} is {found.value}, rows {_some(rows)}"
+        )
+        return True
+
+    def _rows(self, step: int) -> list[int]:
+        """Rows of a step whose loss is not finite; else its gradient, a sum, is not: all rows."""
+        indices = self.losses.not_finite(step, self.policy.device) or self.plan.groups(step - 1)
+        return sorted({self.run.train.groups[index].row for index in indices})
+
+    def _diverged(self, found: metrics.NonFinite, rows: list[int], when: str = "") -> Diverged:
+        """The error, with the row numbers saved."""
         report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
         path = self.run.folder / "nonfinite.json"
         if ranks.is_first():
             path.write_text(json.dumps({**report, "rows": rows}, indent=1))
-        named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-        raise Diverged(
-            f"training stopped: {found.metric} is {found.value} at step {found.step}, rows {named} "
-            f"(all in {path}); look at them or lower optim.lr"
+        return Diverged(
+            f"training stopped: {found.metric} is {found.value} at step {found.step}{when}, rows "
+            f"{_some(rows)} (all in {path}); look at them or lower optim.lr"
         )
 
     def _save(self) -> None:
@@ -283,6 +310,7 @@ class Trainer:
             "reference_point": self.point.state(),
             "balance": self.balance.state(),
             "spikes": self.spikes.state(),
+            "skipped": self.skipped.state(),
         }
         self.checkpoints.save(self.step, self.policy, self.optimizer, position)
         gc.collect()  # what the one before has left, too, which outlived the younger generations
@@ -300,6 +328,7 @@ class Trainer:
         self.point.restore(position["reference_point"])
         self.balance.restore(position["balance"])
         self.spikes.restore(position["spikes"])
+        self.skipped.restore(position["skipped"])
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 
@@ -327,6 +356,10 @@ class Trainer:
     @property
     def _epoch(self) -> float:
         return round(self.step / self.plan.steps_per_epoch, 4)
+
+
+def _some(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
 def _due(step: int, every: int | None) -> bool:

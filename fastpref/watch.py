@@ -1,14 +1,17 @@
-"""Numbers that go wrong in training: losses that are not finite, by row, and losses that jump."""
+"""Numbers that go wrong in training: losses that are not finite, by row, the steps that are left
+out for it, and losses that jump."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref import ranks
 
+MOST_SKIPPED = 10  # steps in a row; a model that has gone bad does not come back
 SPIKE = 6.0  # standard deviations above the usual loss
 _MEMORY = 0.98  # of the usual loss, each step
 _AT_LEAST = 20  # steps before anything counts as unusual
@@ -38,6 +41,36 @@ class Losses:
 
     def forget(self) -> None:
         self._seen.clear()
+
+
+class Skipped:
+    """Steps that were left out because a number of theirs was not finite."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[int]] = {}
+        self._in_a_row = 0
+
+    def see(self, step: int, rows: list[int]) -> bool:
+        """Take in such a step and its rows; whether there have been too many in a row."""
+        self._rows[str(step)] = rows
+        self._in_a_row += 1
+        return self._in_a_row >= MOST_SKIPPED
+
+    def end_row(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+    def flush(self) -> dict[str, dict[str, list[int]]]:
+        """Rows by step since the last call, where there were any, as a line of metrics has them."""
+        rows, self._rows = self._rows, {}
+        return {"steps/skipped": rows} if rows else {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, for JSON."""
+        return {"rows": self._rows, "in_a_row": self._in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._rows, self._in_a_row = dict(state["rows"]), state["in_a_row"]
 
 
 class Spikes:

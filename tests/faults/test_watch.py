@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import random
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +19,19 @@ import torch
 import torch.multiprocessing as mp
 from conftest import rows, write_jsonl
 from pairs import batch
-from runs import told
+from rich.console import Console
+from runs import assert_same, told
 
 from fastpref import config as configs
 from fastpref import losses, metrics, ranks
 from fastpref.config import Config
 from fastpref.data.batches import Batch
 from fastpref.data.formats import DataError
+from fastpref.interrupts import Interrupted
 from fastpref.model import Policy
+from fastpref.progress import Display
 from fastpref.train import Diverged, Trainer
-from fastpref.watch import Spikes
+from fastpref.watch import MOST_SKIPPED, Spikes
 
 MakeConfig = Callable[..., Config]
 BAD = 7  # the pair whose numbers go wrong
@@ -95,6 +100,7 @@ def test_no_objective_hides_a_nan(name: str, side: str) -> None:
 
 
 def of_two(rank: int, port: int, folder: Path) -> None:
+    """Train beside another rank, and keep what was said at the end."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -102,24 +108,137 @@ def of_two(rank: int, port: int, folder: Path) -> None:
     poison(patch, math.nan)
     try:
         with ranks.joined():
-            told(configs.load(folder / "config.yaml"))
+            said = told(configs.load(folder / "config.yaml"))
     except Diverged as error:
-        (folder / f"{rank}.txt").write_text(str(error))
+        said = str(error)
+    (folder / f"{rank}.txt").write_text(said)
+
+
+def on_two_ranks(config: Config, folder: Path) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "config.yaml").write_text(config.to_yaml())
+    mp.spawn(of_two, (port, folder), nprocs=2)
+    return [(folder / f"{rank}.txt").read_text() for rank in (0, 1)]
 
 
 def test_what_goes_wrong_on_one_rank_stops_all_and_is_named_by_all(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = make_config(training__batch_size=6, training__max_tokens=160)
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    mp.spawn(of_two, (port, tmp_path), nprocs=2)
-    said = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
-    assert len(said) == 1 and "loss is nan at step" in said.pop()
+    first, second = on_two_ranks(config, tmp_path)
+    assert first == second and "loss is nan at step" in first
     report = json.loads((Path(config.training.output) / "nonfinite.json").read_text())
     assert report["rows"] == [ROW]
+
+
+def test_what_goes_wrong_on_one_rank_is_skipped_by_all(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    options = {"batch_size": 6, "max_tokens": 160, "nonfinite": "skip"}
+    config = make_config(**{f"training__{name}": value for name, value in options.items()})
+    first, _ = on_two_ranks(config, tmp_path)
+    assert first.count(f"is skipped: loss is nan, rows {ROW}\n") == 1
+    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    assert [line["steps/skipped"] for line in lines if "steps/skipped" in line] in (
+        [{"1": [ROW]}],
+        [{"2": [ROW]}],
+    )
+    assert sum(math.isfinite(line.get("loss", math.nan)) for line in lines) == 1
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.trained]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"loss": "dpo"},
+        {"loss": "bco", "training__batch_size": 8},  # rewards of single responses, with a mean
+        {"loss": "dpo", "calibration": "rc", "monitor": {"band": 1}},
+        {"loss": "dpo", "update": "projected"},
+    ],
+    ids=str,
+)
+def test_a_step_that_is_skipped_leaves_nothing_behind(
+    make_config: MakeConfig, display: Any, monkeypatch: pytest.MonkeyPatch, sections: Any
+) -> None:
+    poison(monkeypatch, math.nan)
+    config = make_config(**sections, training__nonfinite="skip", training__epochs=2)
+    trainer = Trainer(config, display)
+    step, before, after = trainer._train_step, [weights(trainer)], list[Any]()
+
+    def watched(with_entropy: bool) -> Any:
+        after.append(step(with_entropy))
+        before.append(weights(trainer))
+        return after[-1]
+
+    monkeypatch.setattr(trainer, "_train_step", watched)
+    trainer.loop([])
+    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = [line for line in lines if "learning_rate" in line]
+    skipped = {step: rows for line in lines for step, rows in line.get("steps/skipped", {}).items()}
+    assert list(skipped.values()) == [[ROW], [ROW]]  # once an epoch
+    assert [str(1 + n) for n, tally in enumerate(after) if tally is None] == list(skipped)
+    for n, line in enumerate(lines):
+        moved = any(not torch.equal(a, b) for a, b in zip(before[n], before[n + 1], strict=True))
+        assert moved is ("loss" in line) is (str(line["step"]) not in skipped)
+        numbers = [value for value in line.values() if not isinstance(value, dict)]
+        assert all(map(math.isfinite, numbers)), line
+    assert not (Path(config.training.output) / "nonfinite.json").exists()
+
+
+def test_a_skipped_step_is_told_and_survives_a_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that logs every third step; it is stopped behind the one that is skipped."""
+    poison(monkeypatch, math.nan)
+    common = {"training__nonfinite": "skip", "training__log_every": 3, "training__epochs": 2}
+    whole = make_config(**common)
+    said = told(whole)
+    (step,) = (number for number in (1, 2, 3) if f"step {number} is skipped" in said)
+    assert f"step {step} is skipped: loss is nan, rows {ROW}\n" in said
+    part = make_config(**common, training__output=str(tmp_path / "part"))
+    trainer = Trainer(part, Display(Console(file=io.StringIO())))
+    one, signals = trainer._train_step, list[int]()
+
+    def stopped(with_entropy: bool) -> Any:
+        tally = one(with_entropy)
+        if tally is None:
+            signals.append(signal.SIGTERM)
+        return tally
+
+    monkeypatch.setattr(trainer, "_train_step", stopped)
+    with pytest.raises(Interrupted):
+        trainer.loop(signals)
+    told(part.model_copy(update={"resume": "auto"}))
+    assert_same(tmp_path / "part", Path(whole.training.output))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(
+    make_config: MakeConfig, display: Any
+) -> None:
+    config = make_config(training__nonfinite="skip", training__epochs=9, training__log_every=2)
+    trainer = Trainer(config, display)
+    step, gone = trainer._train_step, torch.tensor(math.nan)
+
+    def poisoned(with_entropy: bool) -> Any:
+        hook = trainer.trained[3].register_hook(
+            lambda g: g if trainer.step in (3, 15) else g * gone
+        )
+        try:
+            return step(with_entropy)
+        finally:
+            hook.remove()
+
+    trainer._train_step = poisoned  # type: ignore[method-assign]
+    said = f"grad_norm is nan at step 14, after {MOST_SKIPPED - 1} that were skipped, rows "
+    with pytest.raises(Diverged, match=said):
+        trainer.loop([])
+    report = json.loads((Path(config.training.output) / "nonfinite.json").read_text())
+    assert report["step"] == 14 and report["metric"] == "grad_norm"
 
 
 def test_a_jump_of_the_loss_is_a_spike_until_it_is_the_usual_one() -> None:
