@@ -35,7 +35,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastpref import config as configs
-from fastpref import metrics, ops
+from fastpref import markdown, metrics, ops
 from fastpref.band import band, parameter_geometry
 from fastpref.bench import environment, timer
 from fastpref.prepare import Split
@@ -434,10 +434,7 @@ def _cells(row: dict[str, Any], columns: dict[str, tuple[str, int]]) -> list[str
 
 
 def _table(columns: Iterable[str], rows: dict[str, list[str]]) -> str:
-    names = list(columns)
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    lines += [f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows.items()]
-    return "\n".join(lines)
+    return markdown.table(["", *columns], ([title, *cells] for title, cells in rows.items()))
 
 
 def overhead(folder: Path) -> dict[str, Any]:

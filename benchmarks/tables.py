@@ -20,7 +20,7 @@ from typing import Any
 
 import calibration
 
-from fastpref import reproduce
+from fastpref import markdown, reproduce
 from fastpref.estimate.devices import Device
 from fastpref.reproduce import result
 from fastpref.reproduce.study import load
@@ -246,9 +246,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
 
 
 def _table(columns: Sequence[str], rows: dict[str, list[str]]) -> str:
-    lines = [columns, *([title, *cells] for title, cells in rows.items())]
-    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head.replace("|  |", "| |"), "|---" * len(columns) + "|", *body])
+    return markdown.table(columns, ([title, *cells] for title, cells in rows.items()))
 
 
 def _mib(size: float) -> str:

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fastpref.config import Config, Section
+from fastpref.markdown import table
 
 
 class Row(NamedTuple):
@@ -39,12 +40,9 @@ def markdown() -> str:
         "`fastpref train CONFIG.yaml [section.key=value …]`: every field, its type and default.",
         "This page is generated: `python -m fastpref.config_reference > docs/config.md`.",
         "",
-        "| field | type | default | meaning |",
-        "|---|---|---|---|",
     ]
-    for row in rows():
-        cells = (f"`{row.path}`", row.type, row.default, row.description)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    cells = ((f"`{row.path}`", row.type, row.default, row.description) for row in rows())
+    lines.append(table(("field", "type", "default", "meaning"), cells))
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fastpref import metrics
+from fastpref import markdown, metrics
 from fastpref.config import Config
 from fastpref.version import __version__
 
@@ -24,14 +24,14 @@ def write(folder: Path, config: Config, metrics_file: Path) -> None:
         header["library_name"] = "transformers"
     if config.model.path is not None:
         header["base_model"] = config.model.path
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(final.items()))
+    rows = ((name, f"{value:.6g}") for name, value in sorted(final.items()))
     settings = config.to_yaml()
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
         f"# {Path(config.training.output).name}\n\n"
         f"Trained with `{config.build_loss().name}` by fastpref {__version__} "
         f"on `{config.data.train}`.\n\n"
-        f"## Metrics of the last step\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+        f"## Metrics of the last step\n\n{markdown.table(('metric', 'value'), rows)}\n\n"
         f"## Config\n\n```yaml\n{settings}```\n",
         encoding="utf-8",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastpref import losses
 from fastpref.losses import Description
+from fastpref.markdown import table
 
 _SECTIONS = {
     ("pairwise", "sequence"): "On pairs of a chosen and a rejected response",
@@ -29,8 +30,7 @@ def markdown() -> str:
     for section, title in _SECTIONS.items():
         lines += ["", f"## {title}"]
         for about in (a for a in described if (a.kind, a.level) == section):
-            lines += ["", f"### {about.name}", "", about.summary, "", "| | |", "|---|---|"]
-            lines += [f"| {label} | {_code(text)} |" for label, text in _rows(about)]
+            lines += ["", f"### {about.name}", "", about.summary, "", table(("", ""), _rows(about))]
             lines += ["", about.notes] if about.notes else []
     return "\n".join(lines) + "\n"
 
@@ -54,10 +54,6 @@ def _rows(about: Description) -> list[tuple[str, str]]:
         ("source", about.source),
         ("use", about.use),
     ]
-
-
-def _code(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

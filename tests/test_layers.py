@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "fastpref"
 # A module may import from its own layer's modules and from those above it in this list.
 LAYERS = [
-    {"version", "errors", "files", "logps", "interrupts", "packages"},
+    {"version", "errors", "files", "logps", "interrupts", "markdown", "packages"},
     {"ranks"},
     {"reference"},
     {"backend", "chunked", "cpu", "score_products"},

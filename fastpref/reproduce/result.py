@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref import markdown
 from fastpref.bench import environment
 from fastpref.reproduce import pictures
 from fastpref.reproduce.runs import Size
@@ -102,7 +103,7 @@ def verdicts(found: dict[str, Any]) -> str:
         ]
         for claim in found["claims"]
     ]
-    return _markdown(("the paper says", "number", "holds if", "found", "verdict"), rows)
+    return markdown.table(("the paper says", "number", "holds if", "found", "verdict"), rows)
 
 
 def numbers(study: Study, found: dict[str, Any]) -> str:
@@ -111,7 +112,7 @@ def numbers(study: Study, found: dict[str, Any]) -> str:
         [row["label"], *(_cell(column, row.get(column.title)) for column in study.columns)]
         for row in found["table"]
     ]
-    return _markdown(("run", *(column.title for column in study.columns)), rows)
+    return markdown.table(("run", *(column.title for column in study.columns)), rows)
 
 
 def _cell(column: Column, values: Sequence[float] | None) -> str:
@@ -122,9 +123,3 @@ def _form(values: Sequence[float]) -> str:
     """About three digits."""
     size = max(map(abs, [statistics.fmean(values), max(values) - min(values)]))
     return ".1f" if size >= 10 else ".2f" if size >= 1 else ".3f" if size >= 0.01 else ".1e"
-
-
-def _markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = list(titles)
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
