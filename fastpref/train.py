@@ -345,6 +345,8 @@ class Trainer:
         with replacing(folder) as temporary:
             export(self.policy, self.run.tokenizer, temporary, merge)
             model_card.write(temporary, self.config, self.run.folder / "metrics.jsonl")
+        if self.skipped.count:
+            self.display.note(f"skipped: {self.skipped.count:,} of {self.steps:,} steps")
         self.display.note(f"model: {folder}")
         return folder
 

@@ -48,12 +48,13 @@ class Skipped:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[int]] = {}
-        self._in_a_row = 0
+        self._in_a_row = self.count = 0
 
     def see(self, step: int, rows: list[int]) -> bool:
         """Take in such a step and its rows; whether there have been too many in a row."""
         self._rows[str(step)] = rows
         self._in_a_row += 1
+        self.count += 1
         return self._in_a_row >= MOST_SKIPPED
 
     def end_row(self) -> None:
@@ -67,10 +68,11 @@ class Skipped:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, for JSON."""
-        return {"rows": self._rows, "in_a_row": self._in_a_row}
+        return {"rows": self._rows, "in_a_row": self._in_a_row, "count": self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._rows, self._in_a_row = dict(state["rows"]), state["in_a_row"]
+        self.count = state["count"]
 
 
 class Spikes:

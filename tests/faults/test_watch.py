@@ -200,6 +200,7 @@ def test_a_skipped_step_is_told_and_survives_a_checkpoint(
     said = told(whole)
     (step,) = (number for number in (1, 2, 3) if f"step {number} is skipped" in said)
     assert f"step {step} is skipped: loss is nan, rows {ROW}\n" in said
+    assert "skipped: 2 of 6 steps\n" in said
     part = make_config(**common, training__output=str(tmp_path / "part"))
     trainer = Trainer(part, Display(Console(file=io.StringIO())))
     one, signals = trainer._train_step, list[int]()
@@ -213,7 +214,7 @@ def test_a_skipped_step_is_told_and_survives_a_checkpoint(
     monkeypatch.setattr(trainer, "_train_step", stopped)
     with pytest.raises(Interrupted):
         trainer.loop(signals)
-    told(part.model_copy(update={"resume": "auto"}))
+    assert "skipped: 2 of 6 steps\n" in told(part.model_copy(update={"resume": "auto"}))
     assert_same(tmp_path / "part", Path(whole.training.output))
 
 
