@@ -17,10 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, first_line
 
-# What gloo and NCCL say of a process that is no longer there.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+# What gloo, NCCL and the store say of a process that is no longer there.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "remote process exited",
+)
 TIMEOUT = timedelta(minutes=30)  # the longest that ranks wait, e.g. while the first one tokenises
 
 
@@ -34,29 +39,36 @@ def joined() -> Iterator[None]:
     if _told("WORLD_SIZE", 1) == 1:
         yield
         return
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        _told(name)
+    own, _, _ = map(_told, ("RANK", "LOCAL_RANK", "MASTER_PORT"))
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     # Tensors on CPU have a backend of their own: with it, ranks agree without a GPU waiting.
     backend = "cpu:gloo,cuda:nccl" if device else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
-    store = dist.distributed_c10d._get_default_store()
+    store: dist.Store | None = None
     try:
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
+        store = dist.distributed_c10d._get_default_store()
         yield
     except (UserError, RuntimeError) as error:
         if any(words in str(error) for words in _LOST):
             raise LostRank(
-                f"rank {rank()}: lost the connection to another rank; torchrun names the one that "
-                "ended first"
+                f"rank {own}: lost the connection to another rank; torchrun names the "
+                "one that ended first"
             ) from None
-        if isinstance(error, UserError):
+        if store is None and isinstance(error, dist.DistError):
+            meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"rank {own}: cannot meet the others at {meeting}: {first_line(error)}; "
+                "give torchrun another --master-addr or --master-port"
+            ) from None
+        if store is not None and isinstance(error, UserError):
             error.is_news = _says_first(store, error)
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _says_first(store: dist.Store, error: UserError) -> bool:

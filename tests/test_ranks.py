@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 import rank_processes
 import torch
+from torch.distributed import TCPStore
 
 from fastpref import ranks
 from fastpref.errors import UserError
@@ -79,3 +82,36 @@ def test_what_a_rank_says_is_news_where_the_one_that_would_know_is_gone() -> Non
             raise RuntimeError("Failed to recv, got 0 bytes")
 
     assert ranks._says_first(Gone(), UserError("the disk is full"))
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The environment of the second of two ranks; returns the port that the first has to take."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**told, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    return port
+
+
+def test_a_rank_that_goes_before_the_ranks_have_met_is_one_line(second_of_two: int) -> None:
+    of_the_first = [TCPStore("127.0.0.1", second_of_two, 2, True, wait_for_workers=False)]
+    gone = threading.Timer(1.0, of_the_first.clear)
+    gone.start()
+    with pytest.raises(ranks.LostRank, match="rank 1: lost the connection"), ranks.joined():
+        pass
+    gone.join()
+
+
+def test_a_port_that_is_taken_is_one_line(
+    second_of_two: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    said = "rank 0: cannot meet the others at 127.0.0.1:.*address already in use; give torchrun "
+    with (
+        socket.create_server(("127.0.0.1", second_of_two)),
+        pytest.raises(UserError, match=said),
+        ranks.joined(),
+    ):
+        pass
