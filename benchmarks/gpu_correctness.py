@@ -263,10 +263,9 @@ def _losses(device: str) -> Iterator[Check]:
 
 
 def _check_loss(name: str, device: str) -> dict[str, Any]:
-    from fastpref_kernels import losses as kernels
-
     from fastpref import losses
     from fastpref.logps import SequenceLogps
+    from fastpref_kernels import losses as kernels
 
     B = 257
     draw = torch.Generator(device).manual_seed(B)

@@ -11,10 +11,9 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+from fastpref import ops
 from fastpref_kernels import launch
 from fastpref_kernels import linear_logps as module
-
-from fastpref import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 linear_logps = partial(ops.linear_logps, impl="triton")

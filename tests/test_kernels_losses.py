@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+from fastpref import losses, metrics
+from fastpref.logps import SequenceLogps, UnpairedLogps
+from fastpref.losses import anchored, normalized, pointwise
 from fastpref_kernels import losses as fused_losses
 from fastpref_kernels import numerics, objectives_anchored, objectives_normalized
 from fastpref_kernels.losses import (
@@ -26,10 +29,6 @@ from fastpref_kernels.losses import (
     pair_losses,
     response_losses,
 )
-
-from fastpref import losses, metrics
-from fastpref.logps import SequenceLogps, UnpairedLogps
-from fastpref.losses import anchored, normalized, pointwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,10 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+from fastpref import chunked, cpu, ops
 from fastpref_kernels import launch
 from fastpref_kernels import linear_kl as module
-
-from fastpref import chunked, cpu, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors in the norm: the roundings of p - q, of its product and of the scaled row, about

@@ -2,12 +2,12 @@
 
 import math
 
-import fastpref_kernels
 import pytest
 import torch
 from dispatch import Inside
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastpref_kernels
 from fastpref import chunked, implementations, ops
 
 HIDDEN, WEIGHT, LABELS = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)

@@ -62,7 +62,7 @@ HALF_GEMM: dict[int, tuple[GemmConfig, ...]] = {
         GemmConfig(128, 256, 64, 8, 4, tma=True, panel_v=256),
         GemmConfig(128, 128, 64, 8, 4, tma=True, panel_v=256),
     ),
-    100: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 64, 8, 4, tma=True)),
+    100: (GemmConfig(128, 256, 64, 8, 3, tma=True), GemmConfig(128, 128, 128, 8, 3, tma=True)),
 }
 FLOAT_GEMM: dict[int, tuple[GemmConfig, ...]] = {
     80: (GemmConfig(64, 64, 32, 4, 3, tma=False),),

@@ -27,7 +27,7 @@ from .configs import RowConfig
 from .launch import launching_on
 from .objectives import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, find
 
-LOSSES = RowConfig(256, 8)
+LOSSES = RowConfig(128, 4)
 LENGTH_DTYPES = (torch.int32, torch.int64)
 
 PAIR_METRICS = (
