@@ -22,9 +22,9 @@ reproduce: $(VENV)/.installed
 	$(BIN)/fastpref reproduce all --quick
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m fastpref.config_reference > docs/config.md
-	$(BIN)/python -m fastpref.objectives_reference > docs/objectives.md
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m fastpref.docgen.config > docs/config.md
+	$(BIN)/python -m fastpref.docgen.objectives > docs/objectives.md
+	$(BIN)/python -m benchmarks.tables
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -1,4 +1,4 @@
-"""Builds the row passes in C++, `fastpref/_rows*.so`; without a compiler, fastpref goes without.
+"""Build the row passes in C++ (`fastpref/ops/_rows*.so`); without a compiler, go without.
 
 It is a plain shared library, loaded with ctypes: it includes neither Python's headers nor torch's.
 """
@@ -26,7 +26,7 @@ setup(
     cmdclass={"build_ext": BuildLibrary},
     ext_modules=[
         Extension(
-            "fastpref._rows",
+            "fastpref.ops._rows",
             ["csrc/cpu/rows.cpp"],
             language="c++",
             optional=True,  # a failure is a warning

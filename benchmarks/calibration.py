@@ -1,7 +1,7 @@
 """What Reward Calibration (arXiv:2604.18239) does to the training of a small model.
 
-    python benchmarks/calibration.py --data PAIRS.jsonl [--out benchmarks/results/calibration.json]
-    python benchmarks/calibration.py --data PAIRS.jsonl --overhead
+    python -m benchmarks.calibration --data PAIRS.jsonl [--out benchmarks/results/calibration.json]
+    python -m benchmarks.calibration --data PAIRS.jsonl --overhead
 
 For each seed the rows are shuffled and split, and a small Llama with random weights learns the
 chosen responses (SFT). From there each objective trains alone and with calibration, for one epoch.
@@ -35,12 +35,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fastpref import config as configs
-from fastpref import markdown, metrics, ops
-from fastpref.band import band, parameter_geometry
-from fastpref.bench import environment, timer
-from fastpref.prepare import Split
-from fastpref.progress import Display
-from fastpref.train import Trainer
+from fastpref import metrics, ops
+from fastpref.bench import timer
+from fastpref.docgen import markdown
+from fastpref.dynamics.band import band, parameter_geometry
+from fastpref.training.setup import Split
+from fastpref.training.trainer import Trainer
+from fastpref.utils import environment
+from fastpref.utils.progress import Display
 
 OUT = Path(__file__).parent / "results" / "calibration.json"
 LLAMA = {
@@ -321,7 +323,7 @@ def outcome(trainer: Trainer, data: Split) -> dict[str, float]:
 
 
 def see(trainer: Trainer, data: Split, indices: list[int], geometry: bool = False) -> Any:
-    """A forward pass over some pairs, `fastpref.forward.Seen`."""
+    """A forward pass over some pairs, `fastpref.training.forward.Seen`."""
     batches = trainer.policy.batches(data.groups, indices)
     return trainer.forward(batches, data.reference, with_geometry=geometry)
 

@@ -1,6 +1,6 @@
 """Run the demo and keep its numbers and its picture for the README.
 
-    python benchmarks/demo.py [--folder runs/demo]
+    python -m benchmarks.demo [--folder runs/demo]
 
 Writes benchmarks/results/demo-cpu.json and docs/demo.png. With `--folder`, takes the results of a
 demo that has been run there instead of running it again.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastpref.bench import environment
+from fastpref.utils import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

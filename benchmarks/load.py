@@ -1,6 +1,6 @@
 """Load: many rows, long responses, wide groups and many steps; what they take, and what grows.
 
-    python benchmarks/load.py [--only rows|long|groups|steps] [--scale 0.01] [--out FILE]
+    python -m benchmarks.load [--only rows|long|groups|steps] [--scale 0.01] [--out FILE]
 
 Each part makes its data, runs it in processes of its own, and watches their memory and open files.
 Words are drawn from 20,000 with the frequencies of Zipf's law, and a byte-level BPE of 8,000 tokens
@@ -38,12 +38,12 @@ import yaml
 
 from fastpref import config as configs
 from fastpref import metrics
-from fastpref.bench import environment
 from fastpref.data import bpe
-from fastpref.data.plan import Plan, tokens_of
+from fastpref.data.batch_plan import Plan, tokens_of
+from fastpref.data.dataset import load_groups
 from fastpref.data.tokenizers import tokenizer_of
-from fastpref.data.tokens import load_groups
-from fastpref.files import replacing
+from fastpref.utils import environment
+from fastpref.utils.atomic_files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 FASTPREF = [sys.executable, "-W", "ignore", "-m", "fastpref"]
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{name}: {json.dumps(found)}", flush=True)
         report = json.loads(options.out.read_text()) if options.out.exists() else {}
         command = shlex.join(
-            ["python", "benchmarks/load.py", "--only", name, "--scale", f"{options.scale:g}"]
+            ["python", "-m", "benchmarks.load", "--only", name, "--scale", f"{options.scale:g}"]
         )
         about = {**environment.describe("cpu"), "processors": os.cpu_count(), "command": command}
         report |= {"benchmark": "load", name: {**about, **found}}
@@ -173,7 +173,9 @@ class Work:
 
     def plan(self, config: Path) -> Values:
         """Tokenise and plan in a process of its own: its seconds, its memory, its counts."""
-        seen = self.watch(sys.executable, "-W", "ignore", __file__, "--plan", str(config))
+        seen = self.watch(
+            sys.executable, "-W", "ignore", "-m", "benchmarks.load", "--plan", str(config)
+        )
         counts: Values = json.loads(seen.output.splitlines()[-1])
         return {"seconds": round(seen.seconds, 1), "peak_mib": seen.peak_mib, **counts}
 

@@ -1,7 +1,7 @@
 """The tables of measurements in README and docs, made from the result files that they name; and
 the pictures of the reproductions.
 
-    python benchmarks/tables.py        # after a benchmark has been run again
+    python -m benchmarks.tables        # after a benchmark has been run again
 
 Behind `<!-- table: NAME, from benchmarks/results/FILE.json -->` on a page stands the table that
 `TABLES[NAME]` makes of the file, and behind `<!-- not measured: the setting of NAME -->`, or `the
@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import calibration
-
-from fastpref import markdown, reproduce
-from fastpref.estimate.devices import Device
-from fastpref.reproduce import result
+from benchmarks import calibration
+from fastpref import reproduce
+from fastpref.docgen import markdown
+from fastpref.plan.devices import Device
+from fastpref.reproduce import results
 from fastpref.reproduce.study import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ def main() -> None:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in reproduce.NAMES:
         found = json.loads((RESULTS / "reproduce" / f"{name}.json").read_text())
-        result.draw(load(name), found, ROOT / "docs" / f"reproduce-{name}.png")
+        results.draw(load(name), found, ROOT / "docs" / f"reproduce-{name}.png")
 
 
 def with_tables(text: str) -> str:
@@ -240,8 +240,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration-outcome": lambda found: calibration.tables(found["training"])[1],
     "calibration-one-step": lambda found: calibration.tables(found["training"])[2],
     "calibration-overhead": lambda found: calibration.overhead_table(found["overhead"]),
-    **{f"reproduce-{name}-claims": result.verdicts for name in reproduce.NAMES},
-    **{f"reproduce-{name}-runs": partial(result.numbers, load(name)) for name in reproduce.NAMES},
+    **{f"reproduce-{name}-claims": results.verdicts for name in reproduce.NAMES},
+    **{f"reproduce-{name}-runs": partial(results.numbers, load(name)) for name in reproduce.NAMES},
 }
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastpref.bench import peers, rows
-from fastpref.bench.peers import Implementation
-from fastpref.bench.rows import Problem
+from fastpref.bench import contestants, problems
+from fastpref.bench.contestants import Implementation
+from fastpref.bench.problems import Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [
     (problem, implementation)
-    for problem in rows.shape_problems(rows.QUICK_SHAPES[DEVICE], DEVICE)
-    for implementation in peers.implementations(DEVICE, tuple(peers.PACKAGES))
+    for problem in problems.shape_problems(problems.QUICK_SHAPES[DEVICE], DEVICE)
+    for implementation in contestants.implementations(DEVICE, tuple(contestants.PACKAGES))
     if implementation.serves(problem)
 ]
 
@@ -29,10 +29,10 @@ ROWS = [
     ids=[f"{problem.op}-{problem.head}-{peer.name}".replace(" ", "_") for problem, peer in ROWS],
 )
 def test_row(benchmark: BenchmarkFixture, problem: Problem, implementation: Implementation) -> None:
-    if why := peers.obstacle(implementation, problem, DEVICE):
+    if why := contestants.obstacle(implementation, problem, DEVICE):
         pytest.skip(why)
     benchmark.group = f"{problem.op}, {problem.head}"
-    run = peers.prepare(implementation, problem, rows.make_inputs(problem, DEVICE))
+    run = contestants.prepare(implementation, problem, problems.make_inputs(problem, DEVICE))
 
     def finished() -> None:
         run()
@@ -47,5 +47,5 @@ def test_row(benchmark: BenchmarkFixture, problem: Problem, implementation: Impl
 )
 def test_products(benchmark: BenchmarkFixture, problem: Problem) -> None:
     benchmark.group = f"{problem.op}, {problem.head}"
-    run = peers.products(problem, rows.make_inputs(problem, DEVICE), problem.products)
+    run = contestants.products(problem, problems.make_inputs(problem, DEVICE), problem.products)
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

@@ -4,6 +4,6 @@
 the trainer built on both. Nothing heavy is imported until it is used.
 """
 
-from fastpref.version import __version__
+from fastpref.utils.version import __version__
 
 __all__ = ["__version__"]

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from fastpref import config as configs
 from fastpref import metrics
-from fastpref.data import pure_semantic
-from fastpref.errors import UserError
-from fastpref.progress import Display
-from fastpref.train import train
+from fastpref.data.synthetic import pure_semantic
+from fastpref.training.trainer import train
+from fastpref.utils.errors import UserError
+from fastpref.utils.progress import Display
 
 _MARKER = "demo.json"
 STAGES = ("sft", "dpo", "pmo")

@@ -10,36 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "fastpref"
-# A module may import from its own layer's modules and from those above it in this list.
-LAYERS = [
-    {"version", "errors", "files", "logps", "interrupts", "markdown", "packages"},
-    {"ranks"},
-    {"reference"},
-    {"backend", "chunked", "cpu", "score_products"},
-    {"implementations"},
-    {"library"},
-    {"ops"},
+# A room, which is a folder or a module of the package, imports from its own line and those above.
+LAYERS = (
+    {"utils"},
+    {"logps"},
+    {"ops", "distributed"},
     {"losses"},
-    {"band", "calibration", "projection"},
-    {"config", "progress"},
-    {"bench", "config_reference", "data", "objectives_reference"},
-    {"attention", "profiling"},
-    {"attribution", "generate", "metrics", "model", "monitors", "watch"},
-    {"adapters", "layout", "liger_layers", "quantize", "sharding"},
-    {"checkpoint", "fused", "model_card", "optim", "pretrained", "reference_logps", "run_lock"},
-    {"forward", "prepare"},
-    {"tally"},
-    {"balance", "reference_point", "sample", "train", "update"},
-    {"demo", "did_entropy", "estimate", "evaluate", "report"},
-    {"reproduce"},
+    {"dynamics", "metrics"},
+    {"config"},
+    {"data"},
+    {"bench", "docgen"},
+    {"model"},
+    {"training", "fused", "report"},
+    {"plan", "evaluation"},
+    {"demo", "reproduce"},
     {"cli"},
     {"__main__", "__init__"},
-]
+)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of fastpref that a file imports, by their first name."""
+    """Rooms of fastpref that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -52,11 +44,22 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    name = room_of(path)
     upwards = {other for other in imported(path) if LEVEL[other] > LEVEL[name]}
     assert not upwards, f"{name} imports {upwards}"
+
+
+def test_rooms_import_each_other_in_no_circle() -> None:
+    """Within a line of LAYERS, too."""
+    arrows = {(room_of(path), other) for path in ROOT.rglob("*.py") for other in imported(path)}
+    level = [(a, b) for a, b in arrows if a != b and LEVEL[a] == LEVEL[b]]
+    assert not {(b, a) for a, b in level} & set(level)
 
 
 def test_losses_import_only_logps_and_their_base() -> None:
@@ -74,8 +77,8 @@ def test_losses_import_only_logps_and_their_base() -> None:
             "fastpref.ops": ("transformers", "triton", "fastpref_kernels"),
             "fastpref.fused": ("transformers", "triton", "trl", "liger_kernel"),
             "fastpref.config": ("transformers", "triton", "datasets"),
-            "fastpref.bench.run": ("fastpref_kernels", "matplotlib", "trl", "liger_kernel"),
-            "fastpref.train": ("fastpref_kernels", "matplotlib", "wandb", "peft"),
+            "fastpref.bench.runner": ("fastpref_kernels", "matplotlib", "trl", "liger_kernel"),
+            "fastpref.training.trainer": ("fastpref_kernels", "matplotlib", "wandb", "peft"),
         },
         {"fastpref.report": ("transformers", "triton", "datasets")},
     ],

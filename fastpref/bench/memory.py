@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.bench import peers
-from fastpref.bench.peers import Implementation
-from fastpref.bench.rows import Inputs, Problem, make_inputs
-from fastpref.errors import UserError
+from fastpref.bench import contestants
+from fastpref.bench.contestants import Implementation
+from fastpref.bench.problems import Inputs, Problem, make_inputs
+from fastpref.utils.errors import UserError
 
 _STATUS = Path("/proc/self/status")
 
@@ -81,11 +81,11 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         problem = Problem(**request["problem"])
-        known = peers.implementations("cpu", tuple(request["families"]))
+        known = contestants.implementations("cpu", tuple(request["families"]))
         (implementation,) = (x for x in known if x.name == request["implementation"])
         if implementation.name not in tried:
             tried.add(implementation.name)
-            peers.obstacle(implementation, problem, "cpu")
+            contestants.obstacle(implementation, problem, "cpu")
         child = os.fork()
         if child == 0:
             torch.set_num_threads(request["threads"])
@@ -100,16 +100,16 @@ def serve() -> None:
 def _measure(implementation: Implementation, problem: Problem) -> dict[str, Any]:
     try:
         # A fork leaves out the pages of libraries; they come back here, not in the figure.
-        peers.obstacle(implementation, problem, "cpu")
+        contestants.obstacle(implementation, problem, "cpu")
         inputs = make_inputs(problem, "cpu")
-        run = peers.prepare(implementation, problem, inputs)
+        run = contestants.prepare(implementation, problem, inputs)
         _forget_peak()
         before = _resident("VmRSS")
         result = run()
         extra = _resident("VmHWM") - before - output_bytes(inputs, result)
         return {"bytes": max(0, extra)}  # small outputs fit into memory that was there
     except Exception as error:
-        return {"failed": peers.reason(error)}
+        return {"failed": contestants.reason(error)}
 
 
 def _forget_peak() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastpref.bench.peers import reason
+from fastpref.bench.contestants import reason
 
 Run = Callable[[], Any]
 Clock = Callable[[Run], tuple[float, Any]]  # seconds and result of one call

@@ -19,39 +19,30 @@ desirable, `rejected` is not.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from fastpref import files
-from fastpref.errors import UserError, first_line, shown
+from fastpref.data.readers import NOT_JSON, DataError, Row, kind_of, read_rows
 from fastpref.losses import Kind
+from fastpref.utils.errors import shown
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "pairwise": ("chosen", "rejected"),
     "pointwise": ("prompt", "completion", "label"),
     "groupwise": ("prompt", "completions", "scores"),
 }
+
+
 _ACCEPTED: dict[Kind, str] = {
     "pairwise": "prompt, chosen, rejected | chosen, rejected (prompt implicit)",
     "pointwise": "prompt, completion, label | pairs, which are taken apart",
     "groupwise": "prompt, completions, scores",
 }
-# What json raises: for other bytes and signs, numbers of too many digits, too deep a nesting.
-_NOT_JSON = (ValueError, RecursionError)
-_MEND_JSON = "expected one object a line, or a list of them, in UTF-8"
-Row = dict[str, Any]
+
+
 Messages = list[dict[str, Any]]
-
-
-class DataError(UserError):
-    """Data that cannot be trained on, with the file and the row."""
 
 
 class TextGroup(NamedTuple):
@@ -67,117 +58,6 @@ class TextGroup(NamedTuple):
     @property
     def conversational(self) -> bool:
         return not isinstance(self.prompt, str)
-
-
-def read_rows(source: str, default_split: str = "train") -> Iterator[tuple[int, Row]]:
-    """Rows of a file or of a Hub dataset (`org/name` or `org/name:split`), numbered from 1.
-
-    Raises DataError when the source is missing, empty or not what its name says.
-    """
-    path = _file(source)
-    rows = _READERS[path.suffix](path) if path else _hub_rows(source, default_split)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, row {number}: must be an object, got {_kind(row)}")
-        yield number, row
-
-
-def _file(source: str) -> Path | None:
-    """The file of a source, one that can be read; None for what must be a Hub dataset."""
-    path = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that is not there
-    if not path.exists():
-        return None
-    if path.is_dir():
-        raise DataError(f"{source}: is a folder; name a JSON, JSONL, Parquet or Arrow file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{source}: the file is empty; name one with rows")
-    if path.suffix not in _READERS:
-        raise DataError(f"{source}: unknown ending; expected {', '.join(_READERS)}")
-    return path
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    if not start.startswith(b"["):
-        yield from _jsonl_rows(path)
-        return
-    try:
-        yield from json.loads(path.read_text(encoding="utf-8"))
-    except _NOT_JSON as error:
-        raise DataError(f"{path}: not valid JSON; {_MEND_JSON}: {error}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except _NOT_JSON as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON; {_MEND_JSON}: {error}"
-                ) from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:  # of pages and of text within
-        raise DataError(
-            f"{path}: not a readable Parquet file; write it again: {first_line(error)}"
-        ) from None
-
-
-def _arrow_rows(path: Path) -> Iterator[Row]:
-    with pa.memory_map(str(path)) as source:
-        try:
-            try:
-                table = pa.ipc.open_stream(source).read_all()
-            except pa.ArrowInvalid:
-                source.seek(0)
-                table = pa.ipc.open_file(source).read_all()
-            table.validate(full=True)  # else a damaged one is read beyond its end
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path}: not a readable Arrow file; write it again: {first_line(error)}"
-            ) from None
-        for batch in table.to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
-
-
-_READERS = {
-    ".json": _json_rows,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
-}
-
-
-def _hub_rows(source: str, default_split: str) -> Any:
-    name, _, split = source.partition(":")
-    if source.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in _READERS:
-        raise DataError(f"{source}: no such file; check the path")
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split or default_split)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise DataError(
-            f"{source}: no such file, and loading it from the Hub failed{offline}; check the name: "
-            f"{first_line(error)}"
-        ) from None
-
-
-def content_hash(source: str, default_split: str = "train") -> str:
-    """Hash of a file's bytes, or the fingerprint of a Hub data set's rows."""
-    path = _file(source)
-    if path is not None:
-        return files.file_sha256(path)
-    return str(_hub_rows(source, default_split)._fingerprint)
 
 
 def read_groups(
@@ -282,7 +162,7 @@ def _scored(row: Row) -> TextGroup:
     completions, scores = row["completions"], row["scores"]
     for name, values in (("completions", completions), ("scores", scores)):
         if not isinstance(values, list):
-            raise DataError(f"{name} must be a list, got {_kind(values)}")
+            raise DataError(f"{name} must be a list, got {kind_of(values)}")
     if not completions or len(completions) != len(scores):
         raise DataError(
             "completions and scores must be lists of the same length, at least 1, got "
@@ -307,11 +187,13 @@ def _split(
         if prompt is None:
             return _split_text(*values)
         if not isinstance(prompt, str):
-            raise DataError(f"prompt must be text like {_columns(responses)}, got {_kind(prompt)}")
+            raise DataError(
+                f"prompt must be text like {_columns(responses)}, got {kind_of(prompt)}"
+            )
         return prompt, tuple(values)
     if all(isinstance(value, list) for value in values):
         return _split_messages(prompt, responses)
-    found = " and ".join(dict.fromkeys(map(_kind, values)))
+    found = " and ".join(dict.fromkeys(map(kind_of, values)))
     raise DataError(
         f"{_columns(responses)} must be text, or be lists of messages, all alike, got {found}"
     )
@@ -390,12 +272,12 @@ def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except _NOT_JSON as error:
+        except NOT_JSON as error:
             raise DataError(f"tools must be a list or its JSON text: {error}") from None
     if value is None or isinstance(value, list):
         _check_text("tools", value)
         return value or None
-    raise DataError(f"tools must be a list, got {_kind(value)}")
+    raise DataError(f"tools must be a list, got {kind_of(value)}")
 
 
 def _preference(row: Row) -> float | None:
@@ -437,12 +319,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
-
-
-def _kind(value: Any) -> str:
-    return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "null"}.get(
-        type(value).__name__, type(value).__name__
-    )
 
 
 def common_prefix(first: Sequence[Any], *others: Sequence[Any]) -> int:

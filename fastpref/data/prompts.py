@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Data
-from fastpref.data.formats import COLUMNS, DataError, Row, TextGroup, read_rows, to_groups
-from fastpref.data.tokens import Ids, chunks, tokenize
+from fastpref.data.dataset import Ids
+from fastpref.data.formats import COLUMNS, TextGroup, to_groups
+from fastpref.data.readers import DataError, Row, read_rows
+from fastpref.data.tokenize import chunks, tokenize
 
 
 class Prompt(NamedTuple):

@@ -6,8 +6,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import Config, Model
 from fastpref.data import bpe
-from fastpref.data.formats import DataError, read_groups
-from fastpref.errors import ModelError, cannot_load
+from fastpref.data.formats import read_groups
+from fastpref.data.readers import DataError
+from fastpref.utils.errors import ModelError, cannot_load
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:

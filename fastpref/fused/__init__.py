@@ -12,7 +12,8 @@ from fastpref.fused.liger import (
     FusedLinearSimPOLoss,
 )
 from fastpref.fused.loss import FusedPreferenceLoss
-from fastpref.fused.tokens import ScoredTokens, autocast_operands
+from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
+from fastpref.model.token_importance import token_importance
 
 __all__ = [
     "FusedLinearCPOLoss",
@@ -23,4 +24,5 @@ __all__ = [
     "FusedPreferenceLoss",
     "ScoredTokens",
     "autocast_operands",
+    "token_importance",
 ]

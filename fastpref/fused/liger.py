@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from fastpref import losses
-from fastpref.fused.tokens import ScoredTokens
+from fastpref.fused.scored_tokens import ScoredTokens
 from fastpref.logps import SequenceLogps, mean_logps
 from fastpref.losses.normalized import ODDS_LIMIT
 from fastpref.losses.numerics import log1mexp

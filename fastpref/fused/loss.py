@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpref import losses, ops
-from fastpref.calibration import RewardCalibration
-from fastpref.fused import arguments, views
-from fastpref.fused.arguments import Given, Objective
-from fastpref.fused.tokens import ScoredTokens, autocast_operands
+from fastpref.dynamics.reward_calibration import RewardCalibration
+from fastpref.fused import validation, views
+from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
+from fastpref.fused.validation import Given, Objective
 from fastpref.losses import Logps, PointwiseOutput, TokenLevelLoss
 from fastpref.losses.pointwise import RunningMean, sum_and_count
 from fastpref.metrics import PAIR_METRICS, sums_and_counts
@@ -56,7 +56,7 @@ class FusedPreferenceLoss(nn.Module):
             )
         if calibration is not None and not isinstance(calibration, RewardCalibration):
             raise ValueError(f"calibration: expected a RewardCalibration, got {calibration!r}")
-        if calibration is not None and not arguments.of_pairs(objective):
+        if calibration is not None and not validation.of_pairs(objective):
             raise ValueError(
                 f"calibration: {objective.name} is not an objective on pairs; leave it out"
             )
@@ -64,7 +64,7 @@ class FusedPreferenceLoss(nn.Module):
             raise ValueError(f"accumulation_steps: must be >= 1, got {accumulation_steps}")
         self.loss: Objective = objective
         self.calibration = calibration
-        self.mean_reward = RunningMean() if arguments.keeps_mean_reward(objective) else None
+        self.mean_reward = RunningMean() if validation.keeps_mean_reward(objective) else None
         self.accumulation_steps = accumulation_steps
         self._statistics: list[Tensor] = []  # of the calls since the last optimizer step
         self.ignore_index = ignore_index
@@ -109,7 +109,7 @@ class FusedPreferenceLoss(nn.Module):
         objectives), or come from its hidden states and head, without gradient; an objective without
         a reference computes none. `preference` is a soft label per pair. The other arguments are as
         in `TokenLogps`, `UnpairedLogps` and `GroupedLogps`; each kind of objective has its own
-        (`fastpref.fused.arguments`). Divergences (tdpo) and collision entropies (wpo) are made
+        (`fastpref.fused.validation`). Divergences (tdpo) and collision entropies (wpo) are made
         here.
 
         Only scored tokens of a padded batch reach the head; picking them out waits for the device
@@ -134,14 +134,14 @@ class FusedPreferenceLoss(nn.Module):
             "token_weights": token_weights, "importance": importance, "desirable": desirable,
             "reference_point": reference_point, "cu_groups": cu_groups, "scores": scores,
         }  # fmt: skip
-        arguments.check_shapes(self.loss, hidden, labels, cu_seqlens, attention_mask)
-        arguments.check_given(self.loss, given, labels)
-        arguments.check_biases(self.loss, self.calibration is not None, bias, ref_bias)
+        validation.check_shapes(self.loss, hidden, labels, cu_seqlens, attention_mask)
+        validation.check_given(self.loss, given, labels)
+        validation.check_biases(self.loss, self.calibration is not None, bias, ref_bias)
         tokens = self._tokens(hidden, labels, cu_seqlens, attention_mask, shift)
         head = autocast_operands(tokens.rows(hidden), weight, bias)
         reference_head = None
         if self.loss.needs_reference:
-            arguments.check_reference(
+            validation.check_reference(
                 self.loss, hidden, len(tokens.lengths), given, ref_hidden, ref_weight, ref_bias
             )
             if ref_hidden is not None and ref_weight is not None:
@@ -181,7 +181,7 @@ class FusedPreferenceLoss(nn.Module):
         self, tokens: ScoredTokens, head: Head, reference_head: Head | None
     ) -> dict[str, Tensor]:
         """What a token-level objective asks for of each token and the heads can tell, (T,)."""
-        asked, made = arguments.token_columns(self.loss), {}
+        asked, made = validation.token_columns(self.loss), {}
         if "kl" in asked:
             assert reference_head is not None
             hidden, weight, _ = head
@@ -273,7 +273,7 @@ def _on_device(
     moved: dict[str, Tensor | None] = {}
     for name, value in given.items():
         value = None if value is None else value.to(device, non_blocking=True)
-        per_token = value is not None and name in arguments.PER_TOKEN
+        per_token = value is not None and name in validation.PER_TOKEN
         moved[name] = tokens.column(value) if per_token else value  # type: ignore[arg-type]
     return moved
 

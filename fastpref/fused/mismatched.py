@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastpref.data.mismatched import partners
+from fastpref.data.kto_mismatch import partners
 
 Inputs = dict[str, Tensor]  # input_ids, attention_mask and completion_mask, each (S, L)
 

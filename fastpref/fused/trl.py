@@ -29,16 +29,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastpref import losses, ops
-from fastpref.calibration import RewardCalibration
-from fastpref.fused.arguments import Objective, check_biases, needs_point, token_columns
-from fastpref.fused.importance import token_importance
+from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused.loss import FusedPreferenceLoss
 from fastpref.fused.mismatched import Mismatched
-from fastpref.fused.tokens import ScoredTokens, autocast_operands
+from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
+from fastpref.fused.validation import Objective, check_biases, needs_point, token_columns
 from fastpref.logps import segment_positions
 from fastpref.losses import GroupwiseLoss, PointwiseLoss, TokenLevelLoss
 from fastpref.losses.pointwise import pooled_mean, sum_and_count
-from fastpref.model import Policy
+from fastpref.model.policy import Policy
+from fastpref.model.token_importance import token_importance
 
 # Options of DPOConfig that the objective takes over, or that are not supported, and their defaults.
 _TAKEN_OVER = {

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fastpref import ops
-from fastpref.fused.arguments import Given, Objective
-from fastpref.fused.tokens import ScoredTokens
+from fastpref.fused.scored_tokens import ScoredTokens
+from fastpref.fused.validation import Given, Objective
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import GroupwiseLoss, Logps, PointwiseLoss, TokenLevelLoss
 

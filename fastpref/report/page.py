@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastpref import files
-from fastpref.errors import UserError
-from fastpref.progress import Display
-from fastpref.report import dynamics, preferences, style, tables
-from fastpref.report.lines import Lines
-from fastpref.report.picture import Picture
+from fastpref.report import dynamics_charts, preference_charts, style, tables
+from fastpref.report.chart import Picture
+from fastpref.report.line_charts import Lines
 from fastpref.report.runs import Run, load
+from fastpref.utils import atomic_files
+from fastpref.utils.errors import UserError
+from fastpref.utils.progress import Display
 
 MOST_RUNS = len(style.COLOURS)
 REFRESH = 5  # seconds between looks at the files, and between reloads of the page
@@ -38,10 +38,10 @@ PICTURES = (
     Picture(
         "logps",
         "Chosen and rejected log-probs, and their pathway",
-        dynamics.logps,
+        dynamics_charts.logps,
         "logps/chosen and logps/rejected in all runs",
     ),
-    Picture("band", "Disentanglement Band", dynamics.band, _BAND),
+    Picture("band", "Disentanglement Band", dynamics_charts.band, _BAND),
     Picture(
         "cosine",
         "Cosine of the scores",
@@ -51,19 +51,19 @@ PICTURES = (
     Picture(
         "contrast",
         "Contrastive logits",
-        preferences.contrast,
+        preference_charts.contrast,
         "eval_contrast/histogram (data.eval with pairs)",
     ),
     Picture(
         "calibration",
         "Calibration of preferences",
-        preferences.calibration,
+        preference_charts.calibration,
         _P.format(name="calibration"),
     ),
     Picture(
         "trade-off",
         "KL, accuracy and preference collapse",
-        preferences.trade_off,
+        preference_charts.trade_off,
         _P.format(name="mean_kl"),
     ),
     Picture(
@@ -142,7 +142,7 @@ def write(runs: Sequence[Run], out: Path, refresh: bool = False) -> Path:
             svg = style.write(drawn.figure, pictures / picture.name)
         shown.append(Shown(picture, drawn.reading, svg))
     page = out / "report.html"
-    with files.replacing(page) as temporary:
+    with atomic_files.replacing(page) as temporary:
         temporary.write_text(html(runs, shown, left_out, refresh), encoding="utf-8")
     return page
 

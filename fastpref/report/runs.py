@@ -14,7 +14,7 @@ import numpy as np
 
 from fastpref import config as configs
 from fastpref import metrics
-from fastpref.errors import UserError
+from fastpref.utils.errors import UserError
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastpref.report.picture import number
+from fastpref.report.chart import number
 from fastpref.report.runs import Run
 
 

@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from fastpref.errors import UserError
-from fastpref.progress import Display
-from fastpref.reproduce import result, runs
+from fastpref.reproduce import results, runner
 from fastpref.reproduce.study import Study, load
+from fastpref.utils.errors import UserError
+from fastpref.utils.progress import Display
 
 NAMES = ("pmo", "rc", "pro", "did", "stapo")
 
@@ -35,20 +35,20 @@ def run(
     """
     if name != "all" and name not in NAMES:
         raise UserError(f"NAME: expected all or one of {', '.join(NAMES)}, got {name!r}")
-    if size not in runs.SIZES:
-        raise UserError(f"--size: expected one of {', '.join(runs.SIZES)}, got {size!r}")
+    if size not in runner.SIZES:
+        raise UserError(f"--size: expected one of {', '.join(runner.SIZES)}, got {size!r}")
     if data is not None and (name == "all" or not load(name).takes_groups):
         takers = ", ".join(each for each in NAMES if load(each).takes_groups)
         raise UserError(
             f"--data: {name} is measured on data of its own; leave it out, or run {takers}"
         )
     names: Sequence[str] = NAMES if name == "all" else (name,)
-    return [_one(load(each), runs.SIZES[size], display, out, data, keep_runs) for each in names]
+    return [_one(load(each), runner.SIZES[size], display, out, data, keep_runs) for each in names]
 
 
 def _one(
     study: Study,
-    size: runs.Size,
+    size: runner.Size,
     display: Display,
     out: Path,
     data: Path | None,
@@ -57,13 +57,13 @@ def _one(
     started = time.monotonic()
     context: Any = tempfile.TemporaryDirectory(prefix="reproduce-")
     with context if keep_runs is None else nullcontext(keep_runs / study.name) as folder:
-        outcomes = runs.run(study, size, Path(folder), data, display)
+        outcomes = runner.run(study, size, Path(folder), data, display)
     command = f"fastpref reproduce {study.name} --size {size.name}"
     about = {
         "command": command if data is None else f"{command} --data {data.name}",
         "seconds": round(time.monotonic() - started),
     }
-    found = result.write(study, size, outcomes, out, about)
+    found = results.write(study, size, outcomes, out, about)
     display.note(f"\n{study.title}: {out / study.name}.json, .md, .png; {about['seconds']} s")
     for claim in found["claims"]:
         display.note(f"  {claim['verdict']}: {claim['statement']}")

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpref.data import graded, pure_semantic
-from fastpref.errors import UserError
+from fastpref.data.synthetic import graded, pure_semantic
+from fastpref.utils.errors import UserError
 
 Rows = list[dict[str, Any]]
 HELD_OUT = 0.2  # share of the prompts

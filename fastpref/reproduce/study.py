@@ -155,7 +155,7 @@ class Study:
 
 def load(name: str) -> Study:
     """The study of `fastpref.reproduce.NAME`."""
-    found: Study = import_module(f"fastpref.reproduce.{name}").STUDY
+    found: Study = import_module(f"fastpref.reproduce.papers.{name}").STUDY
     return found
 
 

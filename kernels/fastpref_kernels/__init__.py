@@ -34,6 +34,6 @@ def missing(device: str) -> str:
 def __getattr__(name: str) -> Any:
     if name != "BACKEND":  # looked up late: importing it imports triton
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .backend import BACKEND
+    from fastpref_kernels.backend import BACKEND
 
     return BACKEND

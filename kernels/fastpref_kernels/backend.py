@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .delta import linear_delta
-from .forward import TokenStats, linear_softmax_fwd
-from .launch import aligned_rows, launching_on
-from .linear_kl import linear_kl_bwd, linear_kl_fwd
-from .linear_logps import kept_deltas, linear_logps_bwd, linear_logps_fwd
+from fastpref_kernels.common.launch import aligned_rows, launching_on
+from fastpref_kernels.dlogits import linear_delta
+from fastpref_kernels.linear_kl import linear_kl_bwd, linear_kl_fwd
+from fastpref_kernels.linear_logps import kept_deltas, linear_logps_bwd, linear_logps_fwd
+from fastpref_kernels.softmax_stats import TokenStats, linear_softmax_fwd
 
 
 class TritonBackend:

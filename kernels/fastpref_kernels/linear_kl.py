@@ -17,16 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FP_FUSION, GROUP_T, MERGE_KL
-from .launch import (
+from fastpref_kernels.common.configs import FP_FUSION, GROUP_T, MERGE_KL
+from fastpref_kernels.common.gemm_tile import (
+    chain_rule,
+    column_quarters,
+    finish_logits,
+    grouped_tile,
+    matmul_tile,
+)
+from fastpref_kernels.common.launch import (
     aligned_rows,
     dense_rows,
     launching_on,
     pair_config,
     pair_operands,
 )
-from .linear_logps import head_gradients, rows_per_chunk, scale_rows
-from .tiles import chain_rule, column_quarters, finish_logits, grouped_tile, matmul_tile
+from fastpref_kernels.linear_logps import head_gradients, rows_per_chunk, scale_rows
 
 
 @triton.jit

@@ -19,10 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .configs import IGNORE_INDEX
-from .delta import linear_delta, softmax_delta
-from .forward import linear_softmax_fwd
-from .launch import aligned_rows, dense_rows, launching_on
+from fastpref_kernels.common.configs import IGNORE_INDEX
+from fastpref_kernels.common.launch import aligned_rows, dense_rows, launching_on
+from fastpref_kernels.dlogits import linear_delta, softmax_delta
+from fastpref_kernels.softmax_stats import linear_softmax_fwd
 
 CHUNK_BYTES = 256 << 20  # 1024 rows of 128k bf16 columns: full waves in both GEMMs of a chunk
 CACHE_BYTES = 2 << 30

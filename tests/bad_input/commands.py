@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bad_input.command import BASE, Case
-from conftest import rows
+
+from tests.bad_input.command import BASE, Case
+from tests.helpers.data import rows
 
 RUN = {"config.yaml": yaml.safe_dump(BASE), "metrics.jsonl": '{"step": 1, "loss": 1.0}\n'}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bad_input.command import Case
+from tests.bad_input.command import Case
 
 LORA = {"name": "lora"}
 

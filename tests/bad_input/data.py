@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_input.command import PAST_THE_DATA, Case, Make, Rows
-from conftest import labelled, rows, scored
+
+from tests.bad_input.command import PAST_THE_DATA, Case, Make, Rows
+from tests.helpers.data import labelled, rows, scored
 
 TO_THE_DATA = ("train", "c.yaml", "training.device=cuda")
 USER, YES = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "yes"}

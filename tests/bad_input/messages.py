@@ -27,8 +27,8 @@ _USER_ERRORS = {
     "ModelError",
 }
 # Where a ValueError, too, is what a config or a row says; functions that return messages.
-_OF_A_CONFIG = ("config.py", "losses/*.py", "data/bpe.py", "data/chat.py")
-_RETURNED = {"cannot_load", "_one_line", "_refusal"}
+_OF_A_CONFIG = ("config/*.py", "losses/*.py", "data/bpe.py", "data/chat_template.py")
+_RETURNED = {"cannot_load", "one_line", "_refusal"}
 # Arguments of objectives that no config sets, only callers in Python.
 _OF_PYTHON = ("reference: ", "reference_point: ", "preference: ", "objective: ", "parts", "state: ")
 _OF_PYTHON += ("anchors: ", "{column}: ")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bad_input.command import Case, Make
-from conftest import LLAMA, rows
 from safetensors.torch import load_file, save_file
+
+from tests.bad_input.command import Case, Make
+from tests.helpers.data import LLAMA, rows
 
 PAIRS = rows(4)
 CHAT = [

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import commands, configs, data, models
-from bad_input.command import Case, Shell
+
+from tests.bad_input import commands, configs, data, models
+from tests.bad_input.command import Case, Shell
 
 ROOT = Path(__file__).parents[2]
 EVERY = [*commands.CASES, *configs.CASES, *data.CASES, *models.CASES]

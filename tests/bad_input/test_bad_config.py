@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
-from bad_input.command import BASE, Case, Shell, advises, laid_over
-from bad_input.configs import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastpref import losses
 from fastpref.config import ConfigError, parse
-from fastpref.config_reference import rows
+from fastpref.docgen.config import rows
+from tests.bad_input.command import BASE, Case, Shell, advises, laid_over
+from tests.bad_input.configs import CASES
 
 JUNK = [None, "", -1, 10**400, [float("nan")], {"a": 1}]
 FIELDS = [row.path for row in rows()]

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from bad_input.command import PAST_THE_DATA, Case, Shell
-from bad_input.data import CASES, GOOD, TO_THE_DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.bad_input.command import PAST_THE_DATA, Case, Shell
+from tests.bad_input.data import CASES, GOOD, TO_THE_DATA
 
 COLUMNS = ("prompt", "chosen", "rejected", "p", "tools", "completion", "label", "completions")
 ANYTHING = st.recursive(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bad_input.command import Case, Shell
-from bad_input.models import CASES, LORA, PAIRS, TRAIN
+
+from tests.bad_input.command import Case, Shell
+from tests.bad_input.models import CASES, LORA, PAIRS, TRAIN
 
 MISSING = {
     "adapter.quantize: nf4 needs bitsandbytes; pip install bitsandbytes": {
@@ -31,7 +32,7 @@ def test_a_run_that_is_refused(shell: Shell, case: Case) -> None:
 def test_a_package_that_is_missing(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, says: str
 ) -> None:
-    monkeypatch.setattr("fastpref.packages.has", lambda package: False)
+    monkeypatch.setattr("fastpref.utils.optional_packages.has", lambda package: False)
     shell.meet(Case("a package", says, MISSING[says], PAIRS, arguments=TRAIN))
 
 
@@ -51,7 +52,7 @@ def test_memory_that_is_short(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("fastpref.train.train", fails)
+    monkeypatch.setattr("fastpref.training.trainer.train", fails)
     shell.meet(Case("memory", OUT_OF_MEMORY, {}, PAIRS, arguments=TRAIN))
 
 
@@ -71,7 +72,7 @@ def test_another_error_is_a_bug_and_shows_where(
     def fails(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fastpref.train.train", fails)
+    monkeypatch.setattr("fastpref.training.trainer.train", fails)
     shell.prepare(Case("a bug", None, {}, PAIRS))
     with pytest.raises(RuntimeError, match="a bug"):
         shell(*TRAIN)

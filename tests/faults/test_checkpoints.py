@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import assert_same, config_of, flip, told
 
-from fastpref import checkpoint
-from fastpref.checkpoint import CheckpointError
 from fastpref.config import Config, ConfigError
-from fastpref.progress import Display
-from fastpref.train import Trainer
+from fastpref.training import checkpoint_files
+from fastpref.training.checkpoint_files import CheckpointError
+from fastpref.training.trainer import Trainer
+from fastpref.utils.progress import Display
+from tests.helpers.training_runs import assert_same, config_of, flip, told
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 Again = Callable[..., Config]
@@ -74,10 +74,10 @@ def test_no_flipped_bit_goes_unseen(run: Path) -> None:
         size = path.stat().st_size
         for position in range(0, size, max(1, size // 40)):
             flip(path, position)
-            assert checkpoint.find(root, "auto", notes.append) == root / "step-4"
+            assert checkpoint_files.find(root, "auto", notes.append) == root / "step-4"
             flip(path, position)
     assert len(notes) > 100
-    assert checkpoint.find(root, "auto", notes.append) == root / "step-6"
+    assert checkpoint_files.find(root, "auto", notes.append) == root / "step-6"
 
 
 def test_without_a_whole_checkpoint_a_run_does_not_start_anew(run: Path, again: Again) -> None:

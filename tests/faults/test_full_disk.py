@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import assert_same, config_of, told
 
-from fastpref.checkpoint import CheckpointError
+from fastpref.training.checkpoint_files import CheckpointError
+from tests.helpers.training_runs import assert_same, config_of, told
 
 CHECKPOINT = 540_000  # bytes of one: weights and two moments of 45k parameters
 # A name space of its own, in which an ordinary user may mount.

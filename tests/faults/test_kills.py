@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 4)])
 def test_killed_anywhere_and_resumed(tmp_path: Path, ranks: int, kills: int) -> None:
     out = tmp_path / "faults.json"
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--kills", str(kills)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.faults.kills",
+        "--kills",
+        str(kills),
+    ]
     command += ["--ranks", str(ranks), "--folder", str(tmp_path / "runs"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())[f"ranks {ranks}"]
     assert found["kills"] == kills and found["failures"] == []

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import flip
 from safetensors.torch import load_file
 
-from fastpref import reference_logps
 from fastpref.config import Config
-from fastpref.prepare import precompute
-from fastpref.progress import Display
+from fastpref.model import reference_policy
+from fastpref.training.setup import precompute
+from fastpref.utils.progress import Display
+from tests.helpers.training_runs import flip
 
 MakeConfig = Callable[..., Config]
 
@@ -42,11 +42,11 @@ def test_a_harmed_file_is_computed_again(
 def test_no_flipped_bit_goes_unseen(cached: Path, display: Display) -> None:
     for position in range(cached.stat().st_size):
         flip(cached, position)
-        found = reference_logps._read(cached, display)
+        found = reference_policy._read(cached, display)
         flip(cached, position)
         # Of the header some bits mean nothing: spaces at its end.
         assert found is None or torch.equal(found["logps"], load_file(cached)["logps"])
-    assert reference_logps._read(cached, display) is not None
+    assert reference_policy._read(cached, display) is not None
 
 
 def test_a_harmed_part_is_computed_again(

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import told
 
-from fastpref import run_lock
 from fastpref.config import Config, ConfigError
-from fastpref.run_lock import InUse
+from fastpref.training import run_lock
+from fastpref.training.run_lock import InUse
+from tests.helpers.training_runs import told
 
 HOST = socket.gethostname()
 MakeConfig = Callable[..., Config]

@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import rows, write_jsonl
-from pairs import batch
 from rich.console import Console
-from runs import assert_same, told
 
 from fastpref import config as configs
-from fastpref import losses, metrics, ranks
+from fastpref import distributed, losses, metrics
 from fastpref.config import Config
-from fastpref.data.batches import Batch
-from fastpref.data.formats import DataError
-from fastpref.interrupts import Interrupted
-from fastpref.model import Policy
-from fastpref.progress import Display
-from fastpref.train import Diverged, Trainer
-from fastpref.watch import MOST_SKIPPED, Spikes
+from fastpref.data.collate import Batch
+from fastpref.data.readers import DataError
+from fastpref.model.policy import Policy
+from fastpref.training.anomalies import MOST_SKIPPED, Spikes
+from fastpref.training.signals import Interrupted
+from fastpref.training.trainer import Diverged, Trainer
+from fastpref.utils.progress import Display
+from tests.helpers.data import rows, write_jsonl
+from tests.helpers.pairs import batch
+from tests.helpers.training_runs import assert_same, told
 
 MakeConfig = Callable[..., Config]
 BAD = 7  # the pair whose numbers go wrong
@@ -107,7 +107,7 @@ def of_two(rank: int, port: int, folder: Path) -> None:
     patch = pytest.MonkeyPatch()
     poison(patch, math.nan)
     try:
-        with ranks.joined():
+        with distributed.joined():
             said = told(configs.load(folder / "config.yaml"))
     except Diverged as error:
         said = str(error)

@@ -1,0 +1,96 @@
+"""What `end_to_end.py` says of its contestants: speeds, memory, loss curves, a table, a file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks.end_to_end.presets import OURS, PEER, Preset, Row, Values
+from fastpref.utils.atomic_files import replacing
+
+TARGETS = {"cpu": (4.0, 0.40), "cuda": (2.0, 0.60)}  # times TRL's pairs/s, of its peak memory
+SAME_CURVE = 1e-3  # largest difference of the losses of a step
+
+
+def summary(preset: Preset, rows: dict[str, Row], response_tokens: list[int]) -> Values:
+    """Speed and memory of each contestant that came to its end, and fastpref's beside TRL's.
+
+    Speeds are of the steps after `warm_up` that all of them took, so that they are of the same
+    pairs: pairs and response tokens over the median step. `times` is the median over these steps of
+    TRL's seconds over the contestant's. Memory is that of the process, and `net` what came on top
+    of libraries, policy and data.
+    """
+    ended = {name: row for name, row in rows.items() if "peak_bytes" in row}
+    if not ended:
+        return {"summary": {}}
+    common = slice(preset.warm_up, min(len(row["seconds"]) for row in ended.values()))
+    tokens = statistics.fmean(response_tokens[common])
+    peer = ended.get(PEER)
+    found: dict[str, Values] = {}
+    for name, row in ended.items():
+        seconds = row["seconds"][common]
+        median = statistics.median(seconds)
+        found[name] = {
+            "seconds": [median, min(seconds), max(seconds)],
+            "pairs_per_second": preset.batch_size / median,
+            "response_tokens_per_second": tokens / median,
+            "peak_mib": row["peak_bytes"] / 2**20,
+            "net_mib": row["net_bytes"] / 2**20,
+            "setup_seconds": row["setup_seconds"],
+        }
+        if peer is not None:
+            beside = zip(peer["seconds"][common], seconds, strict=True)
+            found[name]["times"] = statistics.median(theirs / own for theirs, own in beside)
+    report: Values = {"summary": found, "timed_steps": [common.start, common.stop]}
+    if peer is not None and OURS in ended:
+        report["against_trl"] = _against(preset, ended[OURS], peer, found)
+    return report
+
+
+def _against(preset: Preset, ours: Row, peer: Row, found: dict[str, Values]) -> Values:
+    speed, memory = TARGETS[preset.device]
+    gaps = [abs(a - b) for a, b in zip(ours["loss"], peer["loss"], strict=False)]
+    peak = found[OURS]["peak_mib"] / found[PEER]["peak_mib"]
+    return {
+        "times_its_pairs_per_second": found[OURS]["times"],
+        "share_of_its_peak": peak,
+        "share_of_its_net_peak": found[OURS]["net_mib"] / found[PEER]["net_mib"],
+        "largest_difference_of_losses": max(gaps),
+        "steps_compared": len(gaps),
+        "rewards_of_the_first_step": {
+            name: [row["rewards/chosen"][0], row["rewards/rejected"][0]]
+            for name, row in ((OURS, ours), (PEER, peer))
+        },
+        "targets": {
+            f"{speed:g} times its pairs per second": found[OURS]["times"] >= speed,
+            f"{memory:.0%} of its peak": peak <= memory,
+            f"losses within {SAME_CURVE:g}": max(gaps) <= SAME_CURVE,
+        },
+    }
+
+
+def table(report: Values) -> list[str]:
+    """Lines for a terminal."""
+    titles = f"{'s a step':>22}{'pairs/s':>9}{'tokens/s':>10}{'times':>7}{'peak':>9}{'net MiB':>9}"
+    lines = [f"{'':28}{titles}"]
+    for name, row in report["contestants"].items():
+        if name not in report["summary"]:
+            why = row.get("failed") or row.get("unsupported") or "not run"
+            lines.append(f"{name:28}{why}")
+            continue
+        s = report["summary"][name]
+        median, least, most = s["seconds"]
+        lines.append(
+            f"{name:28}{f'{median:.2f} ({least:.2f} to {most:.2f})':>22}"
+            f"{s['pairs_per_second']:9.2f}{s['response_tokens_per_second']:10,.0f}"
+            f"{s.get('times', float('nan')):7.2f}{s['peak_mib']:9,.0f}{s['net_mib']:9,.0f}"
+        )
+    for name, value in report.get("against_trl", {}).items():
+        lines.append(f"{name}: {value}")
+    return lines
+
+
+def write(path: Path, report: Values) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,288 @@
+"""One contestant of `end_to_end.py` in a process of its own.
+
+A step's time is all that passes from the end of one optimizer step to the end of the next: reading
+and collating included, waiting for one's turn not.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.bench.contestants import reason
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contestant is told; `rows` and `folder` are the same pairs and the same model."""
+
+    trainer: str
+    config: Values  # fastpref's, or the arguments of DPOConfig
+    folder: Path
+    rows: list[dict[str, str]]  # in the order of the steps
+    device: str
+    dtype: str
+    adapter: Values | None
+    steps: int
+    block: int
+    batch_size: int
+    threads: int
+
+
+def play(job: Job, connection: Connection) -> None:
+    """Prepare, report, train in turns, report: in messages that are parts of a result's row."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(job.threads)
+    trainers: dict[str, Callable[[Job, Turns], None]] = {"fastpref": _fastpref}
+    try:
+        trainers.get(job.trainer, _trl)(job, Turns(job, connection))
+    except Exception as error:
+        traceback.print_exc()  # the report has its first line alone
+        connection.send({"failed": reason(error)})
+
+
+def build(config: Values, folder: Path, device: str) -> None:
+    """Write the model that all contestants load: random weights, in bf16 as usual."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    values = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **values), dtype=torch.bfloat16
+        )
+    model.save_pretrained(folder)
+
+
+class Turns:
+    """Where a training loop waits for its turn, times its steps and measures its memory."""
+
+    def __init__(self, job: Job, connection: Connection) -> None:
+        self._job, self._connection = job, connection
+        self._marks: list[Any] = []
+        self._done = 0
+        self._baseline: int | None = None
+
+    def loaded(self) -> None:
+        """The policy and the data are in memory: what comes on top is the trainer's. Only the first
+        call counts."""
+        if self._baseline is None:
+            gc.collect()
+            self._baseline = memory_now(self._job.device)
+            self._started = time.perf_counter()
+
+    def ready(self, pairs: Iterator[str]) -> None:
+        """Report the pairs, in the order of the steps, and the set-up's time; `wait` next."""
+        setup = time.perf_counter() - self._started
+        size = self._job.batch_size
+        order = [sorted(step) for step in _chunks(list(pairs), size)]  # within a step it is free
+        self._connection.send({"setup_seconds": setup, "pairs": order[: self._job.steps]})
+
+    def wait(self) -> None:
+        self._connection.recv()
+        self._marks = [self._mark()]
+
+    def step(self) -> None:
+        """An optimizer step is done."""
+        self._marks.append(self._mark())
+        self._done += 1
+        last = self._done == self._job.steps
+        if last or self._done % self._job.block == 0:
+            self._connection.send({"seconds": self._seconds()})
+            if not last:
+                self.wait()
+
+    def end(self, metrics: list[Values]) -> None:
+        """Report the metrics of all steps and the memory."""
+        names = ("loss", "rewards/chosen", "rewards/rejected")
+        peak = memory_peak(self._job.device)
+        assert self._baseline is not None
+        self._connection.send(
+            {
+                **{name: [line[name] for line in metrics] for name in names},
+                "peak_bytes": peak,
+                "net_bytes": peak - self._baseline,
+            }
+        )
+
+    def _mark(self) -> Any:
+        if self._job.device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self) -> list[float]:
+        """Of the steps of this turn."""
+        steps = zip(self._marks, self._marks[1:], strict=False)
+        if self._job.device == "cpu":
+            return [b - a for a, b in steps]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in steps]
+
+
+def _fastpref(job: Job, turns: Turns) -> None:
+    from rich.console import Console
+
+    from fastpref import metrics
+    from fastpref.config import parse
+    from fastpref.training.metric_sums import NAMES
+    from fastpref.training.trainer import Trainer
+    from fastpref.utils.progress import Display
+
+    class Watch(Display):
+        """The trainer's one window to the outside; a step's sums are read from its own window."""
+
+        trainer: Trainer | None = None
+
+        def __init__(self) -> None:
+            super().__init__(Console(quiet=True))
+            self.lines: list[Values] = []
+
+        def phase(self, name: str, total: int, done: int = 0) -> None:
+            turns.loaded()
+            if self.trainer is not None:
+                turns.wait()
+
+        def advance(self, done: int) -> None:
+            if self.trainer is not None:
+                sums = self.trainer.window.state()[1][-1, 1:]
+                self.lines.append(metrics.means(sums.view(2, -1), NAMES))
+                turns.step()
+
+    watch = Watch()
+    trainer = Trainer(parse(job.config), watch)
+    turns.loaded()  # where the reference was on disk
+    groups = trainer.run.train.groups
+    order = [groups[i] for step in trainer.plan.epoch() for part in step for i in part]
+    turns.ready(pair_id(g.prompt, *g.responses) for g in order)
+    watch.trainer = trainer
+    trainer.loop([])
+    turns.end(watch.lines)
+
+
+def _trl(job: Job, turns: Turns) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        TrainerCallback,
+    )
+    from trl import DPOConfig
+    from trl import DPOTrainer as Plain
+
+    from fastpref.fused.trl import FusedDPOMixin
+
+    DPOTrainer: Any = Plain
+
+    class FusedDPOTrainer(FusedDPOMixin, DPOTrainer):
+        pass
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.lines: list[Values] = []
+
+        def on_train_begin(self, *arguments: Any, **more: Any) -> None:
+            turns.wait()
+
+        def on_step_end(self, *arguments: Any, **more: Any) -> None:
+            turns.step()
+
+        def on_log(self, *arguments: Any, **more: Any) -> None:
+            if "loss" in more["logs"]:
+                self.lines.append(more["logs"])
+
+    adapter, compute = job.adapter, getattr(torch, job.dtype)
+    options: Values = {"dtype": torch.float32 if adapter is None else compute}
+    if adapter is not None and adapter.get("quantize"):
+        options["device_map"] = {"": job.device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=adapter["quantize"],
+            bnb_4bit_compute_dtype=compute,
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(job.folder / "model", **options)
+    if "device_map" not in options:
+        model = model.to(job.device)
+    lora = None
+    if adapter is not None:
+        lora = LoraConfig(
+            r=adapter["r"],
+            lora_alpha=adapter["alpha"],
+            target_modules=adapter["targets"],
+            task_type="CAUSAL_LM",
+        )
+    data = Dataset.from_list(job.rows)
+    turns.loaded()
+    watch = Watch()
+    trainer = (FusedDPOTrainer if job.trainer == "mixin" else DPOTrainer)(
+        model,
+        args=DPOConfig(**job.config),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(job.folder / "model"),
+        peft_config=lora,
+        callbacks=[watch],
+    )
+    turns.ready(pair for batch in trainer.get_train_dataloader() for pair in _pairs(batch))
+    trainer.train()
+    turns.end(watch.lines)
+
+
+def _pairs(batch: dict[str, torch.Tensor]) -> Iterator[str]:
+    """The pairs of a batch as TRL's collator makes it: all chosen, then all rejected."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    for rows in zip(*(half for name in names for half in batch[name].chunk(2)), strict=True):
+        chosen, rejected = (
+            (ids[mask.bool()], scored[mask.bool()].bool())
+            for ids, mask, scored in (rows[0::2], rows[1::2])
+        )
+        prompts = [ids[~scored] for ids, scored in (chosen, rejected)]
+        assert torch.equal(*prompts)
+        yield pair_id(prompts[0], *(ids[scored] for ids, scored in (chosen, rejected)))
+
+
+def pair_id(*parts: Any) -> str:
+    """Short hash of the token ids of prompt, chosen and rejected."""
+    text = repr([[int(token) for token in part] for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [items[k : k + size] for k in range(0, len(items), size)]
+
+
+def memory_now(device: str) -> int:
+    """Bytes in use; the peak counts from here."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):  # where it may not be written, the peak is that of loading too
+        Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def memory_peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

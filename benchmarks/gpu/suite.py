@@ -1,0 +1,307 @@
+"""Everything that only a GPU can tell, in one command of less than ten minutes.
+
+    python -m benchmarks.gpu.suite [--out benchmarks/results] [--minutes 9]
+    TRITON_INTERPRET=1 python -m benchmarks.gpu.suite --dry-run --out DIR      no GPU, tiny shapes
+
+    correctness    every Triton op, bf16, fp16 and fp32, at odd shapes, against fp64
+    targets        the rows of `fastpref bench --device cuda`, beside whatever peers are installed
+    ablation       tile shapes, chunk sizes, and cuBLAS alone
+
+Needs torch and triton; fastpref itself need not be installed. A section runs in a process of its
+own, since an illegal access to memory is the end of a CUDA process, the checks in several, since
+most of their time is compilation. None starts a row when the section's share of time is used up.
+OUT/<device>-<date>.json is written again after each section, and by a section after each row, so
+that a run that is cut short keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))  # runs without an installation, too
+
+import torch  # noqa: E402
+
+from benchmarks.gpu import ablation, correctness  # noqa: E402
+from fastpref.bench import contestants, report, timer  # noqa: E402
+from fastpref.bench import problems as rows  # noqa: E402
+from fastpref.bench.problems import Problem  # noqa: E402
+from fastpref.bench.runner import Bench  # noqa: E402
+from fastpref.utils import environment  # noqa: E402
+
+Row = dict[str, Any]
+Check = tuple[Row, Callable[[], Any]]  # what a row is, and what comes of it
+
+SHARES = {"correctness": 0.4, "targets": 0.8, "ablation": 1.0}  # of the time, by the end of each
+WORKERS = {"correctness": 8}  # processes at a time, where not 1
+DEVICE_LOST = 3  # exit code
+LOST = "CUDA error|illegal memory access|unspecified launch failure"
+OURS = "fastpref triton"
+DRY_SHAPE = (16, 16, 96)
+FAMILIES = tuple(contestants.PACKAGES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on a CPU as well")
+    parser.add_argument("--sections", default=",".join(SHARES), help="comma-separated")
+    parser.add_argument("--section", nargs=5, help=argparse.SUPPRESS)  # as in_processes gives it
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.section:
+        name, part, deadline, worker, workers = options.section
+        checks = islice(CHECKS[name](device, options.dry_run), int(worker), None, int(workers))
+        section(checks, Path(part), float(deadline), device)
+        return
+    sections = options.sections.split(",")
+    if unknown := set(sections) - set(SHARES):
+        parser.error(f"--sections: expected some of {', '.join(SHARES)}, got {unknown}")
+    if device == "cpu" and not options.dry_run:
+        parser.error("there is no CUDA device; with TRITON_INTERPRET=1, --dry-run works without")
+    sys.exit(suite(options.out, options.minutes * 60, sections, device, options.dry_run))
+
+
+def suite(out: Path, seconds: float, sections: list[str], device: str, dry: bool) -> int:
+    """Run the sections, write the report after each, print the targets; 1 if a check failed."""
+    started = time.time()
+    described = environment.describe(device)
+    slug = re.sub(r"\W+", "-", described["device"].lower()).strip("-")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{'dry-run-' * dry}{slug}-{datetime.date.today()}.json"
+    header = {"benchmark": "gpu_suite", **described, "peers": contestants.versions(FAMILIES)}
+    found: dict[str, Any] = {}
+    for name in sections:
+        deadline = started + SHARES[name] * seconds
+        ended, lines = in_processes(name, path, deadline, dry)
+        found[name] = {"ended": ended, "rows": lines}
+        measurements = found.get("targets", {}).get("rows", ())
+        points = [p for row in measurements for p in row.get("points", ())]
+        reached = targets(points, found.get("correctness", {}).get("rows", []), dry)
+        took = {"seconds": round(time.time() - started, 1)}
+        write(path, {**header, **took, "targets": reached, "sections": found})
+    print("\n".join(summary(found, reached)))
+    print(f"{path}, {time.time() - started:.0f} s")
+    met = [row.get("met") for row in found.get("correctness", {}).get("rows", ())]
+    return 1 if False in met else 0
+
+
+def in_processes(name: str, path: Path, deadline: float, dry: bool) -> tuple[str, list[Row]]:
+    """How a section ended, "complete" or by what, and its rows."""
+    count = 1 if dry else WORKERS.get(name, 1)
+    parts = [path.with_suffix(f".{name}-{index}.json") for index in range(count)]
+    commands = []
+    for index, part in enumerate(parts):
+        write(part, [])
+        arguments = [name, str(part), str(deadline), str(index), str(count)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.gpu.suite",
+            "--section",
+            *arguments,
+        ]
+        commands.append([*command, *(["--dry-run"] if dry else [])])
+    workers = [subprocess.Popen(command) for command in commands]
+    ends = set()
+    for worker, command in zip(workers, commands, strict=True):
+        while (end := ended(worker, deadline + 20)) == f"exit code {DEVICE_LOST}":
+            worker = subprocess.Popen(command)  # goes on after the rows that are written down
+        ends |= {end} - {"complete"}
+    shares = [json.loads(part.read_text()) for part in parts]
+    for part in parts:
+        part.unlink()
+    dealt = (row for turn in zip_longest(*shares) for row in turn if row is not None)
+    return ", ".join(sorted(ends)) or "complete", list(dealt)
+
+
+def ended(worker: subprocess.Popen[bytes], deadline: float) -> str:
+    """Wait for a worker, no longer than until the deadline; "complete", or what ended it."""
+    try:
+        code = worker.wait(timeout=max(1.0, deadline - time.time()))
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+        return "killed 20 s after its time"
+    return "complete" if code == 0 else f"exit code {code}"
+
+
+def section(checks: Iterable[Check], part: Path, deadline: float, device: str) -> None:
+    """Run rows in this process until the deadline, and write each down before the next.
+
+    Those that `part` has are not run again. Exits with DEVICE_LOST after an error that no later
+    call to CUDA in this process would survive.
+    """
+    done: list[Row] = json.loads(part.read_text())
+    for row, check in islice(checks, len(done), None):
+        if time.time() > deadline:
+            done.append({**row, "skipped": "out of time"})
+        else:
+            start = time.perf_counter()
+            try:
+                row = row | check()
+            except Exception as error:
+                row = row | {"failed": contestants.reason(error)}
+            done.append({**row, "took": round(time.perf_counter() - start, 2)})
+        write(part, done)
+        if re.search(LOST, json.dumps(done[-1])):
+            sys.exit(DEVICE_LOST)
+        timer.release(device)
+
+
+def write(path: Path, document: Any) -> None:
+    """Whole or not at all: a worker may be killed while it writes."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(path)
+
+
+def measured(device: str, dry: bool) -> Iterator[Check]:
+    """The rows of `fastpref bench` on CUDA, a problem a row."""
+    if dry:
+        problems = rows.shape_problems((DRY_SHAPE,), device)
+    else:
+        shapes = rows.shape_problems(rows.CUDA_SHAPES[:1], device)
+        shapes += rows.sweeps(device, quick=False)[:4]  # the targets need no others
+        problems = list(dict.fromkeys([*shapes, *rows.problems(device, quick=False)]))
+    with Bench(device, FAMILIES, timer.MIN_ROUNDS) as bench:
+        for problem in problems:
+            yield asdict(problem), partial(_measure, bench, problem)
+
+
+def _measure(bench: Bench, problem: Problem) -> Row:
+    points = bench.measure(problem)
+    print("\n".join(report.table(points)), flush=True)
+    return {"points": points}
+
+
+CHECKS: dict[str, Callable[[str, bool], Iterator[Check]]] = {
+    "correctness": correctness.checks,
+    "targets": measured,
+    "ablation": ablation.ablation,
+}
+
+
+def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row]:
+    """Each target with the value reached and whether that meets it; None where not measured."""
+    T, D, V = DRY_SHAPE if dry else rows.CUDA_SHAPES[0]
+    logps, trained = "linear_logps frozen", "linear_logps trained"
+
+    def point(row: str, name: str, **shape: int) -> Row:
+        wanted = {"T": T, "D": D, "V": V, **shape, "implementation": name}
+        for p in points:
+            fits = all(p[key] == value for key, value in wanted.items())
+            if fits and f"{p['op']} {p['head']}" == row:
+                return p
+        return {}
+
+    def seconds(row: str, name: str = OURS) -> float | None:
+        return point(row, name).get("seconds", {}).get("median")
+
+    def over(row: str, name: str = OURS) -> float | None:
+        return (point(row, name).get("over_yardstick") or {}).get("median")
+
+    def extra(**shape: int) -> float | None:
+        found = point(logps, OURS, **shape).get("extra_bytes")
+        return None if found is None else found / 1e6
+
+    swept = rows.sweeps("cuda", quick=False)[0]
+    few, many = (extra(T=swept.T, D=swept.D, V=V) for V in (swept.V, 8 * swept.V))
+    exact = [row["met"] for row in checks if row.get("dtype") == "bfloat16" and "met" in row]
+    padded = "dpo_padded frozen"
+    found = [
+        ("head frozen: time over its 2 products", over(logps), "<=", 1.20),
+        ("head frozen: extra memory, MB", extra(), "<=", 600),
+        ("DPO, padded batch: liger's time over ours", _ratio(seconds(padded, "liger DPO") or
+         seconds(padded, "liger DPO, eager"), seconds(padded)), ">=", 2),
+        ("head frozen: cce's time over ours", _ratio(seconds(logps, "cce"), seconds(logps)),
+         ">=", 1.3),
+        ("head frozen: trl's time over ours",
+         _ratio(seconds(logps, "trl chunked log-prob"), seconds(logps)), ">=", 1.3),
+        ("head trained, cached: time over its 3 products", over(trained), "<=", 1.20),
+        ("head trained, no cache: time over its 4 products", over(trained, f"{OURS}, no cache"),
+         "<=", 1.25),
+        ("forward only: time over its product", over("forward frozen"), "<=", 1.20),
+        ("score geometry: share of the head's forward and backward",
+         _ratio(seconds("score_geometry frozen"), seconds(logps)), "<=", 0.05),
+        ("memory at V 256k over V 32k", _ratio(many, few), "<=", 1.3),
+        ("bf16 checks that keep to the error rule", _ratio(sum(exact), len(exact)), ">=", 1),
+    ]  # fmt: skip
+    return [
+        {
+            "target": name,
+            "value": value,
+            "limit": f"{sign} {limit}",
+            "met": _met(value, sign, limit),
+        }
+        for name, value, sign, limit in found
+    ]
+
+
+def _met(value: float | None, sign: str, limit: float) -> bool | None:
+    if value is None:
+        return None
+    return value <= limit if sign == "<=" else value >= limit
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def summary(found: dict[str, Any], reached: list[Row]) -> list[str]:
+    """The last lines of the output, the most wanted last."""
+    lines = ["", "failed:"]
+    for name, part in found.items():
+        lines += [f"  {name}: {line}"[:200] for row in part["rows"] if (line := failure(row))]
+    for name, part in found.items():
+        skipped = sum("skipped" in row for row in part["rows"])
+        lines.append(
+            f"{name}: {len(part['rows'])} rows, {skipped} of them skipped, {part['ended']}"
+        )
+    lines += [line for row in found.get("ablation", {}).get("rows", ()) for line in tuning(row)]
+    lines += ["", f"{'target':58} {'value':>8} {'limit':>8}"]
+    for row in reached:
+        value = "-" if row["value"] is None else f"{row['value']:.3g}"
+        verdict = {True: "met", False: "NOT MET", None: "not measured"}[row["met"]]
+        lines.append(f"{row['target']:58} {value:>8} {row['limit']:>8}  {verdict}")
+    return lines
+
+
+def failure(row: Row) -> str:
+    """What a row is and why it failed; empty if it did not."""
+    why = row.get("failed", "")
+    if row.get("met") is False:
+        bad = {k: e for k, e in row["errors"].items() if not e["error"] <= e["allowed"]}
+        why = ", ".join(f"{k} {e['error']:.1e} > {e['allowed']:.1e}" for k, e in bad.items())
+    told = [str(v) for k, v in row.items() if k not in ("errors", "met", "took", "failed")]
+    return f"{' '.join(told)}: {why}" if why else ""
+
+
+def tuning(row: Row) -> list[str]:
+    """The lines of a row of the ablation."""
+    lines = [f"  {name[:76]:76} {ms:8.3f}" for name, ms in row.get("kernels", {}).items()]
+    lines += [
+        f"  {name:44} {found['median'] * 1000:8.2f} ms {row['tflops'][name]:7.1f} TFLOP/s"
+        for name, found in row.get("seconds", {}).items()
+    ]
+    return [row["part"], *lines] if lines else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Who is measured: implementations as named callables of the same inputs.
+
+A callable takes `Inputs` and returns token log-probs (T,), their sum (), or what its op gives. It
+imports its library when it is called; `obstacle` says in one line what keeps it from running here.
+Where the result has a value per token, the uneven upstream gradient of the inputs goes backward
+through it; a sum can only take an even one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastpref import ops
+from fastpref.bench.problems import Inputs, Problem, make_inputs, small
+from fastpref.ops import reference
+from fastpref.ops.reference import IGNORE_INDEX
+from fastpref.utils.environment import package_version
+from fastpref.utils.errors import UserError, first_line
+
+Function = Callable[[Inputs], Tensor]
+Logps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> (T,)
+
+BETA = 0.1  # of DPO
+LEAST_CHUNK = 4 << 20  # of "least memory"; products of so few rows take longer
+_CACHES = {"cpu": "fastpref.ops.cpu", "triton": "fastpref_kernels.linear_logps"}  # have CACHE_BYTES
+PACKAGES = {"torch": "torch", "liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A callable per op it has; `products` are those of its yardstick where not the problem's.
+
+    `budgets`: (module, name, bytes) that hold while it runs, forward and backward.
+    """
+
+    name: str
+    family: str  # fastpref, or a key of PACKAGES
+    functions: dict[str, Function]
+    heads: tuple[str, ...] = ("frozen", "trained")
+    products: str | None = None
+    budgets: tuple[tuple[str, str, int], ...] = ()
+
+    def serves(self, problem: Problem) -> bool:
+        return problem.op in self.functions and problem.head in self.heads
+
+
+def implementations(device: str, families: tuple[str, ...]) -> list[Implementation]:
+    """Those of fastpref for a device, then those of the named families, in a fixed order.
+
+    On a CPU the Triton kernels are among them only in the interpreter, whose speed says nothing.
+    """
+    names = ["triton", "chunked"] if device == "cuda" else ["cpu", "chunked"]
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        names.insert(0, "triton")
+    ours = [made for name in names for made in _ours(name)]
+    return ours + [peer for peer in _peers(device) if peer.family in families]
+
+
+def check_families(names: str) -> tuple[str, ...]:
+    """The families of a comma-separated list; UserError for one that does not exist."""
+    families = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in families:
+        if name not in PACKAGES:
+            raise UserError(f"--against: expected some of {', '.join(PACKAGES)}, got {name!r}")
+    return families
+
+
+def versions(families: tuple[str, ...]) -> dict[str, str]:
+    """Version of each family's package, or that it is not installed."""
+    return {name: package_version(PACKAGES[name]) or "not installed" for name in families}
+
+
+def prepare(
+    implementation: Implementation, problem: Problem, inputs: Inputs
+) -> Callable[[], Tensor]:
+    """One forward and, where the op has one, backward pass, leaving gradients in the inputs."""
+    function = implementation.functions[problem.op]
+
+    def run() -> Tensor:
+        inputs.hidden.grad = inputs.weight.grad = None
+        with ExitStack() as budgets:
+            budgets.enter_context(
+                setting("fastpref.ops.chunked", "CHUNK_BYTES", problem.chunk_bytes)
+            )
+            for budget in implementation.budgets:
+                budgets.enter_context(setting(*budget))
+            result = function(inputs)
+            if problem.differentiable:
+                _objective(result, inputs).backward()
+        return result.detach()
+
+    return run
+
+
+def obstacle(implementation: Implementation, problem: Problem, device: str) -> str:
+    """What keeps an implementation from an op here, imports included; empty if nothing does."""
+    tiny = small(problem)
+    try:
+        prepare(implementation, tiny, make_inputs(tiny, device))()
+    except Exception as error:
+        return reason(error)
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """One line for the table: the kind of error and the start of its message."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: no module {error.name}"
+    if isinstance(error, UserError):
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"[:160]
+
+
+def products(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], None]:
+    """The yardstick: the plain products named by `letters`, on whole matrices made before."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    logits = hidden.new_empty(problem.T, problem.V)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        for letter in letters:
+            if letter == "L":
+                torch.mm(hidden, weight.T, out=logits)
+            elif letter == "H":
+                torch.mm(logits, weight, out=grad_hidden)
+            else:
+                torch.mm(logits.T, hidden, out=grad_weight)
+
+    return run
+
+
+def dpo(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over pairs of -log sigmoid(beta * (log p of chosen - log p of rejected)), ()."""
+    chosen, rejected = ops.segment_sum(logps, cu_seqlens).chunk(2)
+    return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+@contextmanager
+def setting(module: str, name: str, value: int | None) -> Iterator[None]:
+    """A byte budget of a module within the block; None leaves it, and the module, alone."""
+    if value is None:
+        yield
+        return
+    owner = import_module(module)
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def _objective(result: Tensor, inputs: Inputs) -> Tensor:
+    return result.to(inputs.upstream.dtype) @ inputs.upstream if result.dim() else result
+
+
+def _with_logps(logps: Logps) -> dict[str, Function]:
+    """The ops that token log-probs give; rows without a label are left out first."""
+
+    def direct(x: Inputs) -> Tensor:
+        return logps(x.hidden, x.weight, x.labels)
+
+    def padded(x: Inputs) -> Tensor:
+        rows, cu_seqlens = completions(x)
+        return dpo(logps(x.hidden[rows], x.weight, x.labels[rows]).float(), cu_seqlens)
+
+    return {
+        "linear_logps": direct,
+        "forward": direct,
+        "dpo": lambda x: dpo(direct(x).float(), x.cu_seqlens),
+        "dpo_padded": padded,
+    }
+
+
+def completions(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Rows that have a label, and the offsets of the sequences among them."""
+    kept = x.labels != IGNORE_INDEX
+    before = functional.pad(kept.cumsum(0), (1, 0))
+    return kept.nonzero().squeeze(1), before[x.cu_seqlens]
+
+
+def _ours(impl: str) -> list[Implementation]:
+    def geometry(x: Inputs) -> Tensor:
+        made = ops.score_geometry(
+            x.hidden, x.weight, x.labels, x.cu_seqlens, per_pair=True, impl=impl
+        )
+        return torch.cat(made)
+
+    logps = functools.partial(ops.linear_logps, impl=impl)
+    functions: dict[str, Function] = {
+        **_with_logps(logps),
+        "linear_kl": lambda x: ops.linear_kl(
+            x.hidden, x.weight, x.ref_hidden, x.weight.detach(), impl=impl
+        ),
+        "score_geometry": geometry,
+    }
+    statistics: dict[str, Function] = {
+        "forward": lambda x: ops.token_stats(x.hidden, x.weight, x.labels, impl=impl).logps
+    }
+    made = [
+        Implementation(f"fastpref {impl}", "fastpref", functions),
+        Implementation(f"fastpref {impl}, all statistics", "fastpref", statistics),
+    ]
+    alone = {"linear_logps": functions["linear_logps"]}
+    no_cache = (_CACHES.get(impl, ""), "CACHE_BYTES", 0)
+    if impl in _CACHES:
+        name = f"fastpref {impl}, no cache"
+        made.append(
+            Implementation(name, "fastpref", alone, ("trained",), "LHLW", budgets=(no_cache,))
+        )
+    if impl == "cpu":
+        budgets = (no_cache, ("fastpref.ops.chunked", "CHUNK_BYTES", LEAST_CHUNK))
+        made.append(
+            Implementation("fastpref cpu, least memory", "fastpref", alone, budgets=budgets)
+        )
+    return made
+
+
+def _peers(device: str) -> list[Implementation]:
+    liger_dpo = Implementation("liger DPO, eager", "liger", _liger_dpo(False), ("frozen",))
+    compiled = Implementation("liger DPO", "liger", _liger_dpo(True), ("frozen",))
+    return [
+        Implementation("torch full logits", "torch", _FULL),
+        Implementation("torch linear_cross_entropy", "torch", _with_logps(_torch_fused)),
+        Implementation("torch linear_cross_entropy, sum", "torch", {"linear_logps": _torch_sum}),
+        Implementation("liger cross entropy, sum", "liger", {"linear_logps": _liger}),
+        *([compiled, liger_dpo] if device == "cuda" else [liger_dpo]),
+        Implementation("cce", "cce", _with_logps(_cce("auto"))),
+        Implementation("cce, no filter", "cce", _with_logps(_cce(None))),
+        Implementation("trl chunked log-prob", "trl", _with_logps(_trl)),
+    ]
+
+
+def _full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logps = functional.linear(hidden, weight).log_softmax(1)
+    return logps.gather(1, labels[:, None]).squeeze(1)
+
+
+def _full_padded(x: Inputs) -> Tensor:
+    """As a model's own head does it: logits of every row."""
+    logps = _full_logits(x.hidden, x.weight, x.labels.clamp(min=0))
+    return dpo(logps.float().masked_fill(x.labels == IGNORE_INDEX, 0.0), x.cu_seqlens)
+
+
+def _full_geometry(x: Inputs) -> Tensor:
+    return torch.cat(
+        reference.score_geometry(x.hidden, x.weight, x.labels, x.cu_seqlens, per_pair=True)
+    )
+
+
+_FULL: dict[str, Function] = {
+    **_with_logps(_full_logits),
+    "dpo_padded": _full_padded,
+    "linear_kl": lambda x: reference.linear_kl(x.hidden, x.weight, x.ref_hidden, x.weight.detach()),
+    "score_geometry": _full_geometry,
+}
+
+
+def _torch_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str
+) -> Tensor:
+    if not hasattr(functional, "linear_cross_entropy"):
+        raise UserError(f"torch {torch.__version__} has no functional.linear_cross_entropy")
+    # Without options it is full logits under another name.
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss: Tensor = functional.linear_cross_entropy(
+        hidden, weight, labels, reduction=reduction, options=options
+    )
+    return loss
+
+
+def _torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return -_torch_linear_cross_entropy(hidden, weight, labels, "none")
+
+
+def _torch_sum(x: Inputs) -> Tensor:
+    return -_torch_linear_cross_entropy(x.hidden, x.weight, x.labels, "sum")
+
+
+def _liger(x: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss: Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(x.weight, x.hidden, x.labels)
+    return -loss
+
+
+def _liger_dpo(compiled: bool) -> dict[str, Function]:
+    def loss(x: Inputs) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        sequences = len(x.cu_seqlens) - 1
+        module = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=compiled)
+        hidden = x.hidden.view(sequences, -1, x.hidden.shape[1])
+        value: Tensor = module(x.weight, hidden, x.labels.view(sequences, -1))[0]
+        return value
+
+    return {"dpo": loss, "dpo_padded": loss}
+
+
+def _cce(filter_eps: str | None) -> Logps:
+    """Filter "auto" leaves small entries of the softmax out of the gradients; None keeps them."""
+
+    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        options = {"reduction": "none", "filter_eps": filter_eps}
+        losses: Tensor = linear_cross_entropy(hidden, weight, labels, **options)
+        return -losses
+
+    return logps
+
+
+def _trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    logps: Tensor = ChunkedLogProbFunction.apply(
+        hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+    )[0]
+    return logps

@@ -1,0 +1,198 @@
+"""What is measured, as data: a row is a `Problem` and the name of an implementation.
+
+    op              what is timed                                          products it needs
+    linear_logps    log-probs forward, gradients backward, head frozen     L H
+                    the same, head trained                                 L H W
+    forward         log-probs of the labels, no gradient                   L
+    linear_kl       KL to a reference with the same head, and gradient     L L H
+    dpo             DPO of equally long pairs, its gradient to hidden      L H
+    dpo_padded      the same of a padded batch with prompts                L H
+    score_geometry  norms and cosine of each pair's scores                 L and the Gram matrices
+
+    L: hidden @ weight.T      H: delta @ weight      W: delta.T @ hidden,     2 T D V FLOPs each
+
+Every token is one of a completion: rows that a prompt or padding would add are left out before
+they reach a head, so what peers lose on those is not in these figures. Only `dpo_padded` has them:
+its rows are those of a padded batch, whose lengths are drawn from log-normal distributions, and
+each implementation does with them what its trainer does; its yardstick is the products of all rows.
+No DPO has a reference pass: the reference log-probs are zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.ops.reference import IGNORE_INDEX
+
+PRODUCTS = {
+    ("linear_logps", "frozen"): "LH",
+    ("linear_logps", "trained"): "LHW",
+    ("forward", "frozen"): "L",
+    ("linear_kl", "frozen"): "LLH",
+    ("dpo", "frozen"): "LH",
+    ("dpo_padded", "frozen"): "LH",
+    # The yardstick of the geometry is the head's forward and backward, which it accompanies.
+    ("score_geometry", "frozen"): "LH",
+}
+OPS = tuple(dict.fromkeys(op for op, _ in PRODUCTS))
+PAIR_TOKENS = 2048  # of both responses together
+# Medians as in UltraFeedback, in tokens, and standard deviations of the logarithm.
+PROMPT, RESPONSE = (120, 0.8), (250, 0.6)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op at one shape; `chunk_bytes` sets `chunked.CHUNK_BYTES`; None leaves it."""
+
+    op: str
+    head: str  # frozen | trained
+    T: int
+    D: int
+    V: int
+    dtype: str  # name of a torch dtype
+    chunk_bytes: int | None = None
+
+    @property
+    def products(self) -> str:
+        return PRODUCTS[self.op, self.head]
+
+    @property
+    def differentiable(self) -> bool:
+        return self.op not in ("forward", "score_geometry")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of responses among the tokens, of PAIR_TOKENS each where there are as many."""
+        return max(1, self.T // PAIR_TOKENS)
+
+    @property
+    def flops(self) -> float:
+        """Those no exact method can do without, if it looks at the logits once."""
+        one = 2 * self.T * self.D * self.V
+        if self.op != "score_geometry":
+            return one * len(self.products)
+        n = self.T / self.pairs / 2
+        gram = 2 * 3 * n * n * (self.V + self.D)
+        return one + self.pairs * min(gram, 4 * n * self.D * self.V)
+
+
+class Inputs(NamedTuple):
+    """Tensors of one problem; those that need a gradient require one."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    labels: Tensor  # (T,); -100 where a row is of a prompt or padding
+    upstream: Tensor  # (T,) fp32, uneven
+    ref_hidden: Tensor  # (T, D)
+    cu_seqlens: Tensor  # (2 pairs + 1,)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x.grad for x in (self.hidden, self.weight) if x.grad is not None)
+
+
+def make_inputs(problem: Problem, device: str) -> Inputs:
+    """Random inputs, the same each time; logits are normal with variance 1.
+
+    Filled in place: a temporary would raise the process's peak memory before a measurement.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    dtype: torch.dtype = getattr(torch, problem.dtype)
+    T, D, V = problem.T, problem.D, problem.V
+
+    def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        return empty.normal_(std=std, generator=generator)
+
+    labels = torch.randint(V, (T,), generator=generator, device=device)
+    if problem.op == "dpo_padded":
+        labels = labels.masked_fill(_no_completion(2 * problem.pairs, T).to(device), IGNORE_INDEX)
+    return Inputs(
+        hidden=normal(T, D).requires_grad_(problem.differentiable),
+        weight=normal(V, D, std=D**-0.5).requires_grad_(problem.head == "trained"),
+        labels=labels,
+        upstream=normal(T, dtype=torch.float32),
+        ref_hidden=normal(T, D),
+        cu_seqlens=torch.arange(2 * problem.pairs + 1, device=device) * T // (2 * problem.pairs),
+    )
+
+
+def _no_completion(sequences: int, T: int) -> Tensor:
+    """(T,) bool of equally many rows a sequence: prompt, completion, padding, cut on the right."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = torch.randn(2, sequences // 2, generator=draw)  # a pair has one prompt
+    normals = torch.stack([pairs[0].repeat(2), torch.randn(sequences, generator=draw)])
+    medians, spreads = torch.tensor([PROMPT, RESPONSE]).T
+    prompt, response = (medians[:, None] * (spreads[:, None] * normals).exp()).long() + 1
+    length = T // sequences
+    prompt = prompt.clamp(max=length // 2)
+    row = torch.arange(length)
+    inside = (row >= prompt[:, None]) & (row < (prompt + response)[:, None])
+    return ~inside.flatten()
+
+
+def small(problem: Problem) -> Problem:
+    """The same op at a size that costs nothing, to see whether an implementation runs at all."""
+    T, D, V = min(64, problem.T), min(64, problem.D), min(512, problem.V)
+    return Problem(problem.op, problem.head, T, D, V, problem.dtype)
+
+
+CPU_SHAPES = ((2048, 512, 32000), (1024, 256, 128256))
+CUDA_SHAPES = (
+    (8192, 4096, 128256),
+    (8192, 4096, 32000),
+    (8192, 3584, 152064),
+    (4096, 2304, 256000),
+)
+QUICK_SHAPES = {"cpu": ((256, 64, 8192),), "cuda": ((1024, 1024, 32000),)}
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+def problems(device: str, quick: bool) -> list[Problem]:
+    """The rows of `fastpref bench` for a device: the shapes, then a sweep over V and one over T."""
+    if quick:
+        return shape_problems(QUICK_SHAPES[device], device) + sweeps(device, quick)
+    if device == "cuda":
+        return shape_problems(CUDA_SHAPES, device) + sweeps(device, quick)
+    heads = [
+        Problem("linear_logps", head, *shape, DTYPE[device])
+        for shape in CPU_SHAPES
+        for head in ("frozen", "trained")
+    ]
+    forward = Problem("forward", "frozen", *CPU_SHAPES[0], DTYPE[device])
+    dpo = shape_problems(CPU_SHAPES, device, ("dpo", "dpo_padded"))
+    others = shape_problems(((256, 128, 8192),), device, ("linear_kl", "score_geometry"))
+    return [*heads, forward, *dpo, *others, *sweeps(device, quick)]
+
+
+def shape_problems(
+    shapes: tuple[tuple[int, int, int], ...], device: str, ops: tuple[str, ...] = OPS
+) -> list[Problem]:
+    """Every op, head by head, at each shape."""
+    return [
+        Problem(op, head, *shape, DTYPE[device])
+        for shape in shapes
+        for op, head in PRODUCTS
+        if op in ops
+    ]
+
+
+def sweeps(device: str, quick: bool) -> list[Problem]:
+    """Head frozen: the vocabulary grows at one T, then T at the smallest vocabulary.
+
+    Head trained: the ends of the vocabulary, between which extra memory should not grow.
+    """
+    T, D, V, chunk_bytes = {
+        ("cpu", False): (1024, 128, 32768, 64 << 20),
+        ("cpu", True): (256, 64, 4096, 1 << 20),
+        ("cuda", False): (4096, 4096, 32768, None),
+        ("cuda", True): (1024, 1024, 16384, None),
+    }[device, quick]
+    sizes = [("frozen", T, V * k) for k in (1, 2, 4, 8)]
+    sizes += [("frozen", t, V) for t in (T // 4, T // 2, T * 2, T * 4)]
+    sizes += [("trained", T, V), ("trained", T, V * 8)]
+    return [Problem("linear_logps", h, t, D, v, DTYPE[device], chunk_bytes) for h, t, v in sizes]

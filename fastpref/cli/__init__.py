@@ -1,0 +1,5 @@
+"""The `fastpref` command."""
+
+from fastpref.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,96 @@
+"""The command line. What a user can cause is one line and exit code 2; a traceback is a bug."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fastpref.cli import evaluate, tools, train
+from fastpref.utils.errors import UserError, first_line
+from fastpref.utils.version import __version__
+
+# What torch and Python say of memory that is not there.
+_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
+
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # wherever typer keeps it
+
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Preference training of language models, fast and in little memory.",
+)
+
+
+data_app = typer.Typer(help="Generate data sets.")
+data_app.command("pure-semantic")(tools.pure_semantic)
+app.command(cls=train.TrainHelp)(train.train)
+app.command()(train.precompute)
+app.command()(train.plan)
+app.command()(tools.demo)
+app.command()(tools.bench)
+app.command()(tools.reproduce)
+app.command()(evaluate.report)
+app.command()(evaluate.sample)
+app.command()(evaluate.did_entropy)
+app.command("eval")(evaluate.evaluate)
+app.command()(tools.losses)
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Entry point of `fastpref` and of `python -m fastpref`."""
+    from fastpref.training.signals import Interrupted
+
+    try:
+        sys.exit(_run())
+    except UserError as error:
+        _exit(f"error: {error}" if error.is_news else "", 2)
+    except OSError as error:  # files that cannot be read or written, a full disk
+        _exit(
+            f"error: {error.filename or 'file'}: {error.strerror or error}; check path and disk", 2
+        )
+    except Interrupted as stop:
+        _exit(str(stop), 128 + stop.signum)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def _run() -> int | None:
+    """The exit code of the command; what other libraries raise for a user's sake is a UserError."""
+    try:
+        return app(standalone_mode=False)
+    except _UsageError as error:
+        used: Any = error
+        command = used.ctx.command_path if used.ctx else "fastpref"
+        message = used.format_message().rstrip(".")
+        raise UserError(f"{message}; see {command} --help") from None
+    except (RuntimeError, MemoryError) as error:
+        if not any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY):
+            raise
+        raise UserError(
+            "out of memory; lower training.max_tokens or data.max_length, or train an adapter: "
+            f"fastpref plan says what fits ({first_line(error)})"
+        ) from None
+
+
+def _exit(message: str, code: int) -> None:
+    if message:
+        print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"fastpref {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())

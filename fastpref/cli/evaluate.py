@@ -1,0 +1,185 @@
+"""Commands that read trained models and runs: eval, sample, did-entropy, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run directories of `fastpref train`.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Default: the run directory; of several runs, report."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again while the runs go on, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show runs as one page of pictures and tables: DIR/report.html."""
+    from fastpref.report import report as make
+    from fastpref.utils.progress import Display
+
+    with Display(Console()) as display:
+        make(runs, out, watch, display)
+
+
+# What the commands that draw from models share.
+_PROMPTS = typer.Option(metavar="FILE", help="Data with prompts, in any of the formats.")
+
+
+_DEVICE = typer.Option(metavar="auto|cpu|cuda", help="auto: cuda if there.")
+
+
+_DTYPE = typer.Option(
+    metavar="bfloat16|float32|float64", help="Default: float32 on CPU, bfloat16 on CUDA."
+)
+
+
+def sample(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name; or an adapter's folder.")
+    ],
+    prompts: Annotated[str, _PROMPTS],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Default: standard output.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Completions at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Sample a prompt as often as the data has it.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="auto|transformers|vllm", help="auto: vllm if there, on CUDA.")
+    ] = "auto",
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Draw completions from a model, with their log-probs under it."""
+    from fastpref.evaluation.sample import run
+    from fastpref.model.generate import Sampling
+    from fastpref.utils.progress import Display, quiet_libraries
+
+    sampling = Sampling(n, temperature, top_p, max_new_tokens, batch_size, seed, engine)
+    quiet_libraries()
+    with Display(Console(stderr=True)) as display:  # stdout is for the completions
+        run(
+            model,
+            prompts,
+            out,
+            sampling,
+            display,
+            limit=limit,
+            duplicates=duplicates,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def did_entropy(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Folder or Hub name.")],
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What it began from.")],
+    prompts: Annotated[str, _PROMPTS],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for pairs, the trained model and results.")
+    ] = Path("runs/did-entropy"),
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts for the entropy; default: those of --prompts."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pairs for each prompt.")] = 1,
+    responses: Annotated[
+        int, typer.Option(min=2, help="Samples of the trained model for each prompt.")
+    ] = 4,
+    temperature: Annotated[float, typer.Option(help="Of all samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of samples and training.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key=value", help="Of the training, e.g. optim.lr=1e-5."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Estimate the entropy of the differential information from a reference to a policy."""
+    from fastpref.evaluation.did_entropy import Estimate, table
+    from fastpref.model.generate import Sampling
+    from fastpref.utils.progress import Display, quiet_libraries
+
+    estimate = Estimate(
+        policy,
+        reference,
+        prompts,
+        out,
+        # Not vllm: an entropy needs samples of the very distribution that scores them.
+        Sampling(responses, temperature, 1.0, max_new_tokens, batch_size, seed, "transformers"),
+        pairs=samples,
+        held_out=held_out,
+        limit=limit,
+        overrides=tuple(overrides or ()),
+        device=device,
+        dtype=dtype,
+    )
+    quiet_libraries()
+    with Display(Console()) as display:
+        result = estimate.run(display)
+    Console().print(table(result))
+    print(out / "did_entropy.json")
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name; or an adapter's folder.")
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Pairs, in any of the formats.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The reference of changes and log-ratios.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Default: the table alone.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="As data.max_length; default: 2048, or what the model knows."),
+    ] = None,
+    truncation: Annotated[
+        str, typer.Option(metavar="keep_start|keep_end", help="As data.truncation.")
+    ] = "keep_start",
+    add_eos: Annotated[bool, typer.Option("--eos/--no-eos", help="As data.add_eos.")] = True,
+    cache: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for tokenised data; safe to delete.")
+    ] = "~/.cache/fastpref",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 16384,
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Measure a model on pairs: accuracy, margins, KL, PCI, entropy, lengths, with intervals."""
+    from fastpref.evaluation.evaluate import run
+    from fastpref.utils.progress import Display, quiet_libraries
+
+    quiet_libraries()
+    with Display(Console()) as display:
+        run(
+            model,
+            data,
+            out,
+            display,
+            against=against,
+            max_length=max_length,
+            max_tokens=max_tokens,
+            options={"truncation": truncation, "add_eos": add_eos, "cache": cache},
+            device=device,
+            dtype=dtype,
+        )

@@ -1,0 +1,65 @@
+"""Types of config fields, and the base class of its sections."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Annotated
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+)
+
+from fastpref.utils.errors import shown
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    return value
+
+
+def _countable(value: int) -> int:
+    if value >= 2**63:
+        raise ValueError(f"must be < 2^63, got {shown(value)}")
+    return value
+
+
+def _name(value: str) -> str:
+    """Of a file, a folder or a model: something that a path can be made of."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"is not valid Unicode at character {error.start}, got {value!r}; mend it"
+        ) from None
+    if not value.strip() or "\0" in value:
+        raise ValueError(f"must be a name, got {value!r}")
+    if os.path.expanduser(value).startswith("~"):
+        raise ValueError(f"must be a path from a user of this machine, got {value!r}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+PositiveFloat = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+
+
+NonNegativeFloat = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_countable)]
+
+
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_countable)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

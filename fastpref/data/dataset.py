@@ -1,0 +1,260 @@
+"""Tokenised groups on disk: an Arrow file, read through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import Data
+from fastpref.data.formats import read_groups
+from fastpref.data.readers import DataError, content_hash
+from fastpref.data.tokenize import PARTS, Ids, chunks, tokenize
+from fastpref.losses import Kind
+from fastpref.utils import atomic_files
+
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
+
+
+Weights = np.ndarray[Any, np.dtype[np.float32]]
+
+
+UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
+
+
+_VERSION = "3"  # raise it when the same text gives other tokens, or they are stored otherwise
+
+
+_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "prompt": pa.list_(pa.int32()),
+        "responses": pa.list_(pa.list_(pa.int32())),
+        "labels": pa.list_(pa.float64()),
+        "reference": pa.list_(pa.float64()),
+        "weights": pa.list_(pa.list_(pa.float32())),
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroup:
+    """Token ids of one prompt and of its responses; each has at least one."""
+
+    index: int  # position in the data set
+    row: int  # row of the source, from 1
+    prompt: Ids
+    responses: tuple[Ids, ...]  # of a pair: chosen, rejected
+    labels: tuple[float, ...] | None = None  # as in TextGroup
+    token_weights: tuple[Weights, ...] | None = None  # one for each token of each response
+    first: int = 0  # position of its first response among all responses of the data set
+
+
+class Groups(Protocol):
+    """What the plan, the batches and the reference read of a data set of N groups."""
+
+    source: str
+    kind: Kind
+    fingerprint: str  # hash of the token ids alone
+    offsets: Lengths  # (N + 1,) group g owns the responses offsets[g] to offsets[g + 1] - 1
+
+    @property
+    def prompt_lengths(self) -> Lengths:
+        """Tokens of the prompt of each group, (N,)."""
+
+    @property
+    def response_lengths(self) -> Lengths:
+        """Tokens of all responses, (offsets[N],)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> TokenGroup: ...
+    @property
+    def padded_lengths(self) -> Lengths:
+        """Tokens of the longest prompt + response of each group, (N,)."""
+
+    def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """Reference log-probs of all responses that came with the data, or None."""
+
+
+class GroupDataset:
+    """Tokenised groups: a folder with an Arrow file, read through a memory map, and its counts."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.source = source
+        table = pa.ipc.open_file(pa.memory_map(str(folder / "groups.arrow"))).read_all()
+        self._columns = {name: table[name] for name in table.column_names}
+        about = json.loads((folder / "about.json").read_text())
+        self.kind: Kind = about["kind"]
+        self.counts: dict[str, int] = about["counts"]
+        self.fingerprint: str = about["token_ids"]
+        self.labels: str = about["labels"]  # hash of labels, reference log-probs and token weights
+        sizes, self.prompt_lengths = (_sizes(table[name]) for name in ("responses", "prompt"))
+        self.response_lengths = _sizes(pc.list_flatten(table["responses"]))  # of all responses
+        self.offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        columns = {name: column[index] for name, column in self._columns.items()}
+        responses = tuple(response.values.to_numpy() for response in columns["responses"].values)
+        labels = columns["labels"].as_py()
+        if labels is None and self.has_preferences:
+            labels = [1.0]  # beside soft labels, none means certain
+        weights = None
+        if columns["weights"].is_valid:
+            weights = tuple(w.values.to_numpy() for w in columns["weights"].values)
+        elif self.has_token_weights:
+            weights = tuple(np.ones(len(r), dtype=np.float32) for r in responses)
+        return TokenGroup(
+            index,
+            columns["row"].as_py(),
+            columns["prompt"].values.to_numpy(),
+            responses,
+            None if labels is None else tuple(labels),
+            weights,
+            int(self.offsets[index]),
+        )
+
+    @cached_property
+    def has_preferences(self) -> bool:
+        """Whether pairs have soft labels."""
+        return self.kind == "pairwise" and self._columns["labels"].null_count < len(self)
+
+    @cached_property
+    def has_token_weights(self) -> bool:
+        """Whether the tokens of some pair have weights."""
+        return self._columns["weights"].null_count < len(self)
+
+    @cached_property
+    def padded_lengths(self) -> Lengths:
+        longest = np.maximum.reduceat(self.response_lengths, self.offsets[:-1])
+        return self.prompt_lengths + longest
+
+    def label_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The labels of all groups, one after the other."""
+        return pc.list_flatten(self._columns["labels"]).to_numpy()
+
+    def prompt_bytes(self) -> Iterator[bytes]:
+        """The token ids of each prompt, to compare prompts by."""
+        for chunk in self._columns["prompt"].chunks:
+            values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+            yield from (values[a:b].tobytes() for a, b in pairwise(offsets))
+
+    def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """Reference log-probs of all responses that came with the data, or None.
+
+        Raises DataError if only some rows have them, or if responses were cut since.
+        """
+        missing = self._columns["reference"].null_count
+        if missing == len(self):
+            return None
+        cut = sum(count for name, count in self.counts.items() if name.endswith("_cut"))
+        if missing or cut:
+            reason = f"{missing:,} rows have none" if missing else "some rows are cut to max_length"
+            raise DataError(
+                f"{self.source}: ref_chosen_logps and ref_rejected_logps cannot be used, {reason}; "
+                "complete or remove the columns, or raise data.max_length"
+            )
+        return pc.list_flatten(self._columns["reference"]).to_numpy()
+
+    def summary(self) -> str:
+        c, unit = self.counts, UNITS[self.kind]
+        cut = ", ".join(f"{c[f'{name}_cut']:,} {name}" for name in (*PARTS[self.kind], "prompts"))
+        parts = [
+            f"{c['kept']:,} of {c['found']:,} {unit}s from {self.source}; dropped "
+            f"{c['found'] - c['kept']:,} (no completion left: {c['no_completion']:,}); "
+            f"cut to max_length: {cut}"
+        ]
+        if self.kind == "pointwise":
+            desirable = int(self.label_values().sum())
+            parts.append(f"{desirable:,} desirable, {len(self) - desirable:,} undesirable")
+            rows = self._columns["row"].to_numpy()
+            if (rows[1:] == rows[:-1]).any():
+                parts.append("pairs are taken apart: chosen is desirable, rejected is not")
+        return "; ".join(parts)
+
+
+def load_groups(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    kind: Kind = "pairwise",
+    default_split: str = "train",
+) -> GroupDataset:
+    """Tokenise a source, or map the result of an earlier call with the same content.
+
+    Raises DataError for data that is unreadable or of another kind, or if no group is left.
+    """
+    content = content_hash(source, default_split)
+    options = json.dumps([kind, data.model_dump(exclude={"train", "eval", "cache"})])
+    key = atomic_files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
+    folder = Path(data.cache).expanduser() / "tokens" / key
+    if not folder.exists():
+        with atomic_files.replacing(folder) as temporary:
+            _write(temporary, source, tokenizer, data, kind, default_split)
+    dataset = GroupDataset(folder, source)
+    if len(dataset) == 0:
+        unit = UNITS[kind]
+        raise DataError(
+            f"{source}: no {unit} is left to train on ({dataset.summary()}); raise "
+            "data.max_length or look at the rows"
+        )
+    return dataset
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides the token ids of a text or conversation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
+    return atomic_files.sha256(
+        type(tokenizer).__name__, vocabulary, json.dumps(special, sort_keys=True)
+    )
+
+
+def _write(
+    folder: Path,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    kind: Kind,
+    split: str,
+) -> None:
+    counts = Counter({name: 0 for name in ("found", "kept", "no_completion")})
+    counts.update({f"{name}_cut": 0 for name in (*PARTS[kind], "prompts")})
+    ids, labels = hashlib.sha256(kind.encode()), hashlib.sha256()
+    folder.mkdir()
+    with (
+        pa.OSFile(str(folder / "groups.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as writer,
+    ):
+        groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
+        for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
+            for row in rows:
+                about_it = [row[name] for name in ("labels", "reference", "weights")]
+                labels.update(json.dumps(about_it).encode())
+                sequences = (row["prompt"], *row["responses"])
+                ids.update(len(sequences).to_bytes(4, "little"))
+                for tokens in sequences:
+                    ids.update(len(tokens).to_bytes(4, "little"))
+                    ids.update(tokens)
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    about: dict[str, Any] = {"kind": kind, "counts": counts}
+    about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def _sizes(lists: pa.ChunkedArray) -> Lengths:
+    return pc.list_value_length(lists).to_numpy().astype(np.int64)

@@ -1,0 +1,79 @@
+"""Prompts with responses to other prompts, from which KTO estimates its reference point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from fastpref.data.dataset import GroupDataset, Lengths, TokenGroup
+from fastpref.data.readers import DataError
+from fastpref.losses import Kind
+from fastpref.utils import atomic_files
+
+
+class Mismatched:
+    """As many groups as a data set of single responses: each prompt with a response to another.
+
+    The rule is fixed: of L neighbours with the same prompt, usually one, each takes the response L
+    groups further on; after the end the data begins anew. If that has the same prompt again, the
+    next one that has not is taken. The response is cut to `max_length`. So an estimate from the
+    rows of a step does not depend on micro-batches.
+
+    Raises DataError if all prompts are the same.
+    """
+
+    kind: Kind = "pointwise"
+
+    def __init__(self, dataset: GroupDataset, max_length: int) -> None:
+        self.source = dataset.source
+        self.fingerprint = atomic_files.sha256("mismatched", dataset.fingerprint, str(max_length))
+        self.offsets = dataset.offsets
+        self._dataset, self._max_length = dataset, max_length
+        self._partners = partners(list(dataset.prompt_bytes()))
+        if len(self._partners) == 0:
+            raise DataError(
+                f"{self.source}: kto needs responses to at least two prompts, and there is one; "
+                "its reference point comes from responses to other prompts (use kto_simple or bco)"
+            )
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        group = self._dataset[index]
+        (response,) = self._dataset[int(self._partners[index])].responses
+        return replace(group, responses=(response[: self._max_length - len(group.prompt)],))
+
+    @cached_property
+    def padded_lengths(self) -> Lengths:
+        own, other = self._dataset.prompt_lengths, self._dataset.response_lengths[self._partners]
+        return np.minimum(own + other, self._max_length)
+
+    @property
+    def prompt_lengths(self) -> Lengths:
+        return self._dataset.prompt_lengths
+
+    @cached_property
+    def response_lengths(self) -> Lengths:
+        return self.padded_lengths - self.prompt_lengths
+
+    def given_reference_logps(self) -> None:
+        """Data brings reference log-probs of its own responses at most."""
+
+
+def partners(prompts: list[bytes]) -> Lengths:
+    """For each group the position of the response that it takes, (N,); empty if there is none."""
+    count = len(prompts)
+    starts = [i for i in range(count) if prompts[i] != prompts[i - 1]]
+    if not starts:
+        return np.empty(0, dtype=np.int64)
+    found = np.empty(count, dtype=np.int64)
+    for start, end in zip(starts, [*starts[1:], starts[0] + count], strict=True):
+        for position in range(start, end):
+            partner = position + end - start
+            while prompts[partner % count] == prompts[start]:
+                partner += 1
+            found[position % count] = partner % count
+    return found

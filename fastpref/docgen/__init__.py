@@ -1,0 +1,1 @@
+"""Pages and help texts that are written from declarations in the code."""

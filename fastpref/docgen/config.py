@@ -1,0 +1,103 @@
+"""`docs/config.md`, written from the declarations in `fastpref.config`.
+
+`python -m fastpref.docgen.config > docs/config.md`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from fastpref.config import Config, Section
+from fastpref.docgen.markdown import table
+
+
+class Row(NamedTuple):
+    path: str
+    type: str
+    default: str
+    description: str
+
+
+def rows(section: type[Section] = Config, prefix: str = "") -> Iterator[Row]:
+    """Every field of the config, sections before their fields."""
+    for name, field in section.model_fields.items():
+        path = f"{prefix}{name}"
+        inner = _inner_section(field)
+        description = field.description or ""
+        yield Row(path, "section" if inner else _type_name(field), _default(field), description)
+        if inner is not None:
+            yield from rows(inner, f"{path}.")
+
+
+def markdown() -> str:
+    lines = [
+        "# Config",
+        "",
+        "`fastpref train CONFIG.yaml [section.key=value …]`: every field, its type and default.",
+        "This page is generated: `python -m fastpref.docgen.config > docs/config.md`.",
+        "",
+    ]
+    cells = ((f"`{row.path}`", row.type, row.default, row.description) for row in rows())
+    lines.append(table(("field", "type", "default", "meaning"), cells))
+    return "\n".join(lines) + "\n"
+
+
+def plain() -> str:
+    """The same list for a terminal, two lines a field."""
+    return "\n".join(
+        f"{row.path}  ({row.type}; {row.default})\n    {row.description}" for row in rows()
+    )
+
+
+def _inner_section(field: FieldInfo) -> type[Section] | None:
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _type_name(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(meta, key):g}"
+        for meta in field.metadata
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if getattr(meta, key, None) is not None
+    ]
+    return " ".join([_name(field.annotation), *bounds])
+
+
+def _name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    arguments = get_args(annotation)
+    if not arguments:
+        return getattr(annotation, "__name__", str(annotation))
+    if all(isinstance(a, str) for a in arguments):
+        return " | ".join(f"`{a}`" for a in arguments)
+    origin = getattr(annotation, "__origin__", None)
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__}[{', '.join(_name(a) for a in arguments)}]"
+    if hasattr(annotation, "__metadata__"):
+        return _name(arguments[0])
+    return " | ".join(_name(a) for a in arguments)
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.default
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, Section):
+        return "optional"
+    if default is None:
+        return "null"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,1 @@
+"""The incentive–score view of training: the Disentanglement Band, Reward Calibration, DPO-PG."""

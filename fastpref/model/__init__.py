@@ -1,0 +1,1 @@
+"""The policy: loading, adapters, sharding, packed attention, reference log-probs, export."""

@@ -1,0 +1,70 @@
+"""Which implementation of the ops runs: the table, and the choice from it."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.ops.backend import Backend
+
+
+class Implementation(NamedTuple):
+    name: str
+    module: str  # with a BACKEND, or, of the reference, the functions themselves
+    devices: frozenset[str] | None  # device types on which "auto" takes it; None means all
+    dtypes: frozenset[torch.dtype] | None = None  # of hidden; None means any
+    optional: bool = False  # its module has missing(device) -> str: what it lacks, or ""
+
+
+# In the order in which "auto" tries them.
+TABLE = (
+    Implementation(
+        "cpu", "fastpref.ops.cpu", frozenset({"cpu"}), frozenset({torch.float32}), optional=True
+    ),
+    Implementation(
+        "triton",
+        "fastpref_kernels",
+        frozenset({"cuda"}),
+        frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        optional=True,
+    ),
+    Implementation("chunked", "fastpref.ops.chunked", None),
+    Implementation("reference", "fastpref.ops.reference", None),
+)
+
+
+def choose(impl: str, device: str, dtype: torch.dtype) -> Implementation:
+    """The row that `impl`, a name or "auto", means for inputs on a type of device.
+
+    Raises ValueError for an `impl` that does not exist or cannot take such inputs.
+    """
+    for row in TABLE:
+        if impl == "auto" and (row.devices is None or device in row.devices):
+            if not _obstacle(row, device, dtype):
+                return row
+        elif impl == row.name:
+            obstacle = _obstacle(row, device, dtype)
+            if obstacle:
+                raise ValueError(f"impl: {impl!r} {obstacle}, or use impl='auto'")
+            return row
+    names = [repr(row.name) for row in TABLE if not _obstacle(row, device, dtype)]
+    raise ValueError(f"impl: expected 'auto' or one of {', '.join(names)}, got {impl!r}")
+
+
+def backend_for(impl: str, hidden: Tensor) -> Backend:
+    """The backend of the implementation that `impl` means for inputs like `hidden`."""
+    row = choose(impl, hidden.device.type, hidden.dtype)
+    backend: Backend = import_module(row.module).BACKEND
+    return backend
+
+
+def _obstacle(row: Implementation, device: str, dtype: torch.dtype) -> str:
+    """Why `row` cannot take such inputs, and what would help; empty if it can."""
+    if row.dtypes is not None and dtype not in row.dtypes:
+        known = ", ".join(sorted(str(dtype) for dtype in row.dtypes))
+        return f"takes {known}, got {dtype}; cast the inputs"
+    if not row.optional:
+        return ""
+    missing: str = import_module(row.module).missing(device)
+    return missing

@@ -1,0 +1,170 @@
+"""What a trunk keeps and computes, counted on tensors without values.
+
+The model's own code runs forward and backward, with its autocast, adapters and checkpointing, on
+fake tensors that have shapes alone; a dispatch mode adds up the storages that are alive. It runs
+with a few blocks and with twice as many, on a short and on a long input, and what lies between and
+beyond is linear in both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastpref.data.batch_plan import Layout
+from fastpref.data.collate import Batch, collate
+from fastpref.data.dataset import TokenGroup
+from fastpref.model.batch_layout import use_layout
+from fastpref.model.fsdp import materialize
+from fastpref.model.policy import Policy
+from fastpref.utils.errors import ModelError, first_line
+
+
+class Line(NamedTuple):
+    """A number as a function of the tokens of a forward pass."""
+
+    constant: float
+    per_token: float
+
+    def __call__(self, tokens: int) -> float:
+        return self.constant + self.per_token * tokens
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes and FLOPs of the trunk's passes; of attention's scores no FLOPs."""
+
+    kept: Line  # bytes from forward to backward
+    forward: Line  # bytes at most beyond that while the forward pass runs
+    backward: Line  # and while a backward pass runs, without the gradients that it leaves
+    forward_flops: Line
+    backward_flops: Line  # with what is computed again
+
+
+class _Run(NamedTuple):
+    kept: float
+    forward: float
+    backward: float
+    forward_flops: float
+    backward_flops: float
+
+
+def trace(policy: Policy, group: Sequence[int], layout: Layout, one_kernel: bool) -> Trace:
+    """Of an empty policy, which it uses up, over a group and over one twice as long.
+
+    group: tokens of the prompt and of the responses. one_kernel: attention takes a packed row at
+    once; else sequence by sequence, as on CPU. Raises ModelError for a model whose code needs
+    values.
+    """
+    if policy.base.config._attn_implementation != "eager":
+        # With a packing or without, it keeps what flash attention does; transformers would make
+        # masks for tensors without values.
+        use_layout(policy, "shared")
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialize(policy, torch.device("cpu"))
+            batches = [_batch([n * k for n in group], layout, one_kernel) for k in (1, 2)]
+            return _fit(policy, batches)
+    except Exception as error:  # a model's own code may raise anything
+        raise ModelError(
+            f"model: {type(policy.base).__name__} cannot be traced without values: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def _fit(policy: Policy, batches: list[Batch]) -> Trace:
+    short, long = (batch.input_ids.numel() for batch in batches)
+    blocks = policy.blocks()
+    count = len(blocks)
+    alike = len({sum(p.numel() for p in block.parameters()) for block in blocks}) == 1
+    # Selective checkpointing comes round every second block.
+    many = min(count, 4) if alike else count
+    few = max(1, many // 2)
+    runs = {}
+    for size in (many, few):
+        del blocks[size:]
+        runs[size] = [_run(policy, batch) for batch in batches]
+    lines = []
+    for name in _Run._fields:
+        low, high = (getattr(run, name) for run in runs[many])
+        if name != "backward" and many > few:  # one block at a time is computed backward
+            less = [getattr(run, name) for run in runs[few]]
+            scale = (count - many) / (many - few)
+            low, high = low + scale * (low - less[0]), high + scale * (high - less[1])
+        slope = (high - low) / (long - short)
+        lines.append(Line(low - slope * short, slope))
+    return Trace(*lines)
+
+
+def _batch(lengths: Sequence[int], layout: Layout, one_kernel: bool) -> Batch:
+    prompt, *responses = (np.zeros(length, dtype=np.int32) for length in lengths)
+    batch = collate([TokenGroup(0, 1, prompt, tuple(responses))], "groupwise", layout)
+    return replace(batch, packing=None) if one_kernel else batch
+
+
+def _run(policy: Policy, batch: Batch) -> _Run:
+    """One forward and one backward pass of the trunk from its embeddings."""
+    embeddings = cast(Tensor, policy.base.get_input_embeddings().weight)
+    shape = *batch.input_ids.shape, embeddings.shape[1]
+    hooks = [
+        p.register_post_accumulate_grad_hook(_forget_gradient)
+        for p in policy.parameters()
+        if p.requires_grad
+    ]
+    with FlopCounterMode(display=False) as flops, _Alive(policy.parameters()) as alive:
+        inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
+        root = policy.states(batch, inputs).sum()
+        kept, forward, forward_flops = alive.now, alive.peak, flops.get_total_flops()
+        alive.peak = kept
+        root.backward()
+        total = flops.get_total_flops()
+    for hook in hooks:
+        hook.remove()
+    return _Run(kept, forward - kept, alive.peak - kept, forward_flops, total - forward_flops)
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages that were made within and still exist, and the most there were."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+        for tensor in existing:
+            self._see(tensor.untyped_storage(), size=0)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._see(storage, storage.nbytes())
+        return output
+
+    def _see(self, storage: Any, size: int) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._known[key]

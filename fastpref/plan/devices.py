@@ -1,0 +1,84 @@
+"""Devices a run can be planned for: speed, bandwidth and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastpref.utils.errors import UserError
+
+# What torch cannot give a run: CUDA context and libraries, and a share lost between blocks.
+RUNTIME_BYTES = 2**30
+FRAGMENTED = 0.05
+
+
+@dataclass(frozen=True)
+class Device:
+    """flops: dense bf16 products per second at their peak; attainable: the share of it that a
+    whole training step reaches; bandwidth: bytes per second; memory: bytes."""
+
+    name: str
+    flops: float
+    attainable: float
+    bandwidth: float
+    memory: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+    @property
+    def usable(self) -> int:
+        """Bytes that weights, activations and the rest may take."""
+        return int((self.memory - RUNTIME_BYTES) * (1 - FRAGMENTED))
+
+
+def _gpu(name: str, tflops: float, attainable: float, gbytes: float, mib: int) -> Device:
+    return Device(name, tflops * 1e12, attainable, gbytes * 1e9, mib * 2**20)
+
+
+# Peaks and bandwidths: NVIDIA's data sheets, SXM versions, without sparsity; memory: as nvidia-smi
+# reports it. Attainable: model FLOP utilisation that public training runs of 7B to 70B models
+# report, rounded down (Llama 3, arXiv:2407.21783: 0.38 to 0.43 on thousands of H100s; single
+# machines more); none of them is measured here.
+_GPUS = (
+    _gpu("h100", 989, 0.45, 3350, 81559),
+    _gpu("h200", 989, 0.45, 4800, 143771),
+    _gpu("b200", 2250, 0.40, 8000, 183359),
+    _gpu("a100-80gb", 312, 0.50, 2039, 81920),
+    _gpu("a100-40gb", 312, 0.50, 1555, 40960),
+    _gpu("l40s", 362, 0.45, 864, 46068),
+    _gpu("4090", 165, 0.50, 1008, 24564),
+)
+GPUS = {device.name: device for device in _GPUS}
+
+
+def named(name: str, dtype: torch.dtype) -> Device:
+    """A device by name; `cpu` is this machine, its products in `dtype` measured in a moment.
+
+    Raises UserError for a name that is not known.
+    """
+    if name == "cpu":
+        return _this_cpu(dtype)
+    if name not in GPUS:
+        raise UserError(f"--device: must be one of cpu, {', '.join(GPUS)}, got {name}")
+    return GPUS[name]
+
+
+def _this_cpu(dtype: torch.dtype) -> Device:
+    side = 256 if dtype == torch.bfloat16 else 768  # some CPUs make nothing of bf16
+    a, source, target = torch.ones(side, side, dtype=dtype), *torch.ones(2, 2**23)
+    product = min(_seconds(lambda: a @ a) for _ in range(4))
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(4))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", 2 * side**3 / product, 0.7, 2 * source.nbytes / copy, memory)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Errors, files, progress, versions: what any part may import."""

@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on: a progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """A progress bar with a line of text below it, so that narrow terminals show both."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.status:
+            yield Text(self.status)
+
+
+_PLAIN_EVERY = 5.0  # seconds between plain lines of a long preparation
+
+
+class Display:
+    """Shows one phase at a time: `phase("train", total)`, then `advance` and `metrics`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: _Bar | None = None
+        self._task: TaskID | None = None
+        self._name, self._total, self._last = "", 0, 0.0
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._bar = _Bar(
+                TextColumn("[bold]{task.description:<10}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        self._name, self._total, self._last = name, total, time.monotonic()
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=total, completed=done)
+            self._bar.status = ""
+
+    def advance(self, done: int) -> None:
+        """`done` of the phase's total; plain output says so every few seconds."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done)
+        elif self._name != "train" and time.monotonic() - self._last > _PLAIN_EVERY:
+            self._last = time.monotonic()
+            self.note(f"{self._name} {done:,}/{self._total:,}")
+
+    def metrics(self, record: dict[str, Any], seconds_left: float | None = None) -> None:
+        """One line of metrics of the training loop."""
+        shown = status(record)
+        if self._bar is not None:
+            self._bar.status = shown
+            self._bar.refresh()
+        else:
+            left = "" if seconds_left is None else f"  {_duration(seconds_left)} left"
+            self.note(f"step {record['step']:,}/{self._total:,}  {shown}{left}")
+
+
+def status(record: dict[str, Any]) -> str:
+    """Loss, margin, accuracy, speed and memory of a line of metrics, for one line of text."""
+    parts = [f"loss {record['loss']:.4f}" if "loss" in record else "all steps skipped"]
+    if "rewards/margins" in record:  # not where all responses were of one class
+        parts.append(f"margin {record['rewards/margins']:+.3f}")
+    if "rewards/accuracies" in record:
+        parts.append(f"accuracy {record['rewards/accuracies']:.2f}")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+    if "peak_memory_gib" in record:
+        parts.append(f"{record['peak_memory_gib']:.2f} GiB")
+    return "  ".join(parts)
+
+
+def evaluation(record: dict[str, Any]) -> str:
+    """One line of text for an evaluation's metrics."""
+    parts = [f"eval at step {record['step']:,}", f"loss {record['eval_loss']:.4f}"]
+    if "eval_rewards/margins" in record:
+        parts.append(f"margin {record['eval_rewards/margins']:+.3f}")
+    if "eval_preference/mean_kl" in record:
+        parts.append(f"accuracy {record['eval_preference/accuracy']:.3f}")
+        parts.append(f"KL to p {record['eval_preference/mean_kl']:.3f}")
+        parts.append(f"PCI {record['eval_preference/pci']:.3f}")
+    elif "eval_rewards/accuracies" in record:
+        parts.append(f"accuracy {record['eval_rewards/accuracies']:.3f}")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def quiet_libraries() -> None:
+    """Progress bars of weight loading and such would break the run's own."""
+    import warnings
+
+    import datasets
+    import transformers
+    from huggingface_hub.utils import logging as hub
+
+    # That one process saves its checkpoints alone is no news.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", module="peft|transformers")  # of what is refused in our words
+    hub.set_verbosity_error()  # of every try to reach the Hub it would tell
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -1,0 +1,1 @@
+"""Tiles, numerics, tile shapes and launches that all kernels share."""

@@ -1,0 +1,104 @@
+"""Layouts of a run: what is chosen, what is refused, and that all of them train the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastpref.config import Config, ConfigError
+from fastpref.training.trainer import Trainer
+from fastpref.utils.progress import Display
+from tests.helpers.data import rows, scored, write_jsonl
+from tests.helpers.training_runs import records, run, weights
+
+MakeConfig = Callable[..., Config]
+FALCON = {
+    "model_type": "falcon", "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def notes(config: Config) -> tuple[Trainer, str]:
+    console = Console(record=True, width=200)
+    with Display(console) as display:
+        return Trainer(config, display), console.export_text()
+
+
+def test_prompts_are_shared_where_nothing_else_is_asked_for(make_config: MakeConfig) -> None:
+    trainer, said = notes(make_config())
+    assert trainer.policy.layout == "shared"
+    assert "saved by leaving out padding" in said and "by sharing prompts" in said
+    (batch,) = trainer.policy.batches(trainer.run.train.groups, [3])
+    assert batch.input_ids.shape[0] == 1 and batch.packing is not None
+
+
+@pytest.mark.parametrize(
+    "change", [{"training__layout": "padded"}, {"model__attn_implementation": "eager"}]
+)
+def test_rows_are_padded_where_that_is_asked_for(make_config: MakeConfig, change: Any) -> None:
+    trainer, said = notes(make_config(**change))
+    assert trainer.policy.layout == "padded" and "tokens:" not in said
+
+
+def test_a_model_that_cannot_share_is_padded_and_the_user_told(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    model = {"init": "random", "config": FALCON, "dtype": "float32"}
+    trainer, said = notes(make_config(model=model))
+    assert trainer.policy.layout == "padded"
+    assert "note: FalconForCausalLM cannot share prompts; each response has a row" in said
+    with pytest.raises(ConfigError, match="FalconForCausalLM gives other hidden states"):
+        notes(
+            make_config(
+                model=model, training__layout="shared", training__output=str(tmp_path / "other")
+            )
+        )
+
+
+def test_flat_rows_are_for_flash_attention(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"flat is for model.attn_implementation: flash_"):
+        notes(make_config(training__layout="flat"))
+
+
+def test_on_cpu_a_pass_holds_one_group_so_that_its_bits_are_its_own(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """And without batch invariance all groups, with the same log-probs up to rounding."""
+    chosen = {}
+    for invariant in (True, False):
+        out = str(tmp_path / str(invariant))
+        config = make_config(training__batch_invariant=invariant, training__output=out)
+        trainer, _ = notes(config)
+        split = trainer.run.train
+        batches = trainer.policy.batches(split.groups, [0, 1, 2])
+        assert len(batches) == (3 if invariant else 1)
+        chosen[invariant] = trainer.forward(batches, split.reference).policy.chosen
+    (alone,) = trainer.policy.batches(split.groups, [1])
+    assert torch.equal(trainer.policy(alone).logps[0], chosen[True][1])
+    torch.testing.assert_close(chosen[False], chosen[True], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "tdpo2", "ti_dpo", "nca"])
+def test_shared_prompts_train_the_same_model(
+    make_config: MakeConfig, display: Display, tmp_path: Path, loss: str
+) -> None:
+    """Metrics of five steps and the parameters after them, in fp32, with checkpointing."""
+    data = write_jsonl(tmp_path / "d.jsonl", scored(24) if loss == "nca" else rows(24))
+    trained, lines = {}, {}
+    for layout in ("shared", "padded"):
+        config = make_config(
+            loss={"name": loss, "beta": 0.1}, data__train=str(data), optim__eps=1e-4,
+            training__steps=5, training__layout=layout, training__output=str(tmp_path / layout),
+            training__activation_checkpointing="full",
+        )  # fmt: skip
+        trained[layout] = weights(run(config, display))
+        lines[layout] = records(config)
+    for a, b in zip(lines["shared"], lines["padded"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    for name, value in trained["padded"].items():
+        torch.testing.assert_close(trained["shared"][name], value, rtol=0, atol=1e-5)

@@ -1,0 +1,379 @@
+"""What `fastpref plan` predicts, against counts by hand and against training itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fastpref import config as configs
+from fastpref.config import Config, ConfigError
+from fastpref.data.dataset import load_groups
+from fastpref.data.readers import DataError
+from fastpref.data.tokenizers import load_tokenizer
+from fastpref.model.load import load_policy
+from fastpref.plan import head as heads
+from fastpref.plan.activation_trace import Line, Trace, trace
+from fastpref.plan.command import run
+from fastpref.plan.devices import GPUS, Device, named
+from fastpref.plan.memory import Memory
+from fastpref.plan.model_shapes import NF4_BYTES, empty_policy, shapes_of
+from fastpref.plan.predict import Predictor, shard_size
+from fastpref.plan.suggestions import Setup, fitting
+from fastpref.plan.workload import Pass, Sizes, steps_of
+from fastpref.utils.errors import ModelError, UserError
+
+MakeConfig = Callable[..., Config]
+D, V, LAYERS = 32, 384, 2  # of the tiny Llama
+SMALL = Device("small", 1e12, 0.5, 1e11, 2**30 + 2**21)  # of which a run can use 2 MiB - 5 %
+
+
+def policy_and_shapes(config: Config, sharded: bool = False) -> Any:
+    policy = empty_policy(config, None, sharded)
+    return policy, shapes_of(policy, config)
+
+
+@pytest.mark.parametrize("adapter", [None, {"name": "lora", "r": 4}])
+def test_shapes_are_those_of_the_policy_that_trains(
+    make_config: MakeConfig, adapter: dict[str, Any] | None
+) -> None:
+    config = make_config(adapter=adapter, model__dtype="bfloat16")
+    _, shapes = policy_and_shapes(config)
+    policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
+    own = [p for name, p in policy.named_parameters() if "lora_" not in name]
+    assert shapes.base == sum(p.numel() for p in own)
+    assert shapes.base_bytes == sum(p.nbytes for p in own)
+    assert shapes.trained == sum(p.numel() for p in policy.trained().values())
+    assert shapes.in_blocks == sum(
+        p.numel() for n, p in policy.blocks().named_parameters() if "lora_" not in n
+    )
+    assert (shapes.width, shapes.vocabulary, shapes.blocks) == (D, V, LAYERS)
+    assert shapes.attention_width == 32 and not shapes.tied
+
+
+def test_a_base_in_4_bits_is_its_linear_layers(make_config: MakeConfig) -> None:
+    config = make_config(adapter={"name": "lora", "quantize": "nf4"})
+    _, shapes = policy_and_shapes(config)
+    linear = LAYERS * (2 * D * D + 2 * D * 16 + 3 * D * 64)  # q, o; k, v of two heads of 8; mlp
+    assert shapes.quantized == linear
+    assert shapes.base_bytes == int(4 * (shapes.base - linear) + NF4_BYTES * linear)
+
+
+def test_a_random_model_takes_the_vocabulary_of_its_tokenizer(make_config: MakeConfig) -> None:
+    model = {"init": "random", "config": {"model_type": "llama", "hidden_size": 32}}
+    model["config"] |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = make_config(model=model)
+    assert shapes_of(empty_policy(config, 500, False), config).vocabulary == 500
+
+
+def test_a_model_that_is_not_there_is_one_line(make_config: MakeConfig) -> None:
+    with pytest.raises(ModelError, match=r"^model: cannot load no/model"):
+        empty_policy(make_config(model__path="no/model"), None, False)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+@pytest.mark.parametrize("adapter", [None, {"name": "lora", "r": 4}])
+def test_trace_keeps_what_autograd_saves(
+    make_config: MakeConfig, checkpointing: str, adapter: dict[str, Any] | None
+) -> None:
+    """The storages that the real trunk saves for its backward pass, each once."""
+    config = make_config(
+        adapter=adapter, training__activation_checkpointing=checkpointing, model__dtype="float32"
+    )
+    policy, _ = policy_and_shapes(config)
+    traced = trace(policy, [10, 6, 8], "padded", one_kernel=True)
+    real = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
+    own = {p.untyped_storage().data_ptr() for p in [*real.parameters(), *real.buffers()]}
+    for scale in (1, 2, 5):  # the last is beyond what was traced
+        ids = torch.zeros(2, 18 * scale, dtype=torch.int64)
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = real.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.sum()
+        # Attention's output without values lies in another order, and is copied once more.
+        copies = 4 * ids.numel() * (D + 4) * LAYERS * (checkpointing != "full")
+        copies += 18 * scale * (2 * 4 * 8 + 8)  # cosines, sines and positions, as arguments
+        assert 0.99 * sum(saved.values()) <= traced.kept(ids.numel())
+        assert traced.kept(ids.numel()) <= 1.01 * sum(saved.values()) + copies
+
+
+def test_trace_counts_the_products(make_config: MakeConfig) -> None:
+    """2 FLOPs a weight and token forward, 4 backward; with adapters the base has no gradient."""
+    off = {"training__activation_checkpointing": "off"}
+    policy, shapes = policy_and_shapes(make_config(**off))
+    full = trace(policy, [10, 6, 8], "padded", one_kernel=True)
+    matrices = 2 * (shapes.in_blocks - LAYERS * 2 * D)  # without the norms
+    assert full.forward_flops(100) == pytest.approx(100 * matrices)
+    assert full.backward_flops(100) == pytest.approx(100 * 2 * matrices)
+    policy, shapes = policy_and_shapes(make_config(adapter="lora", **off))
+    lora = trace(policy, [10, 6, 8], "padded", one_kernel=True)
+    assert lora.forward_flops(100) == pytest.approx(100 * (matrices + 2 * shapes.adapter))
+    # The first block's input needs no gradient, neither from the base nor from lora_A.
+    assert 1.5 * matrices / 2 < lora.backward_flops(100) / 100 < matrices + 4 * shapes.adapter
+
+
+def test_a_packed_row_on_cpu_keeps_keys_and_values_of_each_response(
+    make_config: MakeConfig,
+) -> None:
+    lines = {}
+    for one_kernel in (True, False):
+        policy, _ = policy_and_shapes(make_config(training__activation_checkpointing="off"))
+        lines[one_kernel] = trace(policy, [20, 20, 20], "shared", one_kernel)
+    more = lines[False].kept(120) - lines[True].kept(120)
+    # k and v of two heads of 8, of prompt and response for each of two; joined outputs; masks.
+    assert more >= LAYERS * 4 * 2 * 2 * 8 * 2 * (40 + 40)
+
+
+def sizes(prompts: list[int], responses: list[list[int]]) -> Sizes:
+    flat = np.array([n for group in responses for n in group])
+    offsets = np.array([0, *np.cumsum([len(group) for group in responses])])
+    return Sizes("groupwise", np.array(prompts), flat, offsets)
+
+
+@pytest.mark.parametrize("layout", ["shared", "flat", "padded"])
+def test_passes_against_counting(make_config: MakeConfig, layout: str) -> None:
+    prompts, responses = [3, 5, 2], [[2, 4], [1, 1, 3], [6]]
+    code = "flash_attention_2" if layout == "flat" else "sdpa"
+    config = make_config(
+        loss="info_nca",
+        training__layout=layout,
+        model__attn_implementation=code,
+        training__batch_size=3,
+    )
+    [[batch]] = steps_of(config, sizes(prompts, responses), 1, one_by_one=True)
+    found = sorted(batch)
+    expected = []
+    for prompt, own in zip(prompts, responses, strict=True):
+        rows = [prompt + n for n in own]
+        if layout == "padded":
+            rows = [max(rows)] * len(own)
+        tokens = prompt + sum(own) if layout == "shared" else sum(rows)
+        attended = sum(sum(range(1, n + 1)) for n in rows)
+        if layout == "shared":
+            attended -= (len(own) - 1) * sum(range(1, prompt + 1))
+        expected.append(Pass(tokens, sum(own), attended, beside=3))
+    assert found == sorted(expected)
+    [[together]] = steps_of(config, sizes(prompts, responses), 1, one_by_one=False)
+    assert len(together) == 1 and together[0].scored == 17
+
+
+def test_steps_are_those_of_training(make_config: MakeConfig) -> None:
+    config = make_config(training__max_tokens=200)
+    groups = load_groups(config.data.train, load_tokenizer(config.model), config.data)
+    steps = steps_of(config, Sizes.of(groups), 1, one_by_one=True)
+    assert len(steps) == 3
+    scored = sum(p.scored for step in steps for batch in step for p in batch)
+    assert scored == groups.response_lengths.sum()
+    with pytest.raises(DataError, match=r"training\.max_tokens: 10 cannot hold"):
+        steps_of(make_config(training__max_tokens=10), Sizes.of(groups), 1, one_by_one=True)
+
+
+def test_cut_lengths_are_those_of_shorter_data(make_config: MakeConfig) -> None:
+    config = make_config()
+    tokenizer = load_tokenizer(config.model)
+    whole = Sizes.of(load_groups(config.data.train, tokenizer, config.data))
+    short = make_config(data__max_length=24)
+    expected = Sizes.of(load_groups(short.data.train, tokenizer, short.data))
+    cut = whole.cut(24)
+    for name in ("prompt_lengths", "response_lengths", "offsets"):
+        assert np.array_equal(getattr(cut, name), getattr(expected, name))
+
+
+NO_TRACE = Trace(*[Line(0.0, 0.0)] * 5)
+
+
+def memory_of(config: Config, shard: int = 1, on_cpu: bool = False, traced: Any = NO_TRACE) -> Any:
+    _, shapes = policy_and_shapes(config, sharded=shard > 1)
+    return Memory(config, shapes, traced, shard, on_cpu)
+
+
+def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) -> None:
+    from fastpref.training.optim import make_optimizer
+
+    for name, options in (("adamw", {}), ("rmsprop", {}), ("adamw", {"adapter": "lora"})):
+        config = make_config(optim={"name": name}, **options)
+        policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
+        trained = list(policy.trained().values())
+        optimizer = make_optimizer(config.optim, trained)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        state = sum(
+            value.nbytes
+            for own in optimizer.state.values()
+            for value in own.values()
+            if value.dim()
+        )
+        memory = memory_of(config)
+        assert memory.optimizer == state
+        assert memory.gradients == sum(p.nbytes for p in trained)
+
+
+def test_shards_of_a_model(make_config: MakeConfig) -> None:
+    config = make_config(model__dtype="bfloat16")
+    whole, cut = memory_of(config), memory_of(config, shard=4)
+    shapes = whole.shapes
+    assert whole.weights == 4 * shapes.base
+    # Both of two blocks are gathered at once: all weights in bf16 beside a quarter in fp32.
+    assert cut.weights == shapes.base + 2 * shapes.base
+    assert cut.gradients * 4 == whole.gradients and cut.optimizer * 4 == whole.optimizer
+    offloaded = memory_of(make_config(model__dtype="bfloat16", mesh={"offload": True}), shard=4)
+    assert offloaded.weights == 2 * shapes.base
+    assert offloaded.optimizer == offloaded.gradients == 0
+
+
+def test_moments_of_a_step(make_config: MakeConfig) -> None:
+    """Sums by hand for a trunk that keeps 100 bytes a token and takes 7 more at a time."""
+    traced = replace(NO_TRACE, kept=Line(0, 100), backward=Line(0, 7), forward=Line(0, 3))
+    memory = memory_of(make_config(), on_cpu=True, traced=traced)
+    n, head = 4 * memory.shapes.base, 4 * D * V
+    batch = (Pass(50, 20, 0, beside=2), Pass(30, 10, 0, beside=2))
+    moments = memory.moments(batch, accumulates=True)
+    assert {m.weights for m in moments.values()} == {n}
+    assert {m.optimizer for m in moments.values()} == {2 * n}
+    kept = [t * (2 * D + V) * 4 for t in (20, 10)]  # hidden states, directions and deltas
+    forward = moments["head"]
+    assert (forward.activations, forward.gradients) == (8000, n)
+    assert forward.head == sum(kept) + (30 + 10) * D * 4 + 10 * V * 4
+    assert moments["forward"].activations == 8090
+    assert moments["backward"].activations == 8210
+    assert moments["backward"].head == kept[0]
+    assert moments["next pass"].gradients == 2 * n and moments["next pass"].activations == 5000
+    assert moments["end"].gradients == 2 * n + head
+    alone = memory.moments((Pass(50, 20, 0),), accumulates=False)
+    assert alone["head"].gradients == 0 and alone["backward"].gradients == head
+    assert alone["end"].gradients == alone["update"].gradients == n
+
+
+def test_a_frozen_reference_is_a_second_model(make_config: MakeConfig) -> None:
+    batch = (Pass(50, 20, 0),)
+    cached, frozen = (
+        memory_of(make_config(reference=mode)).moments(batch, False)["head"]
+        for mode in ("cached", "frozen")
+    )
+    assert cached.reference == 0
+    assert frozen.reference == frozen.weights + 20 * D * 4
+
+
+def test_deltas_are_kept_within_the_budgets_of_the_kernels(make_config: MakeConfig) -> None:
+    kernels = pytest.importorskip("fastpref_kernels.linear_logps")
+    assert heads.TRITON_CACHE_BYTES == kernels.CACHE_BYTES
+    head = memory_of(make_config()).head
+    assert head.passes(Pass(1, 1000, 0)) == 3 + 1
+    assert head.passes(Pass(1, 2**31 // (4 * V) + 1, 0)) == 4 + 1
+    assert memory_of(make_config(adapter="lora")).head.passes(Pass(1, 1000, 0)) == 2 + 1
+
+
+def test_meshes(make_config: MakeConfig) -> None:
+    assert shard_size(make_config(), 8) == 8
+    assert shard_size(make_config(mesh={"replicate": 2}), 8) == 4
+    assert shard_size(make_config(mesh={"shard": 1}), 8) == 1
+    assert shard_size(make_config(adapter={"name": "lora", "quantize": "nf4"}), 8) == 1
+    with pytest.raises(ConfigError, match="mesh: replicate 3 · shard 2 needs 6 ranks"):
+        shard_size(make_config(mesh={"replicate": 3, "shard": 2}), 8)
+
+
+def test_devices() -> None:
+    assert named("h100", torch.bfloat16) is GPUS["h100"]
+    here = named("cpu", torch.float32)
+    assert here.is_cpu and here.flops > 1e8 and here.bandwidth > 1e8 and here.memory > 2**30
+    with pytest.raises(UserError, match=r"--device: must be one of cpu, h100, .*, got abacus"):
+        named("abacus", torch.bfloat16)
+
+
+def test_changes_that_fit_come_in_the_order_of_their_cost(make_config: MakeConfig) -> None:
+    config = make_config(
+        optim={"name": "adamw"}, training__activation_checkpointing="off", reference="frozen"
+    )
+    groups = Sizes.alike("pairwise", 8, 20, [20, 20])
+    predict = Predictor(SMALL, None)
+    assert not predict(config, groups, 1).fits
+    found = fitting(predict, Setup(config, groups, 1))
+    assert 0 < len(found) <= 3
+    costs = [p.cost for _, p in found]
+    assert costs == sorted(costs)
+    for changed, p in found:
+        assert p.fits and changed.changes
+        assert predict(changed.config, changed.sizes, changed.ranks).parts == p.parts
+
+
+@pytest.fixture
+def config_file(make_config: MakeConfig, tmp_path: Path) -> str:
+    path = tmp_path / "plan.yaml"
+    path.write_text(make_config().to_yaml())
+    return str(path)
+
+
+def test_the_command_fits(fastpref: Any, config_file: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    done = fastpref("plan", config_file, "--device", "4090", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "fits: 0.0 GiB of the 21.8 GiB of 4090 that a run can use" in done.stdout
+    record = json.loads(out.read_text())
+    assert record["fits"] and record["changes"] == [] and record["steps"] == 3
+    assert record["total_bytes"] == sum(record["parts"].values())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "error: --device: must be one of cpu, h100"),
+        (["--lengths", "5"], "error: --lengths: must be tokens of the prompt and"),
+        (["data.train=some/hub-name"], "is not a file here; give --lengths PROMPT,RESPONSE"),
+        (["mesh.shard=3", "--ranks", "4"], "error: mesh: replicate 1 · shard 3 needs 3 ranks"),
+    ],
+)
+def test_errors_are_one_line(
+    fastpref: Any, config_file: str, arguments: list[str], message: str
+) -> None:
+    done = fastpref("plan", config_file, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+def test_an_8b_model_needs_no_data_and_no_weights(tmp_path: Path) -> None:
+    """All weights in fp32 with gradients and two moments: 16 bytes each, of 8.03e9."""
+    config = configs.parse(
+        {
+            "model": {"init": "random", "config": LLAMA_8B},
+            "data": {"train": "nowhere.jsonl"},
+            "loss": "dpo",
+        }
+    )
+    console = Console(width=120, record=True, quiet=False, file=(tmp_path / "shown").open("w"))
+    assert not run(config, console, "a100-80gb", 1, "200,300", tmp_path / "plan.json")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    parts = record["parts"]
+    assert parts["weights"] == 4 * 8_030_261_248 and parts["optimizer"] == 8 * 8_030_261_248
+    assert record["total_bytes"] >= 16 * 8_030_261_248
+    shown = console.export_text()
+    assert "does not fit" in shown
+    assert 0 < len(record["changes"]) <= 3
+    for change in record["changes"]:
+        assert change["fits"] and " ".join(change["changes"]) in shown

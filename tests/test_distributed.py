@@ -1,0 +1,126 @@
+"""What ranks agree on; alone, and as two processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from fastpref import distributed
+from fastpref.utils.errors import UserError
+from tests.helpers import rank_processes
+
+
+def test_alone_nothing_changes() -> None:
+    values = torch.tensor([1.0, 2.0])
+    with distributed.joined(), distributed.first_goes_first():
+        assert (distributed.count(), distributed.rank(), distributed.is_first()) == (1, 0, True)
+        assert distributed.sum_(values) is values and values.tolist() == [1.0, 2.0]
+        assert distributed.gather(values) is values
+        assert distributed.largest(-2.0) == -2.0 and distributed.all_equal(3.0)
+        assert distributed.all_of(True) and not distributed.all_of(False)
+        distributed.sum_all_([values])
+        distributed.wait()
+
+
+def of_two(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    news: list[bool] = []
+    try:
+        with distributed.joined():
+            whole = torch.tensor([1.0 + rank]), torch.full((2, 2), 10.0 * rank)
+            distributed.sum_all_(whole)
+            assert whole[0].tolist() == [3.0] and whole[1].tolist() == [[10.0, 10.0]] * 2
+            assert distributed.gather(torch.arange(2.0 + rank)).tolist() == [0, 1, 0, 1, 2]
+            assert distributed.largest(float(-rank)) == 0.0
+            assert not distributed.all_of(rank == 0) and not distributed.all_equal(float(rank))
+            log = folder / "order.txt"
+            with distributed.first_goes_first(), log.open("a") as file:
+                file.write(f"{rank}\n")
+            raise UserError("the same on both")
+    except UserError as error:
+        news.append(error.is_news)
+    (folder / f"news-{rank}").write_text(str(news))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    rank_processes.start(of_two, 2, tmp_path)
+    assert (tmp_path / "order.txt").read_text() == "0\n1\n"
+    told = sorted((tmp_path / f"news-{rank}").read_text() for rank in range(2))
+    assert told == ["[False]", "[True]"], "one of them says it"
+
+
+@pytest.mark.parametrize("words", distributed._LOST)
+def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: None)
+    with (
+        pytest.raises(distributed.LostRank, match="rank 0: lost the connection"),
+        distributed.joined(),
+    ):
+        raise RuntimeError(f"[gloo/pair.cc:1] {words} [127.0.0.1]:1")
+    with (
+        pytest.raises(distributed.LostRank, match="rank 0: lost the connection"),
+        distributed.joined(),
+    ):
+        raise UserError(f"cannot write step-4: {words}")
+    with pytest.raises(RuntimeError, match="something else"), distributed.joined():
+        raise RuntimeError("something else")
+
+
+def test_what_a_rank_says_is_news_where_the_one_that_would_know_is_gone() -> None:
+    class Gone:
+        def compare_set(self, *words: str) -> bytes:
+            raise RuntimeError("Failed to recv, got 0 bytes")
+
+    assert distributed._says_first(Gone(), UserError("the disk is full"))
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The environment of the second of two ranks; returns the port that the first has to take."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**told, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    return port
+
+
+def test_a_rank_that_goes_before_the_ranks_have_met_is_one_line(second_of_two: int) -> None:
+    of_the_first = [TCPStore("127.0.0.1", second_of_two, 2, True, wait_for_workers=False)]
+    gone = threading.Timer(1.0, of_the_first.clear)
+    gone.start()
+    with (
+        pytest.raises(distributed.LostRank, match="rank 1: lost the connection"),
+        distributed.joined(),
+    ):
+        pass
+    gone.join()
+
+
+def test_a_port_that_is_taken_is_one_line(
+    second_of_two: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    said = "rank 0: cannot meet the others at 127.0.0.1:.*address already in use; give torchrun "
+    with (
+        socket.create_server(("127.0.0.1", second_of_two)),
+        pytest.raises(UserError, match=said),
+        distributed.joined(),
+    ):
+        pass
