@@ -39,7 +39,7 @@ from fastpref import metrics, ops
 from fastpref.bench import timer
 from fastpref.docgen import markdown
 from fastpref.dynamics.band import band, parameter_geometry
-from fastpref.training.setup import Split
+from fastpref.training.setup import DataSplit
 from fastpref.training.trainer import Trainer
 from fastpref.utils import environment
 from fastpref.utils.progress import Display
@@ -223,7 +223,7 @@ def make_trainer(
             "device": "cpu",
             "activation_checkpointing": False,
             "checkpoint_every": None,
-            "output": str(home / name),
+            "output_dir": str(home / name),
             **training,
         },
         **sections,
@@ -262,7 +262,7 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
         calibration=None
         if job.momentum is None
         else {"momentum": job.momentum, "scope": job.scope},
-        monitor={"band": 1},
+        monitor={"band_every": 1},
         optim=OPTIMIZERS[job.optimizer],
     )
     trainer.loop([])
@@ -299,7 +299,7 @@ def in_training(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def outcome(trainer: Trainer, data: Split) -> dict[str, float]:
+def outcome(trainer: Trainer, data: DataSplit) -> dict[str, float]:
     """What has become of the log-probs of a split since the SFT model.
 
     chosen_change, rejected_change: mean change of the summed log-prob, nats. accuracy: share of
@@ -322,13 +322,13 @@ def outcome(trainer: Trainer, data: Split) -> dict[str, float]:
     return {name: values.double().mean().item() for name, values in columns.items()}
 
 
-def see(trainer: Trainer, data: Split, indices: list[int], geometry: bool = False) -> Any:
-    """A forward pass over some pairs, `fastpref.training.forward.Seen`."""
+def see(trainer: Trainer, data: DataSplit, indices: list[int], geometry: bool = False) -> Any:
+    """A forward pass over some pairs, `fastpref.training.forward.MicroBatchLogps`."""
     batches = trainer.policy.batches(data.groups, indices)
     return trainer.forward(batches, data.reference, with_geometry=geometry)
 
 
-def one_step(trainer: Trainer, data: Split, nats: float = 0.01) -> dict[str, float]:
+def one_step(trainer: Trainer, data: DataSplit, nats: float = 0.01) -> dict[str, float]:
     """How often the band predicts the signs of what a step of gradient descent changes.
 
     A step follows the gradient of one pair's loss, calibrated as in training, in all parameters

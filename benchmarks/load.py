@@ -137,7 +137,7 @@ class Work:
             "loss": {"name": "dpo"},
             "optim": {"lr": 1e-4},
             "training": {
-                "output": str(self.folder / name),
+                "output_dir": str(self.folder / name),
                 "device": "cpu",
                 "batch_invariant": False,  # a small model is faster so
             },
@@ -194,14 +194,14 @@ def tokenise_and_plan(path: Path) -> Values:
     )
     tokenised = time.monotonic()
     t = config.training
-    plan = Plan.of(groups, t.batch_size, t.max_tokens, t.seed, "shared")
+    plan = Plan.of(groups, t.batch_size, t.micro_batch_tokens, t.seed, "prefix_shared")
     parts = sum(len(step) for step in plan.epoch())
     return {
         "tokenising_seconds": round(tokenised - started, 1),
         "planning_seconds": round(time.monotonic() - tokenised, 1),
         "groups": len(groups),
         "responses": int(groups.offsets[-1]),
-        "tokens": int(tokens_of(groups, "shared").sum()),
+        "tokens": int(tokens_of(groups, "prefix_shared").sum()),
         "steps": plan.steps_per_epoch,
         "micro_batches": parts,
     }
@@ -234,7 +234,7 @@ def long(work: Work, _: float) -> Values:
         "long",
         pairs,
         data={"max_length": 33_500},
-        training={"steps": 3, "batch_size": 1, "max_tokens": 2 * 33_500},
+        training={"steps": 3, "batch_size": 1, "micro_batch_tokens": 2 * 33_500},
     )
     planned = work.plan(config)
     seen, lines = work.train(config)
@@ -260,7 +260,7 @@ def groups(work: Work, scale: float) -> Values:
         "groups",
         wide,
         loss={"name": "info_nca"},
-        training={"steps": 20, "batch_size": 64, "max_tokens": 65_536},
+        training={"steps": 20, "batch_size": 64, "micro_batch_tokens": 65_536},
     )
     planned = work.plan(config)
     seen, _lines = work.train(config)

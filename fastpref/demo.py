@@ -64,7 +64,7 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
             "data": data,
             "loss": loss,
             "optim": {"lr": lr, "schedule": "cosine", "warmup_steps": 10},
-            "training": {**training, **extra, "output": str(out / name)},
+            "training": {**training, **extra, "output_dir": str(out / name)},
         }
 
     speaks = {"path": str(out / "sft" / "model")}

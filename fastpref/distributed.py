@@ -34,7 +34,7 @@ class LostRank(UserError):
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Within, the processes that torchrun started belong together; alone, nothing changes."""
     if _told("WORLD_SIZE", 1) == 1:
         yield
@@ -93,7 +93,7 @@ def _told(name: str, default: int | None = None) -> int:
         ) from None
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -108,75 +108,75 @@ def local_rank() -> int:
     return _told("LOCAL_RANK", 0)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
-def sum_(values: Tensor) -> Tensor:
+def all_reduce_sum_(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place; returns it. The same bits on each."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def sum_all_(tensors: Iterable[Tensor]) -> None:
-    """`sum_` of many tensors of one dtype, in place and in a single collective."""
+def all_reduce_sum_coalesced_(tensors: Iterable[Tensor]) -> None:
+    """`all_reduce_sum_` of many tensors of one dtype, in place and in a single collective."""
     parts = list(tensors)
-    if count() == 1 or not parts:
+    if world_size() == 1 or not parts:
         return
-    flat = sum_(torch.cat([part.flatten() for part in parts]))
+    flat = all_reduce_sum_(torch.cat([part.flatten() for part in parts]))
     for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
         part.copy_(total.view_as(part))
 
 
-def largest(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     """The largest of all ranks' values."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     dist.all_reduce(found := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
     return found.item()
 
 
-def all_of(value: bool) -> bool:
+def all_ranks(value: bool) -> bool:
     """Whether it is so on every rank."""
-    return largest(float(not value)) == 0.0
+    return all_reduce_max(float(not value)) == 0.0
 
 
 def all_equal(value: float) -> bool:
     """Whether all ranks have the same value."""
-    return largest(value) == -largest(-value)
+    return all_reduce_max(value) == -all_reduce_max(-value)
 
 
 def gather(values: Tensor) -> Tensor:
     """The values (N,) of all ranks, in the order of the ranks; N may differ."""
-    if count() == 1:
+    if world_size() == 1:
         return values
-    sizes = torch.zeros(count(), dtype=torch.int64, device=values.device)
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=values.device)
     sizes[rank()] = len(values)
-    sum_(sizes)
+    all_reduce_sum_(sizes)
     padded = values.new_zeros(int(sizes.max()))
     padded[: len(values)] = values
-    rows = [torch.empty_like(padded) for _ in range(count())]
+    rows = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(rows, padded)
     return torch.cat([row[:size] for row, size in zip(rows, sizes.tolist(), strict=True)])
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all ranks are here."""
-    if count() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
-def first_goes_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first rank of each machine does what is within, then the others.
 
     What it leaves on disk, they find. An error is raised on all ranks that run into it.
     """
     if local_rank() > 0:
-        wait()
+        barrier()
     try:
         yield
     finally:
         if local_rank() == 0:
-            wait()
+            barrier()

@@ -113,11 +113,11 @@ def make_config(tmp_path: Path, tiny_llama: str) -> Callable[..., configs.Config
             "training": {
                 "batch_size": 4,
                 "activation_checkpointing": "off",
-                "max_tokens": 4096,
+                "micro_batch_tokens": 4096,
                 "log_every": 1,
                 "device": "cpu",
                 "checkpoint_every": None,
-                "output": str(tmp_path / "run"),
+                "output_dir": str(tmp_path / "run"),
             },
         }
         for name, value in overrides.items():

@@ -18,14 +18,18 @@ from tests.helpers import rank_processes
 
 def test_alone_nothing_changes() -> None:
     values = torch.tensor([1.0, 2.0])
-    with distributed.joined(), distributed.first_goes_first():
-        assert (distributed.count(), distributed.rank(), distributed.is_first()) == (1, 0, True)
-        assert distributed.sum_(values) is values and values.tolist() == [1.0, 2.0]
+    with distributed.process_group(), distributed.main_process_first():
+        assert (distributed.world_size(), distributed.rank(), distributed.is_main_process()) == (
+            1,
+            0,
+            True,
+        )
+        assert distributed.all_reduce_sum_(values) is values and values.tolist() == [1.0, 2.0]
         assert distributed.gather(values) is values
-        assert distributed.largest(-2.0) == -2.0 and distributed.all_equal(3.0)
-        assert distributed.all_of(True) and not distributed.all_of(False)
-        distributed.sum_all_([values])
-        distributed.wait()
+        assert distributed.all_reduce_max(-2.0) == -2.0 and distributed.all_equal(3.0)
+        assert distributed.all_ranks(True) and not distributed.all_ranks(False)
+        distributed.all_reduce_sum_coalesced_([values])
+        distributed.barrier()
 
 
 def of_two(rank: int, port: int, folder: Path) -> None:
@@ -33,15 +37,15 @@ def of_two(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     news: list[bool] = []
     try:
-        with distributed.joined():
+        with distributed.process_group():
             whole = torch.tensor([1.0 + rank]), torch.full((2, 2), 10.0 * rank)
-            distributed.sum_all_(whole)
+            distributed.all_reduce_sum_coalesced_(whole)
             assert whole[0].tolist() == [3.0] and whole[1].tolist() == [[10.0, 10.0]] * 2
             assert distributed.gather(torch.arange(2.0 + rank)).tolist() == [0, 1, 0, 1, 2]
-            assert distributed.largest(float(-rank)) == 0.0
-            assert not distributed.all_of(rank == 0) and not distributed.all_equal(float(rank))
+            assert distributed.all_reduce_max(float(-rank)) == 0.0
+            assert not distributed.all_ranks(rank == 0) and not distributed.all_equal(float(rank))
             log = folder / "order.txt"
-            with distributed.first_goes_first(), log.open("a") as file:
+            with distributed.main_process_first(), log.open("a") as file:
                 file.write(f"{rank}\n")
             raise UserError("the same on both")
     except UserError as error:
@@ -70,15 +74,15 @@ def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words:
     monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: None)
     with (
         pytest.raises(distributed.LostRank, match="rank 0: lost the connection"),
-        distributed.joined(),
+        distributed.process_group(),
     ):
         raise RuntimeError(f"[gloo/pair.cc:1] {words} [127.0.0.1]:1")
     with (
         pytest.raises(distributed.LostRank, match="rank 0: lost the connection"),
-        distributed.joined(),
+        distributed.process_group(),
     ):
         raise UserError(f"cannot write step-4: {words}")
-    with pytest.raises(RuntimeError, match="something else"), distributed.joined():
+    with pytest.raises(RuntimeError, match="something else"), distributed.process_group():
         raise RuntimeError("something else")
 
 
@@ -107,7 +111,7 @@ def test_a_rank_that_goes_before_the_ranks_have_met_is_one_line(second_of_two: i
     gone.start()
     with (
         pytest.raises(distributed.LostRank, match="rank 1: lost the connection"),
-        distributed.joined(),
+        distributed.process_group(),
     ):
         pass
     gone.join()
@@ -121,6 +125,6 @@ def test_a_port_that_is_taken_is_one_line(
     with (
         socket.create_server(("127.0.0.1", second_of_two)),
         pytest.raises(UserError, match=said),
-        distributed.joined(),
+        distributed.process_group(),
     ):
         pass

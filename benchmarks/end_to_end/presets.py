@@ -88,7 +88,7 @@ CONTESTANTS = (
     Contestant(
         "fastpref, defaults",
         "fastpref",
-        {"max_tokens": 16384, "activation_checkpointing": "full"},
+        {"micro_batch_tokens": 16384, "activation_checkpointing": "full"},
     ),
     Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": "off"}),
     Contestant("TRL, reference precomputed", "trl", {"precompute_ref_log_probs": True}),
@@ -128,7 +128,7 @@ _CPU = Preset(
     minutes=20,
     lr=1e-5,
     # A CPU computes pair by pair: with room for one or two there is nothing to recompute.
-    ours={"max_tokens": 2048, "activation_checkpointing": "off"},
+    ours={"micro_batch_tokens": 2048, "activation_checkpointing": "off"},
 )
 _LORA = Preset(
     "lora-8b",
@@ -144,9 +144,9 @@ _LORA = Preset(
     micro_batch=4,
     minutes=9,
     lr=5e-6,
-    adapter={"name": "lora", "r": 16, "alpha": 32, "targets": "all-linear"},
+    adapter={"name": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"},
     warm_up=2,
-    ours={"max_tokens": 4096},  # as many as the longest pair may have: the least memory
+    ours={"micro_batch_tokens": 4096},  # as many as the longest pair may have: the least memory
 )
 # The same path in a minute: to see that it works before an hour is spent.
 _SMALL = replace(
@@ -165,7 +165,7 @@ _FULL = replace(
 
 def _long(preset: Preset) -> Preset:
     name = f"{preset.name}-long"
-    ours = {"max_tokens": 8192}
+    ours = {"micro_batch_tokens": 8192}
     return replace(
         preset, name=name, lengths=LONG, max_length=4096, batch_size=8, micro_batch=2, ours=ours
     )
@@ -237,7 +237,7 @@ def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps:
     """The config of a run on `folder`'s model and pairs; adapter options may be unknown to it."""
     optim = {"lr": preset.lr, "weight_decay": 0.0, "max_grad_norm": 1.0}
     training = {"batch_size": preset.batch_size, "steps": steps, "seed": 0, "device": preset.device}
-    training |= {"checkpoint_every": None, "output": str(folder / contestant.name)}
+    training |= {"checkpoint_every": None, "output_dir": str(folder / contestant.name)}
     return {
         "model": {"path": str(folder / "model"), "dtype": preset.dtype},
         "data": {

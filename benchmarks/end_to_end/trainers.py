@@ -225,7 +225,7 @@ def _trl(job: Job, turns: Turns) -> None:
         lora = LoraConfig(
             r=adapter["r"],
             lora_alpha=adapter["alpha"],
-            target_modules=adapter["targets"],
+            target_modules=adapter["target_modules"],
             task_type="CAUSAL_LM",
         )
     data = Dataset.from_list(job.rows)

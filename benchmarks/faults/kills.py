@@ -190,7 +190,7 @@ class Training:
         self.folder, self.run, self.ranks = folder, folder / "run", ranks
         self.command = [
             str(config),
-            f"training.output={self.run}",
+            f"training.output_dir={self.run}",
             f"data.cache={folder / 'cache'}",
         ]
         self.rows: list[list[int]] = []  # of the steps that the newest weights have taken
@@ -345,7 +345,7 @@ def write_config(folder: Path) -> Path:
         "training": {
             "epochs": 2,
             "batch_size": PAIRS * 2 // STEPS,
-            "max_tokens": 48,
+            "micro_batch_tokens": 48,
             "activation_checkpointing": "off",
             "log_every": 1,
             "checkpoint_every": 2,

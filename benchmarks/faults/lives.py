@@ -103,7 +103,7 @@ def live(command: list[str], record: Path, ranks: dict[str, str], end: End | Non
 def _record_rows(path: Path) -> None:
     """Write a line for every step that is complete: its number, and the rows it was made of."""
     seen: list[int] = []
-    batches, step = setup.Visits.batches, trainer.Trainer._train_step
+    batches, step = setup.DataView.batches, trainer.Trainer._train_step
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def noting(self: Any, policy: Any, indices: list[int]) -> Any:
@@ -116,7 +116,7 @@ def _record_rows(path: Path) -> None:
         os.write(descriptor, (json.dumps({"step": self.step, "rows": seen}) + "\n").encode())
         return tally
 
-    setup.Visits.batches = noting  # type: ignore[method-assign]
+    setup.DataView.batches = noting  # type: ignore[method-assign]
     trainer.Trainer._train_step = recording  # type: ignore[method-assign]
 
 

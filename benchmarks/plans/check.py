@@ -57,7 +57,11 @@ def _llama(width: int, inner: int, layers: int, vocabulary: int) -> Values:
 
 
 def _check(model: Values, lengths: Lengths, max_tokens: int, **sections: Any) -> Values:
-    training = {"batch_size": PAIRS, "max_tokens": max_tokens, **sections.pop("training", {})}
+    training = {
+        "batch_size": PAIRS,
+        "micro_batch_tokens": max_tokens,
+        **sections.pop("training", {}),
+    }
     return {"model": model, "lengths": lengths, "training": training, "sections": sections}
 
 
@@ -199,7 +203,7 @@ def config_of(name: str, folder: Path, model: Values, output: str = "run") -> co
                 "steps": 2,
                 "device": "cpu" if on_cpu else "cuda",
                 "checkpoint_every": None,
-                "output": str(folder / output),
+                "output_dir": str(folder / output),
             },
             **check["sections"],
         }

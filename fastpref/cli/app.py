@@ -73,8 +73,8 @@ def _run() -> int | None:
         if not any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY):
             raise
         raise UserError(
-            "out of memory; lower training.max_tokens or data.max_length, or train an adapter: "
-            f"fastpref plan says what fits ({first_line(error)})"
+            "out of memory; lower training.micro_batch_tokens or data.max_length, or train an "
+            f"adapter: fastpref plan says what fits ({first_line(error)})"
         ) from None
 
 

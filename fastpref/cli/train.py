@@ -45,7 +45,10 @@ def train(
     from fastpref.utils.progress import Display, quiet_libraries
 
     quiet_libraries()
-    with distributed.joined(), Display(Console(quiet=not distributed.is_first())) as display:
+    with (
+        distributed.process_group(),
+        Display(Console(quiet=not distributed.is_main_process())) as display,
+    ):
         run(loaded, display, profile)
 
 
@@ -63,7 +66,10 @@ def precompute(
 
     loaded = load(config, overrides)
     quiet_libraries()
-    with distributed.joined(), Display(Console(quiet=not distributed.is_first())) as display:
+    with (
+        distributed.process_group(),
+        Display(Console(quiet=not distributed.is_main_process())) as display,
+    ):
         run(loaded, display)
 
 
@@ -71,7 +77,7 @@ def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value …]", help="E.g. training.max_tokens=8192"),
+        typer.Argument(metavar="[key=value …]", help="E.g. training.micro_batch_tokens=8192"),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="h100, h200, b200, a100-80gb, l40s, 4090, cpu, …")

@@ -93,7 +93,7 @@ class Adapter(Section):
         description="Dropout on the adapters' input. Above 0, rewards of the first step are not "
         "exactly 0.",
     )
-    targets: Name | list[Name] = Field(
+    target_modules: Name | list[Name] = Field(
         "all-linear",
         description="Module names, or `all-linear`: every linear layer except the head.",
     )
@@ -115,8 +115,8 @@ class Adapter(Section):
     path: Name | None = Field(
         None,
         description="Folder or Hub name of an adapter that is trained on, e.g. of SFT. It brings "
-        "its own rank, scale, dropout, targets and kind; the reference is the model with this "
-        "adapter as it was.",
+        "its own rank, scale, dropout, target modules and kind; the reference is the model with "
+        "this adapter as it was.",
     )
     merge: bool = Field(
         True,
@@ -127,7 +127,7 @@ class Adapter(Section):
     @property
     def foreign_options(self) -> tuple[str, ...]:
         """Those that an adapter which is loaded brings itself."""
-        return ("r", "alpha", "dropout", "targets", "rslora", "dora") if self.path else ()
+        return ("r", "alpha", "dropout", "target_modules", "rslora", "dora") if self.path else ()
 
     @model_validator(mode="after")
     def _a_loaded_one_describes_itself(self) -> Adapter:
@@ -188,7 +188,7 @@ class Calibration(Section):
 
 
 class Monitor(Section):
-    band: PositiveInt | None = Field(
+    band_every: PositiveInt | None = Field(
         None,
         description="Steps between measurements of the Disentanglement Band (scores of the head); "
         "with calibration it is measured in every step.",
@@ -255,18 +255,18 @@ class Training(Section):
         32,
         description="Pairs, single responses or groups per optimizer step, over all micro-batches.",
     )
-    max_tokens: PositiveInt = Field(
+    micro_batch_tokens: PositiveInt = Field(
         16384,
         description="Tokens of one micro-batch, with padding if there is any; the number of "
         "accumulation steps follows.",
     )
-    layout: Literal["auto", "shared", "flat", "padded"] = Field(
+    layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field(
         "auto",
-        description="How groups lie in a forward pass: `shared` packs them into one row in which "
-        "the responses of a group share one copy of its prompt; `flat` into one row of separate "
-        "sequences, for flash_attention_2; `padded` makes a row of each response. `auto`: shared "
-        "where `model.attn_implementation` is left open and the model proves to give the same "
-        "hidden states, flat with flash_attention_2, else padded.",
+        description="How groups lie in a forward pass: `prefix_shared` packs them into one row in "
+        "which the responses of a group share one copy of its prompt; `packed` into one row of "
+        "separate sequences, for flash_attention_2; `padded` makes a row of each response. `auto`: "
+        "prefix_shared where `model.attn_implementation` is left open and the model proves to give "
+        "the same hidden states, packed with flash_attention_2, else padded.",
     )
     activation_checkpointing: Literal["full", "selective", "off"] = Field(
         "full",
@@ -298,8 +298,8 @@ class Training(Section):
         500, description="Steps between checkpoints; null: only when interrupted."
     )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    output: Name = Field("runs/my-run", description="Run directory.")
-    track: list[Literal["tensorboard", "wandb"]] = Field(
+    output_dir: Name = Field("runs/my-run", description="Run directory.")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="Also send metrics there (`pip install fastpref[track]`)."
     )
 
@@ -309,7 +309,7 @@ class Training(Section):
         return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
-class Mesh(Section):
+class Parallel(Section):
     replicate: PositiveInt | None = Field(
         None,
         description="Copies of the model (HSDP); ranks = replicate · shard. Default: as many as "
@@ -320,12 +320,12 @@ class Mesh(Section):
         description="Ranks that share one copy; default: all of ranks / `replicate`. 1: every rank "
         "has all weights, and gradients are added up once per step.",
     )
-    reshard: bool = Field(
+    reshard_after_forward: bool = Field(
         True,
         description="Free a block's gathered weights after its forward pass, and gather them again "
         "in the backward pass; `false` sends less and keeps more.",
     )
-    offload: bool = Field(
+    cpu_offload: bool = Field(
         False,
         description="Keep weights, gradients and optimizer state in CPU memory, and update there.",
     )
@@ -362,16 +362,16 @@ class Config(Section):
         None, description="Rescale the incentives of a pairwise objective; `rc` alone will do."
     )
     monitor: Monitor = Field(Monitor(), description="What is measured beside the usual metrics.")
-    update: Literal["gradient", "projected"] = Field(
+    update: Literal["gradient", "dpo_pg"] = Field(
         "gradient",
-        description="`projected`: DPO-PG, the gradient of the chosen log-likelihood without what "
+        description="`dpo_pg`: DPO-PG, the gradient of the chosen log-likelihood without what "
         "would raise the rejected one; the objective is a metric alone, and adamw and rmsprop do "
         "not keep the method's guarantees.",
     )
     optim: Optim = Field(Optim(), description="Optimizer and schedule.")
     training: Training = Field(Training(), description="The loop.")
-    mesh: Mesh = Field(
-        Mesh(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
+    parallel: Parallel = Field(
+        Parallel(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
     )
     resume: Name | None = Field(
         None,
@@ -416,12 +416,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _incentives_are_of_pairs(self) -> Config:
-        asked = "calibration" if self.calibration else "monitor.band" if self.monitor.band else ""
-        asked = "update: projected" if self.update == "projected" else asked
-        if asked == "update: projected" and self.calibration:
-            raise ValueError(
-                "update: projected uses no incentives to calibrate; remove one of them"
-            )
+        asked = (
+            "calibration"
+            if self.calibration
+            else "monitor.band_every"
+            if self.monitor.band_every
+            else ""
+        )
+        asked = "update: dpo_pg" if self.update == "dpo_pg" else asked
+        if asked == "update: dpo_pg" and self.calibration:
+            raise ValueError("update: dpo_pg uses no incentives to calibrate; remove one of them")
         loss = self.build_loss()
         if asked and loss.kind != "pairwise":
             raise ValueError(

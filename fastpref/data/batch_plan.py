@@ -18,8 +18,8 @@ from fastpref.data.readers import DataError
 
 Indices = list[int]
 # How groups lie in a forward pass: in one row, each prompt once (shared) or for each of its
-# responses again (flat), or as one row for each response (padded).
-Layout = Literal["shared", "flat", "padded"]
+# responses again (packed), or as one row for each response (padded).
+Layout = Literal["prefix_shared", "packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Plan:
         largest = int((self.costs if self.rows is None else self.costs * self.rows).max())
         if largest > self.max_tokens:
             raise DataError(
-                f"training.max_tokens: {self.max_tokens:,} cannot hold the longest {self.unit} "
-                f"({largest:,} tokens); raise it, or lower data.max_length"
+                f"training.micro_batch_tokens: {self.max_tokens:,} cannot hold the longest "
+                f"{self.unit} ({largest:,} tokens); raise it, or lower data.max_length"
             )
 
     @classmethod
@@ -172,5 +172,5 @@ def tokens_of(groups: Groups, layout: Layout) -> Lengths:
     responses = np.diff(groups.offsets)
     if layout == "padded":
         return groups.padded_lengths * responses
-    prompts = groups.prompt_lengths * (responses if layout == "flat" else 1)
+    prompts = groups.prompt_lengths * (responses if layout == "packed" else 1)
     return prompts + np.add.reduceat(groups.response_lengths, groups.offsets[:-1])

@@ -86,7 +86,7 @@ def collate(
     else:
         order = {id(group): g for g, group in enumerate(groups)}
         places = [(order[id(group)], k) for group, k in members]
-        rows = lay_out(groups, places, share=layout == "shared")._asdict()
+        rows = lay_out(groups, places, share=layout == "prefix_shared")._asdict()
     targets = [label for group in groups for label in group.labels or ()]
     return Batch(
         **rows,

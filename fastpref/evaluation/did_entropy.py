@@ -147,7 +147,7 @@ class Estimate:
                 "seed": self.sampling.seed,
                 "device": self.device,
                 "checkpoint_every": None,
-                "output": str(self.out / "training"),
+                "output_dir": str(self.out / "training"),
             },
         }
         with tempfile.TemporaryDirectory() as folder:  # what is refused leaves `out` empty

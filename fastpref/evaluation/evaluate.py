@@ -25,7 +25,7 @@ from fastpref.data.dataset import GroupDataset, load_groups
 from fastpref.evaluation.sample import Sampler
 from fastpref.metrics import preference as monitors
 from fastpref.model.batch_layout import choose_layout
-from fastpref.model.policy import Asked, Policy, PolicyOutput, context_length
+from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput, context_length
 from fastpref.utils import atomic_files
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
@@ -92,7 +92,7 @@ def evaluate(
             "model": {"path": model},
             "data": {"train": data, **given},
             "loss": "logpi_dpo",  # of pairs, without a reference
-            "training": {"max_tokens": max_tokens},
+            "training": {"micro_batch_tokens": max_tokens},
         }
     )
     groups = load_groups(data, sampler.tokenizer, config.data, "pairwise", "test")
@@ -122,14 +122,14 @@ def score(policy: Policy, groups: GroupDataset, config: configs.Config, display:
     """Log-probs and entropies of all pairs, in the trainer's layout, order and forward passes."""
     choose_layout(policy, config, groups, display)
     t = config.training
-    plan = Plan.of(groups, t.batch_size, t.max_tokens, layout=policy.layout)
+    plan = Plan.of(groups, t.batch_size, t.micro_batch_tokens, layout=policy.layout)
     found = torch.empty(2, 2 * len(groups), dtype=torch.float64)
     _, bias = policy.head()
     display.phase("evaluate", len(groups))
     done = 0
     for indices in (part for step in plan.epoch() for part in step):
         for batch in policy.batches(groups, indices):
-            output: PolicyOutput = policy(batch, Asked(head=True))
+            output: PolicyOutput = policy(batch, ForwardOptions(head=True))
             assert output.head is not None
             of_the_tokens = *output.head, batch.labels
             stats = ops.token_stats(*of_the_tokens, bias=bias, **policy.head_options)

@@ -1,7 +1,7 @@
 """Objectives in which the loss of a pair depends on the other pairs of its batch.
 
-The batch is that of the call, in training the micro-batch: another `training.max_tokens` is another
-objective, which is in the nature of these and of no others. For the same reason a pair cannot be
+The batch is that of the call, in training the micro-batch: another `training.micro_batch_tokens`
+is another objective, for these objectives and no others. For the same reason a pair cannot be
 reversed on its own, so they take no soft labels. Notation: see `base`.
 """
 

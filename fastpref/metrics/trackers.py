@@ -63,7 +63,7 @@ class WandB:
                 project="fastpref", name=folder.name, dir=folder, config=config, resume="allow"
             )
         except Exception as error:  # no login, no network, no quota: its own types
-            raise UserError(f"training.track: wandb failed: {first_line(error)}") from None
+            raise UserError(f"training.report_to: wandb failed: {first_line(error)}") from None
 
     def log(self, metrics: dict[str, Any]) -> None:
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
@@ -80,7 +80,7 @@ def trackers(
 
     The first rank writes for all.
     """
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return []
     made: list[Tracker] = [JsonLines(folder / "metrics.jsonl", resume_step)]
     for name in names:
@@ -106,4 +106,4 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _missing(name: str) -> UserError:
-    return UserError(f"training.track: {name} is not installed; pip install 'fastpref[track]'")
+    return UserError(f"training.report_to: {name} is not installed; pip install 'fastpref[track]'")

@@ -72,7 +72,7 @@ class Window:
         """Steps and their rows of all ranks on the host, for a checkpoint."""
         if self._settled < len(self._rows):
             own = torch.stack(self._rows[self._settled :])
-            totals = distributed.sum_(own.clone())
+            totals = distributed.all_reduce_sum_(own.clone())
             totals[:, 0] = own[:, 0]
             self._rows[self._settled :] = totals.cpu()
             self._settled = len(self._rows)
@@ -86,5 +86,5 @@ class Window:
 def peak_memory(device: torch.device) -> float:
     """GiB at most so far, of the rank with most: allocated on its GPU, or resident in memory."""
     if device.type == "cuda":
-        return distributed.largest(torch.cuda.max_memory_allocated(device) / 2**30)
-    return distributed.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return distributed.all_reduce_max(torch.cuda.max_memory_allocated(device) / 2**30)
+    return distributed.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

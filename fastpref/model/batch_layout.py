@@ -20,14 +20,14 @@ def choose_layout(policy: Policy, config: Config, groups: Groups, display: Displ
     """
     policy.batch_invariant = config.training.batch_invariant
     asked, layout = config.training.layout, wanted_layout(config)
-    if layout == "flat" and config.model.attn_implementation != "flash_attention_2":
+    if layout == "packed" and config.model.attn_implementation != "flash_attention_2":
         raise ConfigError(
-            "training.layout: flat is for model.attn_implementation: flash_attention_2; set that, "
-            "or use shared"
+            "training.layout: packed is for model.attn_implementation: flash_attention_2; set "
+            "that, or use prefix_shared"
         )
-    if layout == "shared" and not _can_share(policy, groups):
+    if layout == "prefix_shared" and not _can_share(policy, groups):
         name = type(policy.base).__name__
-        if asked == "shared":
+        if asked == "prefix_shared":
             raise ConfigError(
                 f"training.layout: {name} gives other hidden states for shared prompts; use padded"
             )
@@ -44,20 +44,20 @@ def wanted_layout(config: Config) -> Layout:
         return config.training.layout
     code = config.model.attn_implementation
     if code == "auto":
-        return "shared"
-    return "flat" if code == "flash_attention_2" else "padded"
+        return "prefix_shared"
+    return "packed" if code == "flash_attention_2" else "padded"
 
 
 def use_layout(policy: Policy, layout: Layout) -> None:
     """Set `policy.layout`, and the attention code that it needs."""
-    if layout == "shared":
+    if layout == "prefix_shared":
         policy.base.set_attn_implementation(packed_attention.register())
     policy.layout = layout
 
 
 def _can_share(policy: Policy, groups: Groups) -> bool:
     """Whether the two longest groups have the hidden states that their sequences have alone."""
-    longest = tokens_of(groups, "shared").argsort(kind="stable")[-2:]
+    longest = tokens_of(groups, "prefix_shared").argsort(kind="stable")[-2:]
     computed = policy.compute_dtype if policy.sharded else policy.base.dtype  # without autocast
     dtype = str(computed).removeprefix("torch.")
     error = policy.packing_error([groups[int(index)] for index in longest])
@@ -67,9 +67,11 @@ def _can_share(policy: Policy, groups: Groups) -> bool:
 def _savings(groups: Groups, layout: Layout) -> str:
     """What a layout leaves out of padded rows, each group padded alone."""
     padded, flat, packed = (
-        int(tokens_of(groups, each).sum()) for each in ("padded", "flat", layout)
+        int(tokens_of(groups, each).sum()) for each in ("padded", "packed", layout)
     )
-    shared = f", {(flat - packed) / padded:.0%} by sharing prompts" if layout == "shared" else ""
+    shared = (
+        f", {(flat - packed) / padded:.0%} by sharing prompts" if layout == "prefix_shared" else ""
+    )
     return (
         f"tokens: {packed:,} in packed rows instead of {padded:,}; "
         f"{(padded - flat) / padded:.0%} saved by leaving out padding{shared}"

@@ -27,10 +27,10 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
     model: Any = policy.causal_lm
     if policy.sharded and (merge or model is policy.base):
         _export_shards(policy, folder)
-        if distributed.is_first():
+        if distributed.is_main_process():
             tokenizer.save_pretrained(folder)
         return
-    if not distributed.is_first():  # what is to be written is whole on every rank
+    if not distributed.is_main_process():  # what is to be written is whole on every rank
         return
     if merge and model is not policy.base:
         model = merged(policy)  # the base itself, its weights changed
@@ -56,16 +56,16 @@ def _export_shards(policy: Policy, folder: Path) -> None:
     for number, names in enumerate(files, 1):
         held: dict[str, Tensor] = {}
         for name in names:
-            weight = fsdp.whole(weights[name])
+            weight = fsdp.full_tensor(weights[name])
             if name in updates:
                 weight = weight + updates[name]().to(weight.dtype)
-            if distributed.is_first():
+            if distributed.is_main_process():
                 dtype = policy.compute_dtype if weight.is_floating_point() else weight.dtype
                 held[name] = weight.to("cpu", dtype)
-        if distributed.is_first():
+        if distributed.is_main_process():
             folder.mkdir(exist_ok=True)
             save_file(held, folder / _file_name(number, len(files)), metadata={"format": "pt"})
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     if len(files) > 1:
         where = {n: _file_name(k, len(files)) for k, names in enumerate(files, 1) for n in names}

@@ -8,7 +8,7 @@ fp32. They are summed, not averaged: the loss of a step is divided by its groups
 
 Adapters are small and stay whole on every rank: their gradients are added up once per step, by
 `fastpref.training.step_gradient`. So are those of all weights where nothing is cut
-(`mesh.shard: 1`), as it must be for a quantised base.
+(`parallel.shard: 1`), as it must be for a quantised base.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from fastpref.model.policy import Policy
 from fastpref.utils.errors import ModelError
 
 
-def make_mesh(options: configs.Mesh, device: torch.device) -> DeviceMesh | None:
+def make_mesh(options: configs.Parallel, device: torch.device) -> DeviceMesh | None:
     """The mesh of all ranks; None where each has the whole model, such as a rank alone.
 
     Raises ConfigError where `replicate · shard` is not their number.
     """
-    world = distributed.count()
+    world = distributed.world_size()
     replicate, shard_size = options.sizes(world)
     if replicate * shard_size != world:
         raise ConfigError(
-            f"mesh: replicate {replicate} · shard {shard_size} needs {replicate * shard_size} "
+            f"parallel: replicate {replicate} · shard {shard_size} needs {replicate * shard_size} "
             f"ranks, and there {'is' if world == 1 else 'are'} {world}"
         )
     if shard_size == 1:
@@ -59,10 +59,10 @@ def make_mesh(options: configs.Mesh, device: torch.device) -> DeviceMesh | None:
     )
 
 
-def shard(policy: Policy, mesh: DeviceMesh, options: configs.Mesh) -> None:
+def shard(policy: Policy, mesh: DeviceMesh, options: configs.Parallel) -> None:
     """Cut the policy's weights over the mesh, in place; they may still be on the meta device."""
     compute = policy.compute_dtype
-    offload = options.offload and mesh.device_type != "cpu"  # there they are already
+    offload = options.cpu_offload and mesh.device_type != "cpu"  # there they are already
     shared: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -72,7 +72,7 @@ def shard(policy: Policy, mesh: DeviceMesh, options: configs.Mesh) -> None:
         "ignored_params": set(policy.adapter_parameters()),
     }
     for block in policy.blocks():
-        fully_shard(block, reshard_after_forward=options.reshard, **shared)
+        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **shared)
     fully_shard(policy, **shared)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -117,7 +117,7 @@ def load(policy: Policy, folder: Path) -> None:
 
 def base_weights(policy: Policy) -> dict[str, Tensor]:
     """Weights and buffers of the base by their names without adapters; tied ones once."""
-    policy.free()
+    policy.reshard()
     base = policy.base
     adapters = {id(parameter) for parameter in policy.adapter_parameters()}
     persistent = base.state_dict().keys()
@@ -130,7 +130,7 @@ def base_weights(policy: Policy) -> dict[str, Tensor]:
     return {name.replace(".base_layer", ""): tensor for name, tensor in named}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor on every rank, which must all ask for it."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -38,7 +38,7 @@ def load_policy(
     in the compute dtype. Of a pretrained model each rank reads its own shards alone. Raises
     ModelError in one line.
     """
-    mesh = fsdp.make_mesh(config.mesh, device)
+    mesh = fsdp.make_mesh(config.parallel, device)
     in_4bit = config.adapter is not None and config.adapter.quantize is not None
     if in_4bit:
         mesh = None  # such weights cannot be cut: each rank has all of them
@@ -74,8 +74,8 @@ def load_policy(
     if mesh is None:
         policy.to(device)
     else:
-        fsdp.shard(policy, mesh, config.mesh)
-        fsdp.materialize(policy, torch.device("cpu") if config.mesh.offload else device)
+        fsdp.shard(policy, mesh, config.parallel)
+        fsdp.materialize(policy, torch.device("cpu") if config.parallel.cpu_offload else device)
         if config.model.path is not None:
             fsdp.load(policy, _local_folder(config.model.path))
     if config.adapter is not None:

@@ -37,7 +37,7 @@ def add_adapter(
     """
     import peft
 
-    option = "adapter.path" if adapter.path else "adapter.targets"
+    option = "adapter.path" if adapter.path else "adapter.target_modules"
     described = _read(adapter.path) if adapter.path else _fresh(adapter)
     if sharded and described.use_dora:
         raise ModelError(
@@ -47,7 +47,7 @@ def add_adapter(
     try:
         wrapped: Any = peft.get_peft_model(causal_lm, described)
     except ValueError as error:
-        source = adapter.path or str(adapter.targets)
+        source = adapter.path or str(adapter.target_modules)
         raise ModelError(cannot_load(option, source, error)) from None
     _check_ends(causal_lm, option)
     if with_reference and (adapter.path or described.use_dora):
@@ -138,7 +138,7 @@ def _fresh(adapter: configs.Adapter) -> Any:
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
+        target_modules=adapter.target_modules,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         task_type="CAUSAL_LM",

@@ -36,7 +36,7 @@ class PolicyOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForwardOptions:
     """What a forward pass brings beside log-probs; no part of it is made unasked.
 
     entropy: one more pass over the head. collision_entropy: two. kl: two, from the `head` of the
@@ -52,7 +52,7 @@ class Asked:
     score_weights: Callable[[PolicyOutput], Tensor | None] | None = None
 
 
-_NOTHING = Asked()
+_NOTHING = ForwardOptions()
 
 
 class Policy(nn.Module):
@@ -93,12 +93,12 @@ class Policy(nn.Module):
         lists = (m for m in self.base.base_model.modules() if isinstance(m, nn.ModuleList))
         return max(lists, key=len)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: of a sharded model this rank's shards."""
-        self.free()
+        self.reshard()
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         """Of a sharded model, let go of what a forward pass without a backward pass leaves."""
         if self.sharded:
             cast(Any, self).reshard()
@@ -110,9 +110,9 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: Batch, asked: Asked = _NOTHING) -> PolicyOutput:
+    def forward(self, batch: Batch, asked: ForwardOptions = _NOTHING) -> PolicyOutput:
         """Log-probs of the batch's sequences and of their tokens, and what else is asked for."""
-        hidden = self.states(batch).index_select(0, batch.positions)
+        hidden = self.hidden_states(batch).index_select(0, batch.positions)
         weight, bias = self.head()
         of_the_tokens = hidden, weight, batch.labels
         logps = ops.linear_logps(*of_the_tokens, bias=bias, **self.head_options)
@@ -152,14 +152,14 @@ class Policy(nn.Module):
             for part in parts
         ]
 
-    def states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+    def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
         """Last hidden states (R L, D) of all positions, from `embeddings` (R, L, D) if given."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if embeddings is not None:
             inputs = {"inputs_embeds": embeddings}
         if batch.packing is not None:
             inputs["position_ids"] = batch.position_ids
-            if self.layout == "flat":
+            if self.layout == "packed":
                 inputs |= batch.packing.varlen_arguments(self.device)
             else:
                 inputs["packing"] = batch.packing

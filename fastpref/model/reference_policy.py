@@ -28,9 +28,9 @@ from fastpref.data.collate import Batch
 from fastpref.data.dataset import Groups
 from fastpref.data.readers import DataError
 from fastpref.logps import segment_positions
-from fastpref.model.fsdp import whole
+from fastpref.model.fsdp import full_tensor
 from fastpref.model.lora import as_loaded, weights_as_loaded
-from fastpref.model.policy import Asked, Policy, PolicyOutput
+from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.utils import atomic_files
 from fastpref.utils.progress import Display
 
@@ -61,7 +61,7 @@ class FrozenReference:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
-        output: PolicyOutput = self._copy(batch, Asked(head=True))
+        output: PolicyOutput = self._copy(batch, ForwardOptions(head=True))
         return output
 
 
@@ -74,7 +74,7 @@ class AdapterReference:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
         with as_loaded(self._policy):
-            output: PolicyOutput = self._policy(batch, Asked(head=True))
+            output: PolicyOutput = self._policy(batch, ForwardOptions(head=True))
         return output
 
 
@@ -120,7 +120,7 @@ def cached_reference(
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
     complete = _read(path, display)
-    if distributed.all_of(complete is not None):
+    if distributed.all_ranks(complete is not None):
         assert complete is not None
         return CachedReference(complete["logps"].to(policy.device), starts)
     display.phase("reference", len(groups))
@@ -194,7 +194,7 @@ class _Known:
 
     def take_in(self, own: Tensor, save: bool) -> None:
         """Add what this rank has found since the last call; `own` begins anew."""
-        self.logps += distributed.sum_(own)
+        self.logps += distributed.all_reduce_sum_(own)
         own.zero_()
         if save:
             self._write(self._path, {"logps": self.logps, "groups": self.groups})
@@ -266,6 +266,6 @@ def weights_sha256(policy: Policy) -> str:
     digest = hashlib.sha256()
     for name, weight in weights_as_loaded(policy):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        held = whole(weight.detach()).cpu().contiguous().view(-1)
+        held = full_tensor(weight.detach()).cpu().contiguous().view(-1)
         digest.update(held.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -28,7 +28,7 @@ def importance(policy: Policy, batch: Batch) -> Tensor:
     """
     embeddings = policy.base.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
     ends = batch.label_positions[batch.cu_seqlens[1:] - 1]
-    last = policy.states(batch, embeddings).index_select(0, ends)
+    last = policy.hidden_states(batch, embeddings).index_select(0, ends)
     of_all = gradient_norms(last, *policy.head(), embeddings)
     return of_all.flatten().index_select(0, batch.label_positions)
 

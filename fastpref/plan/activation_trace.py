@@ -69,7 +69,7 @@ def trace(policy: Policy, group: Sequence[int], layout: Layout, one_kernel: bool
     if policy.base.config._attn_implementation != "eager":
         # With a packing or without, it keeps what flash attention does; transformers would make
         # masks for tensors without values.
-        use_layout(policy, "shared")
+        use_layout(policy, "prefix_shared")
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(policy, torch.device("cpu"))
@@ -123,7 +123,7 @@ def _run(policy: Policy, batch: Batch) -> _Run:
     ]
     with FlopCounterMode(display=False) as flops, _Alive(policy.parameters()) as alive:
         inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
-        root = policy.states(batch, inputs).sum()
+        root = policy.hidden_states(batch, inputs).sum()
         kept, forward, forward_flops = alive.now, alive.peak, flops.get_total_flops()
         alive.peak = kept
         root.backward()

@@ -56,7 +56,7 @@ class Memory:
 
     @property
     def offloads(self) -> bool:
-        return self.config.mesh.offload and self.sharded and not self.on_cpu
+        return self.config.parallel.cpu_offload and self.sharded and not self.on_cpu
 
     @property
     def sharded(self) -> bool:
@@ -75,12 +75,14 @@ class Memory:
         if not self.sharded:
             return own + s.largest_linear * s.compute  # of 4 bits, one is unpacked at a time
         blocks = min(2 * s.largest_block, s.in_blocks)  # this one, and the next on its way
-        gathered = (s.root + (blocks if self.config.mesh.reshard else s.in_blocks)) * s.compute
+        gathered = (
+            s.root + (blocks if self.config.parallel.reshard_after_forward else s.in_blocks)
+        ) * s.compute
         return (0 if self.offloads else own) + gathered
 
     @cached_property
     def gradients(self) -> int:
-        copies = 2 if self.config.update == "projected" else 1
+        copies = 2 if self.config.update == "dpo_pg" else 1
         return 0 if self.offloads else copies * self.trained_bytes
 
     @cached_property

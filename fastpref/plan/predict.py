@@ -121,10 +121,10 @@ def shard_size(config: Config, ranks: int) -> int:
 
     Raises ConfigError where the mesh does not make that many ranks.
     """
-    replicate, shard = config.mesh.sizes(ranks)
+    replicate, shard = config.parallel.sizes(ranks)
     if replicate * shard != ranks:
         raise ConfigError(
-            f"mesh: replicate {replicate} · shard {shard} needs {replicate * shard} ranks; plan "
-            f"with --ranks {replicate * shard}"
+            f"parallel: replicate {replicate} · shard {shard} needs {replicate * shard} ranks; "
+            f"plan with --ranks {replicate * shard}"
         )
     return 1 if config.adapter is not None and config.adapter.quantize else shard

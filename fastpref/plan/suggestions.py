@@ -88,13 +88,13 @@ def _first_that_fits(
 
 
 def _smaller_batches(setup: Setup) -> Iterator[Setup]:
-    """Half of `training.max_tokens`, and so on, down to what the longest group needs."""
+    """Half of `training.micro_batch_tokens`, and so on, down to what the longest group needs."""
     layout = wanted_layout(setup.config)
     longest = int(tokens_of(setup.sizes, layout).max())  # type: ignore[arg-type]
-    tokens = setup.config.training.max_tokens
+    tokens = setup.config.training.micro_batch_tokens
     while tokens > longest:
         tokens = max(tokens // 2, longest)
-        yield setup.set(training__max_tokens=tokens)
+        yield setup.set(training__micro_batch_tokens=tokens)
 
 
 def _checkpointing(setup: Setup) -> Iterator[Setup]:
@@ -129,8 +129,8 @@ def _shorter(setup: Setup) -> Iterator[Setup]:
         cut = setup.sizes.cut(length)
         if len(cut) and cut.padded_lengths.max() < setup.sizes.padded_lengths.max():
             longest = int(tokens_of(cut, wanted_layout(setup.config)).max())  # type: ignore[arg-type]
-            tokens = min(setup.config.training.max_tokens, longest)
-            shorter = setup.set(data__max_length=length, training__max_tokens=tokens)
+            tokens = min(setup.config.training.micro_batch_tokens, longest)
+            shorter = setup.set(data__max_length=length, training__micro_batch_tokens=tokens)
             yield replace(shorter, sizes=cut)
 
 
@@ -138,7 +138,7 @@ def _more_ranks(setup: Setup) -> Iterator[Setup]:
     """Twice as many, up to eight times, that share one copy of the model."""
     for factor in (2, 4, 8):
         ranks = factor * setup.ranks
-        wider = setup.set(mesh__shard=None, mesh__replicate=None)
+        wider = setup.set(parallel__shard=None, parallel__replicate=None)
         yield replace(wider, ranks=ranks, changes=(*setup.changes, f"--ranks {ranks}"))
 
 

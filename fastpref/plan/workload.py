@@ -88,7 +88,7 @@ def steps_of(config: Config, sizes: Sizes, ranks: int, one_by_one: bool) -> list
         costs,
         counts if padded else None,
         training.batch_size,
-        training.max_tokens,
+        training.micro_batch_tokens,
         training.seed,
         UNITS[sizes.kind],
         ranks,
@@ -116,7 +116,7 @@ def _attended(sizes: Sizes, layout: Layout) -> Lengths:
     counts = np.diff(sizes.offsets)
     prompts = sizes.prompt_lengths.repeat(counts)
     own = prompts * sizes.response_lengths + _triangle(sizes.response_lengths)
-    copies = 1 if layout == "shared" else counts
+    copies = 1 if layout == "prefix_shared" else counts
     pairs = np.add.reduceat(own, sizes.offsets[:-1])
     return pairs + copies * _triangle(sizes.prompt_lengths)
 

@@ -19,7 +19,7 @@ from fastpref.utils.progress import Display
 
 MOST_RUNS = len(style.COLOURS)
 REFRESH = 5  # seconds between looks at the files, and between reloads of the page
-_BAND = "band/log_r and its neighbours (monitor.band, or calibration)"
+_BAND = "band/log_r and its neighbours (monitor.band_every, or calibration)"
 _P = "eval_preference/{name} (data.eval with a column p)"
 PICTURES = (
     Picture("loss", "Loss", Lines("loss", "loss (mean per pair)").draw, "loss"),

@@ -42,7 +42,7 @@ MEASURES = (
     Measure("tokens_per_second", "tokens per second, median", "higher"),
     Measure("peak_memory_gib", "peak memory (GiB)", "lower"),
 )
-_OWN_FIELDS = ("training.output", "resume", "data.cache")  # differ without making a difference
+_OWN_FIELDS = ("training.output_dir", "resume", "data.cache")  # differ without making a difference
 
 
 class Cell(NamedTuple):

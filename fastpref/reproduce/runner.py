@@ -160,7 +160,7 @@ def make_trainer(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -
             "activation_checkpointing": "off",
             "batch_invariant": False,
             "checkpoint_every": None,
-            "output": str(home / job.label.replace(" ", "-").replace("/", "-")),
+            "output_dir": str(home / job.label.replace(" ", "-").replace("/", "-")),
         },
     }
     return Trainer(configs.parse(merged(shared, sections)), Display(Console(quiet=True)))

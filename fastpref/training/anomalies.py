@@ -17,7 +17,7 @@ _MEMORY = 0.98  # of the usual loss, each step
 _AT_LEAST = 20  # steps before anything counts as unusual
 
 
-class Losses:
+class NonFiniteTracker:
     """Which groups of the steps since the last look had a loss that is not finite.
 
     Nothing waits for the device until somebody asks.
@@ -43,7 +43,7 @@ class Losses:
         self._seen.clear()
 
 
-class Skipped:
+class SkippedSteps:
     """Steps that were left out because a number of theirs was not finite."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Skipped:
         self.count = state["count"]
 
 
-class Spikes:
+class SpikeDetector:
     """Losses of steps, beside their running mean and variance.
 
     A spike moves the averages by no more than the largest loss that is none: one does not hide the

@@ -21,19 +21,19 @@ from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.logps import TokenLogps
 from fastpref.losses import Logps, PairwiseLoss, TokenLevelLoss
 from fastpref.model.policy import Policy
-from fastpref.training.forward import Seen
+from fastpref.training.forward import MicroBatchLogps
 
 State = dict[str, list[float]]
 
 
-class Balance:
+class NoCalibration:
     """That of a run which neither calibrates nor monitors."""
 
     def wants_geometry(self, step: int) -> bool:
         """Whether the forward passes of a training step must bring the geometry of the head."""
         return False
 
-    def calibrated(self, seen: Seen, step: int) -> Logps:
+    def calibrated(self, seen: MicroBatchLogps, step: int) -> Logps:
         """What the objective is applied to: the same log-probs, with other gradients."""
         return seen.policy
 
@@ -55,7 +55,7 @@ class Balance:
         """Continue from a result of `state`."""
 
 
-class Balancing(Balance):
+class CalibrationStep(NoCalibration):
     """Calibrates, if asked to, and measures the band, every `every` steps."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Balancing(Balance):
     def wants_geometry(self, step: int) -> bool:
         return self.parameters is None and self._measures(step)
 
-    def calibrated(self, seen: Seen, step: int) -> Logps:
+    def calibrated(self, seen: MicroBatchLogps, step: int) -> Logps:
         policy: Any = seen.policy
         if not (self._measures(step) and torch.is_grad_enabled()):
             return policy
@@ -95,7 +95,7 @@ class Balancing(Balance):
 
     def end_step(self) -> None:
         if self.calibration is not None:
-            self.calibration.update(distributed.sum_(self._step))
+            self.calibration.update(distributed.all_reduce_sum_(self._step))
             self._window += self._step
         self._own_band += self._step_band
         self.drop_step()
@@ -134,25 +134,25 @@ class Balancing(Balance):
 
     def _take_in_band(self) -> None:
         """Add what each rank has measured of its own pairs to what all know."""
-        self._band += distributed.sum_(self._own_band)
+        self._band += distributed.all_reduce_sum_(self._own_band)
         self._own_band.zero_()
 
     def _measures(self, step: int) -> bool:
         return self.calibration is not None or (step + 1) % self.every == 0
 
 
-def balance(config: Config, loss: object, policy: Policy) -> Balance:
+def balance(config: Config, loss: object, policy: Policy) -> NoCalibration:
     """What a config asks for. Raises ConfigError where the model has no such scores."""
     rc, monitor = config.calibration, config.monitor
-    if rc is None and monitor.band is None:
-        return Balance()
+    if rc is None and monitor.band_every is None:
+        return NoCalibration()
     assert isinstance(loss, PairwiseLoss | TokenLevelLoss)  # the config has been checked
     if rc is None:
-        _check_head(policy, "monitor.band", "leave it out")
-        return Balancing(loss, None, monitor.band or 1, None, policy.device)
+        _check_head(policy, "monitor.band_every", "leave it out")
+        return CalibrationStep(loss, None, monitor.band_every or 1, None, policy.device)
     parameters = _parameters(policy, rc.scope)
     calibration = RewardCalibration(rc.momentum, device=policy.device)
-    return Balancing(loss, calibration, 1, parameters, policy.device)
+    return CalibrationStep(loss, calibration, 1, parameters, policy.device)
 
 
 def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
@@ -163,11 +163,11 @@ def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
     if scope == "head":
         _check_head(policy, "calibration.scope", "use last_adapter or full")
         return None
-    trained = policy.trained()
+    trained = policy.trainable_parameters()
     if policy.sharded:
         raise ConfigError(
             f"calibration.scope: {scope} takes gradients of its own, which a sharded model does "
-            "not give; use head, or set mesh.shard=1"
+            "not give; use head, or set parallel.shard=1"
         )
     if scope == "full":
         return list(trained.values())

@@ -37,7 +37,7 @@ class Checkpoints:
         pinned = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         # Its collectives run beside those of training, so they need a group of their own.
-        self._group = dist.new_group(backend="gloo") if distributed.count() > 1 else None
+        self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
     def save(
         self, step: int, policy: Policy, optimizer: Optimizer, position: dict[str, Any]
@@ -45,16 +45,16 @@ class Checkpoints:
         """Begin to write `root/step-N`, when the one before is complete."""
         self.wait()
         temporary = self._root / f".step-{step}"
-        if distributed.is_first():
+        if distributed.is_main_process():
             for stale in self._root.glob(".step-*"):  # left by a killed process
                 remove(stale)
             temporary.mkdir(parents=True)
-        distributed.wait()
+        distributed.barrier()
         about = {
             "step": step,
             "position": position,
             "optimizer": type(optimizer).__name__,
-            "weights": {n: list(p.shape) for n, p in policy.trained().items()},
+            "weights": {n: list(p.shape) for n, p in policy.trainable_parameters().items()},
         }
         future = dcp.async_save(
             {**_tensors(policy, optimizer), **_random_state()},
@@ -80,16 +80,16 @@ class Checkpoints:
         try:
             future.result()  # on the first rank: all ranks have written theirs
         except (Exception, CheckpointException) as error:
-            if distributed.is_first():
+            if distributed.is_main_process():
                 shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full of it
             raise CheckpointError(f"cannot write {folder}: {write_failure(error)}") from None
-        if distributed.is_first():
+        if distributed.is_main_process():
             replace(folder, temporary)
             self._drop(complete(self._root)[: -self._keep])
 
     def abandon_after(self, step: int) -> None:
         """Drop those of later steps, which a run that goes on from here does not lead to."""
-        if distributed.is_first():
+        if distributed.is_main_process():
             self._drop([later for later in complete(self._root) if later > step])
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Checkpoints:
 def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
     """Load weights, optimizer and random state, of as many ranks as there are now."""
     about = read_about(folder)
-    shapes = {n: list(p.shape) for n, p in policy.trained().items()}
+    shapes = {n: list(p.shape) for n, p in policy.trainable_parameters().items()}
     if shapes != about["weights"]:
         saved = about["weights"]
         odd = min(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name))
@@ -120,7 +120,7 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
     # With more ranks than there were, some begin with a random state of their own.
     random = {name: value for name, value in _random_state().items() if name in stored}
     state = {**_tensors(policy, optimizer), **random}
-    dcp.load(state, storage_reader=reader, no_dist=distributed.count() == 1)
+    dcp.load(state, storage_reader=reader, no_dist=distributed.world_size() == 1)
     for name, value in random.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
 
@@ -128,7 +128,7 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
 def _tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
     """The very tensors of trained weights and optimizer, by their names in a checkpoint."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    weights = {f"weights.{name}": p.detach() for name, p in policy.trained().items()}
+    weights = {f"weights.{name}": p.detach() for name, p in policy.trainable_parameters().items()}
     moments = {
         f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
     }

@@ -128,12 +128,12 @@ def _damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / _CHECKSUMS).read_bytes())
         names = sorted(sums)
-        own = range(distributed.rank(), len(names), distributed.count())
+        own = range(distributed.rank(), len(names), distributed.world_size())
         harmed = [k for k in own if not _has_sum(folder / names[k], sums[names[k]])]
         found: float = max(harmed, default=-1)
     except (OSError, ValueError, TypeError):
         found = math.inf
-    worst = distributed.largest(found)
+    worst = distributed.all_reduce_max(found)
     if worst < 0:
         return None
     name = _CHECKSUMS if worst == math.inf else names[int(worst)]

@@ -12,14 +12,14 @@ from fastpref import losses
 from fastpref.config import ConfigError
 from fastpref.data.collate import Batch, join
 from fastpref.losses import Logps, TokenLevelLoss
-from fastpref.model.policy import Asked, Policy, PolicyOutput
+from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.model.reference_policy import Reference
 from fastpref.model.token_importance import importance
 from fastpref.ops import ScoreGeometry
 from fastpref.ops.cpu import calls_alive
 
 
-class Seen(NamedTuple):
+class MicroBatchLogps(NamedTuple):
     """A micro-batch of B pairs, S responses or G groups."""
 
     policy: Logps
@@ -40,7 +40,7 @@ class Forward:
         if "importance" in self._columns and policy.sharded:
             raise ConfigError(
                 f"loss: {loss.name} takes gradients of its own in every forward pass, which a "
-                "sharded model does not give; set mesh.shard=1"
+                "sharded model does not give; set parallel.shard=1"
             )
         if "kl" in self._columns and policy.base.get_output_embeddings().bias is not None:
             raise ConfigError(
@@ -55,7 +55,7 @@ class Forward:
         reference: Reference,
         with_entropy: bool = False,
         with_geometry: bool = False,
-    ) -> Seen:
+    ) -> MicroBatchLogps:
         """One forward pass for each batch, joined."""
         known = [reference(batch) for batch in batches]
         with calls_alive(len(batches)):
@@ -69,7 +69,7 @@ class Forward:
         ]
         entropies = [output.entropy for output in outputs if output.entropy is not None]
         geometries = [output.geometry for output in outputs if output.geometry is not None]
-        return Seen(
+        return MicroBatchLogps(
             join(views),
             join(ref_views) if ref_views else None,
             torch.stack(entropies).sum(0) if entropies else None,
@@ -90,7 +90,7 @@ class Forward:
 
         output: PolicyOutput = self._policy(
             batch,
-            Asked(
+            ForwardOptions(
                 entropy=with_entropy,
                 collision_entropy="collision_entropy" in self._columns,
                 reference=known.head if known and "kl" in self._columns else None,

@@ -10,12 +10,12 @@ from torch import Tensor
 from fastpref import distributed, metrics
 from fastpref.losses import Output
 from fastpref.metrics import preference as monitors
-from fastpref.training.forward import Seen
+from fastpref.training.forward import MicroBatchLogps
 
 NAMES = metrics.PAIR_METRICS + monitors.MONITORS
 
 
-class Tally:
+class MetricSums:
     """Of a step or of an evaluation; nothing here waits for the device until it is read.
 
     closely: also what only an evaluation shows, the histogram of contrastive logits and the
@@ -37,7 +37,7 @@ class Tally:
         self._entropy = zeros(2)
         self._contrasts, self._calibration = [zeros(0)], zeros(3, 10)
 
-    def add(self, seen: Seen, output: Output) -> None:
+    def add(self, seen: MicroBatchLogps, output: Output) -> None:
         """Take in a micro-batch."""
         policy, reference = seen.policy, seen.reference
         contrast = monitors.contrastive_logits(policy, reference, self._loss.needs_reference)
@@ -51,16 +51,16 @@ class Tally:
 
     def entropy(self) -> float:
         """Mean entropy of the tokens of all ranks, nats."""
-        return metrics.mean(distributed.sum_(self._entropy))
+        return metrics.mean(distributed.all_reduce_sum_(self._entropy))
 
     def evaluation(self, soft_labels: bool) -> dict[str, Any]:
         """All metrics of all ranks, under names that begin with `eval_`."""
-        found: dict[str, Any] = metrics.means(distributed.sum_(self.sums), NAMES)
+        found: dict[str, Any] = metrics.means(distributed.all_reduce_sum_(self.sums), NAMES)
         found["entropy"] = self.entropy()
         if self._loss.kind == "pairwise":
             contrasts = distributed.gather(torch.cat(self._contrasts))
             found["contrast/histogram"] = monitors.histogram(contrasts)
         if soft_labels:
-            calibration = monitors.calibration(distributed.sum_(self._calibration))
+            calibration = monitors.calibration(distributed.all_reduce_sum_(self._calibration))
             found["preference/calibration"] = calibration
         return {f"eval_{name}": value for name, value in found.items()}

@@ -29,7 +29,7 @@ def write(folder: Path, config: Config, metrics_file: Path) -> None:
     settings = config.to_yaml()
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n"
-        f"# {Path(config.training.output).name}\n\n"
+        f"# {Path(config.training.output_dir).name}\n\n"
         f"Trained with `{config.build_loss().name}` by fastpref {__version__} "
         f"on `{config.data.train}`.\n\n"
         f"## Metrics of the last step\n\n{markdown.table(('metric', 'value'), rows)}\n\n"

@@ -16,7 +16,7 @@ from fastpref.logps import UnpairedLogps
 from fastpref.losses import Logps, Output, PointwiseLoss, PointwiseOutput
 from fastpref.losses.pointwise import KTO, RunningMean, pooled_mean, sum_and_count
 from fastpref.model.policy import Policy
-from fastpref.training.setup import Split
+from fastpref.training.setup import DataSplit
 
 State = dict[str, float]
 
@@ -24,7 +24,7 @@ State = dict[str, float]
 class ReferencePoint:
     """That of an objective which has none: the calls of the trainer, in their order."""
 
-    def of_step(self, split: Split, number: int) -> Tensor | None:
+    def of_step(self, split: DataSplit, number: int) -> Tensor | None:
         """The point () for the losses of step `number` of a split; None where there is none."""
         return None
 
@@ -52,7 +52,7 @@ class MismatchedMean(ReferencePoint):
         self._policy = policy
 
     @torch.no_grad()
-    def of_step(self, split: Split, number: int) -> Tensor:
+    def of_step(self, split: DataSplit, number: int) -> Tensor:
         mismatched, policy = split.mismatched, self._policy
         assert mismatched is not None
         was_training = policy.training
@@ -66,7 +66,7 @@ class MismatchedMean(ReferencePoint):
                 if indices:
                     sums += sum_and_count(ratios, batch.lengths)
         policy.train(was_training)
-        return pooled_mean(distributed.sum_(sums))
+        return pooled_mean(distributed.all_reduce_sum_(sums))
 
 
 class RewardMean(ReferencePoint):
@@ -76,7 +76,7 @@ class RewardMean(ReferencePoint):
         self._mean = RunningMean(device)
         self._seen = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def of_step(self, split: Split, number: int) -> Tensor:
+    def of_step(self, split: DataSplit, number: int) -> Tensor:
         return self._mean.mean
 
     def see(self, policy: Logps, output: Output) -> None:
@@ -84,7 +84,7 @@ class RewardMean(ReferencePoint):
         self._seen += sum_and_count(output.rewards, policy.lengths)
 
     def end_step(self) -> None:
-        self._mean.update(distributed.sum_(self._seen))
+        self._mean.update(distributed.all_reduce_sum_(self._seen))
         self.drop_step()
 
     def drop_step(self) -> None:

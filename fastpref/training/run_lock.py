@@ -37,12 +37,12 @@ def held(folder: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(
-            f"training.output: {error.filename}: {error.strerror}; choose another folder"
+            f"training.output_dir: {error.filename}: {error.strerror}; choose another folder"
         ) from None
     mine = False
     try:
-        mine = distributed.is_first() and _take(descriptor)
-        if not distributed.all_of(mine or not distributed.is_first()):
+        mine = distributed.is_main_process() and _take(descriptor)
+        if not distributed.all_ranks(mine or not distributed.is_main_process()):
             raise InUse(_refusal(folder, _holder(descriptor)))
         yield
     finally:
@@ -92,6 +92,6 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
 def _refusal(folder: Path, holder: dict[str, Any]) -> str:
     who = "process {pid} on {host} since {since}".format(**holder) if holder else "another process"
     return (
-        f"training.output: {folder} is in use by {who}; end that run or choose another folder (if "
-        f"it is gone, remove {folder / 'lock'})"
+        f"training.output_dir: {folder} is in use by {who}; end that run or choose another folder "
+        f"(if it is gone, remove {folder / 'lock'})"
     )

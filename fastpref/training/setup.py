@@ -39,7 +39,7 @@ from fastpref.utils.progress import Display
 
 
 @dataclass(frozen=True)
-class Visits:
+class DataView:
     """Groups, the order in which they are visited, and their reference log-probs."""
 
     groups: Groups
@@ -53,11 +53,11 @@ class Visits:
 
 
 @dataclass(frozen=True)
-class Split(Visits):
+class DataSplit(DataView):
     """The data of training or of evaluation; for KTO also its mismatched responses."""
 
     groups: GroupDataset
-    mismatched: Visits | None = None  # in the steps of `plan` and the same order
+    mismatched: DataView | None = None  # in the steps of `plan` and the same order
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,24 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # as loaded; not yet restored from a checkpoint
     loss: Loss
-    train: Split
-    eval: Split | None = None
+    train: DataSplit
+    eval: DataSplit | None = None
 
 
 @dataclass(frozen=True)
-class Prepared(Loaded):
+class TrainingSetup(Loaded):
     folder: Path = Path()
     checkpoint: Path | None = None  # to continue from
 
 
-def prepare(config: Config, display: Display) -> Prepared:
+def prepare(config: Config, display: Display) -> TrainingSetup:
     """Claim the run directory and `load`.
 
     Raises UserError in one line for anything a user can mend.
     """
-    folder = Path(config.training.output)
+    folder = Path(config.training.output_dir)
     found = _claim(folder, config, display)
-    return Prepared(**vars(load(config, display)), folder=folder, checkpoint=found)
+    return TrainingSetup(**vars(load(config, display)), folder=folder, checkpoint=found)
 
 
 def precompute(config: Config, display: Display) -> None:
@@ -102,7 +102,7 @@ def load(config: Config, display: Display) -> Loaded:
     """Load, tokenise and plan; the reference is taken from the policy as it was loaded."""
     loss, data = config.build_loss(), config.data
     announce_code(config.model, display.note)
-    with distributed.first_goes_first():
+    with distributed.main_process_first():
         tokenizer = tokenizer_of(config)
         datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
         if data.eval is not None:
@@ -130,11 +130,11 @@ def load(config: Config, display: Display) -> Loaded:
     loaded = partial(load_policy, config, tokenizer, policy.device)
     reference = _references(config, policy, loaded, display, isinstance(loss, TokenLevelLoss))
     visits = [
-        Visits(groups, plan, reference(groups, plan))
+        DataView(groups, plan, reference(groups, plan))
         for groups, plan in zip(mismatched, others, strict=True)
     ]
     splits = [
-        Split(dataset, plan, reference(dataset, plan), other)
+        DataSplit(dataset, plan, reference(dataset, plan), other)
         for dataset, plan, other in zip_longest(datasets, plans, visits)
     ]
     torch.manual_seed(config.training.seed + distributed.rank())  # dropout is not alike on all
@@ -144,8 +144,8 @@ def load(config: Config, display: Display) -> Loaded:
 def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
     _check_context(groups, policy)
     t = config.training
-    shared = distributed.count(), distributed.rank()
-    return Plan.of(groups, t.batch_size, t.max_tokens, seed, policy.layout, *shared)
+    shared = distributed.world_size(), distributed.rank()
+    return Plan.of(groups, t.batch_size, t.micro_batch_tokens, seed, policy.layout, *shared)
 
 
 def _references(
@@ -238,17 +238,17 @@ def _claim(folder: Path, config: Config, display: Display) -> Path | None:
     root = folder / "checkpoints"
     begun = (folder / "metrics.jsonl").exists() or checkpoint_files.complete(root)
     taken = config.resume is None and begun
-    if not distributed.all_of(not taken):
+    if not distributed.all_ranks(not taken):
         raise ConfigError(
-            f"training.output: {folder} already holds a run; continue it with resume=auto or "
+            f"training.output_dir: {folder} already holds a run; continue it with resume=auto or "
             "choose another folder"
         )
     found = checkpoint_files.find(root, config.resume, display.note) if config.resume else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"training.output: {error.filename}: {error.strerror}") from None
-    if distributed.is_first():
+        raise ConfigError(f"training.output_dir: {error.filename}: {error.strerror}") from None
+    if distributed.is_main_process():
         clear_leftovers(folder)
     return found
 
@@ -264,6 +264,6 @@ def device_of(name: str) -> torch.device:
         raise ConfigError(
             "training.device: cuda is asked for, but torch finds no GPU; use cpu or auto"
         )
-    if name == "cuda" and distributed.count() > 1:
+    if name == "cuda" and distributed.world_size() > 1:
         return torch.device("cuda", distributed.local_rank())
     return torch.device(name)

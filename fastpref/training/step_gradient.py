@@ -67,4 +67,6 @@ class Projected(Gradient):
 
 
 def _sum_over_ranks(gradients: list[Tensor | None]) -> None:
-    distributed.sum_all_(g for g in gradients if g is not None and not isinstance(g, DTensor))
+    distributed.all_reduce_sum_coalesced_(
+        g for g in gradients if g is not None and not isinstance(g, DTensor)
+    )

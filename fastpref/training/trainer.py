@@ -28,12 +28,12 @@ from fastpref.model.export import export
 from fastpref.training import anomalies, checkpoint, checkpoint_files, model_card, run_lock
 from fastpref.training import signals as interrupts
 from fastpref.training.calibration_step import balance
-from fastpref.training.forward import Forward, Seen
-from fastpref.training.metric_sums import NAMES, Tally
+from fastpref.training.forward import Forward, MicroBatchLogps
+from fastpref.training.metric_sums import NAMES, MetricSums
 from fastpref.training.optim import learning_rate, make_optimizer
 from fastpref.training.profiler import Profiler, part, profiling
 from fastpref.training.reference_point import reference_point
-from fastpref.training.setup import Split, prepare
+from fastpref.training.setup import DataSplit, prepare
 from fastpref.training.step_gradient import Gradient, Projected
 from fastpref.utils import progress
 from fastpref.utils.atomic_files import replacing
@@ -50,9 +50,11 @@ def train(config: Config, display: progress.Display, profile: bool = False) -> P
     profile: write where the time of a step goes. Raises UserError for what a user can mend, and
     Interrupted after SIGTERM or Ctrl-C.
     """
-    with run_lock.held(Path(config.training.output)):
+    with run_lock.held(Path(config.training.output_dir)):
         trainer = Trainer(config, display)
-        folder = trainer.run.folder / "profile" if profile and distributed.is_first() else None
+        folder = (
+            trainer.run.folder / "profile" if profile and distributed.is_main_process() else None
+        )
         with interrupts.collecting() as signals, profiling(folder) as trainer.profiler:
             trainer.loop(signals)
         if folder is not None:
@@ -68,18 +70,18 @@ class Trainer:
         self.run = prepare(config, display)
         self.policy, self.plan = self.run.policy, self.run.train.plan
         self.loss: Any = self.run.loss
-        self.trained = list(self.policy.trained().values())
+        self.trained = list(self.policy.trainable_parameters().values())
         self.forward = Forward(self.loss, self.policy)
         self.point = reference_point(self.loss, self.policy)
         self.balance = balance(config, self.loss, self.policy)
-        self.update = (Projected if config.update == "projected" else Gradient)(self.trained)
+        self.update = (Projected if config.update == "dpo_pg" else Gradient)(self.trained)
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self.trained)
         self.window = metrics.Window(NAMES)
-        self.losses, self.spikes = anomalies.Losses(), anomalies.Spikes()
-        self.skipped = anomalies.Skipped()
+        self.losses, self.spikes = anomalies.NonFiniteTracker(), anomalies.SpikeDetector()
+        self.skipped = anomalies.SkippedSteps()
         self.margins = config.margins
-        self.lengths = tokens_of(self.run.train.groups, "flat")
+        self.lengths = tokens_of(self.run.train.groups, "packed")
         self.checkpoints = checkpoint.Checkpoints(
             self.run.folder / "checkpoints", config.training.keep_checkpoints
         )
@@ -89,13 +91,13 @@ class Trainer:
             self._resume(self.run.checkpoint)
         self.checkpoints.abandon_after(self.step)
         self.trackers = metrics.trackers(
-            self.run.folder, config.training.track, config.model_dump(), self.step
+            self.run.folder, config.training.report_to, config.model_dump(), self.step
         )
         saved = self.run.folder / "config.yaml"
         if self.run.checkpoint is not None and saved.exists():
             for difference in config.differences(saved):
                 display.note(f"changed since the run began: {difference}")
-        if distributed.is_first():
+        if distributed.is_main_process():
             with replacing(saved) as temporary:
                 temporary.write_text(config.to_yaml(), encoding="utf-8")
 
@@ -134,7 +136,7 @@ class Trainer:
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
             # Looked at once, here: a signal may come at any moment, and must not go unsaved.
-            stops = not distributed.all_of(not signals) and not last
+            stops = not distributed.all_ranks(not signals) and not last
             if saves or stops:
                 self._stop_unless_finite()
                 self._save()
@@ -146,7 +148,7 @@ class Trainer:
                     "continue with resume=auto",
                 )
 
-    def _train_step(self, with_entropy: bool) -> Tally | None:
+    def _train_step(self, with_entropy: bool) -> MetricSums | None:
         """One optimizer step; None of one that is skipped."""
         groups = self.plan.groups(self.step)
         point = self.point.of_step(self.run.train, self.step)
@@ -154,7 +156,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        tally = Tally(self.loss, self.margins, self.policy.device)
+        tally = MetricSums(self.loss, self.margins, self.policy.device)
         for indices in self.plan.step(self.step):
             counts = bool(indices)
             with part("batch"):
@@ -170,7 +172,7 @@ class Trainer:
         with part("clip and update"):
             self.update.finish()
             limit = self.config.optim.max_grad_norm or math.inf
-            norm = fsdp.whole(nn.utils.clip_grad_norm_(self.trained, limit))
+            norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
             self.step += 1
             self.tokens += int(self.lengths[groups].sum())
             self.window.add(self.step, norm, tally.sums)
@@ -184,11 +186,11 @@ class Trainer:
     def _forward(
         self,
         batches: list[Batch],
-        split: Split,
+        split: DataSplit,
         point: Tensor | None,
         with_entropy: bool,
         counts: bool,
-    ) -> tuple[Seen, Output]:
+    ) -> tuple[MicroBatchLogps, Output]:
         """Log-probs and losses of one micro-batch, in one or more forward passes."""
         geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
         seen = self.forward(batches, split.reference, with_entropy, geometry)
@@ -197,10 +199,10 @@ class Trainer:
         return seen, output
 
     @torch.no_grad()
-    def _evaluate(self, split: Split) -> None:
+    def _evaluate(self, split: DataSplit) -> None:
         """Metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        tally = Tally(self.loss, self.margins, self.policy.device, closely=True)
+        tally = MetricSums(self.loss, self.margins, self.policy.device, closely=True)
         for number, step in enumerate(split.plan.epoch()):
             point = self.point.of_step(split, number)
             for indices in step:
@@ -214,7 +216,7 @@ class Trainer:
         self._track(record)
         self.display.note(progress.evaluation(record))
 
-    def _log(self, tally: Tally | None, done: float) -> None:
+    def _log(self, tally: MetricSums | None, done: float) -> None:
         gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
@@ -290,7 +292,7 @@ class Trainer:
         """The error, with the row numbers saved."""
         report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
         path = self.run.folder / "nonfinite.json"
-        if distributed.is_first():
+        if distributed.is_main_process():
             path.write_text(json.dumps({**report, "rows": rows}, indent=1))
         return Diverged(
             f"training stopped: {found.metric} is {found.value} at step {found.step}{when}, rows "
@@ -316,7 +318,7 @@ class Trainer:
         if position["plan"] != self._plan_key:
             raise ConfigError(
                 "resume: the data, training.batch_size or training.seed are not those of "
-                f"{folder}; restore them or choose another training.output"
+                f"{folder}; restore them or choose another training.output_dir"
             )
         checkpoint.restore(folder, self.policy, self.optimizer)
         steps, rows = position["window"]
@@ -335,7 +337,7 @@ class Trainer:
             tracker.close()
         adapter, folder = self.config.adapter, self.run.folder / "model"
         merge = adapter is None or adapter.merge
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             export(self.policy, self.run.tokenizer, folder, merge)  # sends its shards
             return folder
         with replacing(folder) as temporary:

@@ -65,7 +65,7 @@ BASE: dict[str, Any] = {
     "model": {"path": "llama", "dtype": "float32"},
     "data": {"train": "pairs.jsonl", "max_length": 64, "cache": "cache"},
     "loss": {"name": "dpo"},
-    "training": {"device": "cpu", "batch_size": 4, "checkpoint_every": None, "output": "run"},
+    "training": {"device": "cpu", "batch_size": 4, "checkpoint_every": None, "output_dir": "run"},
 }
 
 

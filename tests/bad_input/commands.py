@@ -79,9 +79,10 @@ PLANS = [
            "model.path: cannot load nowhere: *; or give --lengths PROMPT,RESPONSE, mean tokens"),
     _typed("plan c.yaml model.path=nowhere --lengths 10,10", "model: cannot load nowhere: *"),
     _typed("plan c.yaml optim.lr=-1", "optim.lr: must be > 0, got -1"),
-    _typed("plan c.yaml mesh.shard=2 mesh.replicate=2 --device cpu",
-           "mesh: replicate 2 · shard 2 needs 4 ranks; plan with --ranks 4"),
-    _typed("plan c.yaml training.max_tokens=10 --device cpu", "*cannot hold the longest pair (*"),
+    _typed("plan c.yaml parallel.shard=2 parallel.replicate=2 --device cpu",
+           "parallel: replicate 2 · shard 2 needs 4 ranks; plan with --ranks 4"),
+    _typed("plan c.yaml training.micro_batch_tokens=10 --device cpu",
+           "*cannot hold the longest pair (*"),
     _typed("plan c.yaml --device cpu --json /proc/no/such.json", "/proc/no*; check path and disk"),
 ]  # fmt: skip
 
@@ -143,7 +144,9 @@ EVALUATIONS = [
     _typed("eval llama --data none.jsonl", "none.jsonl: no such file; check the path"),
     _typed(f"{_EVAL} --truncation middle", "data.truncation: must be *, got 'middle'"),
     _typed(f"{_EVAL} --max-length 999", "--max-length: got 999, but the model knows 256 *"),
-    _typed(f"{_EVAL} --max-tokens 3 --cache cache", "training.max_tokens: 3 cannot hold the *"),
+    _typed(
+        f"{_EVAL} --max-tokens 3 --cache cache", "training.micro_batch_tokens: 3 cannot hold the *"
+    ),
     _typed(f"{_EVAL} --out pairs.jsonl", "--out: pairs.jsonl is already there; choose another *"),
     _typed(f"{_EVAL} --device tpu", "--device: expected auto or cpu or cuda, got 'tpu'"),
     _typed(f"{_EVAL} --dtype fp8", "--dtype: expected bfloat16 or *, got 'fp8'"),

@@ -20,7 +20,7 @@ MISSING = {
         "model": {"attn_implementation": "flash_attention_2"}
     },
 }
-OUT_OF_MEMORY = "out of memory; lower training.max_tokens or data.max_length, or train an *"
+OUT_OF_MEMORY = "out of memory; lower training.micro_batch_tokens or data.max_length, or train an *"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -63,7 +63,7 @@ def test_dry_run_prints_the_whole_config(
     path.write_text(make_config().to_yaml())
     done = fastpref("train", str(path), "optim.lr=1e-5", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "lr: 1.0e-05" in done.stdout and "max_tokens: 4096" in done.stdout
+    assert "lr: 1.0e-05" in done.stdout and "micro_batch_tokens: 4096" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -73,10 +73,13 @@ def test_dry_run_prints_the_whole_config(
         ("optim.lr=-1", "error: optim.lr: must be > 0, got -1"),
         ("data.train=missing.jsonl", "error: missing.jsonl: no such file"),
         ("model.path=missing/model", "error: model.path: cannot load missing/model"),
-        ("training.max_tokens=10", "error: training.max_tokens: 10 cannot hold the longest pair"),
+        (
+            "training.micro_batch_tokens=10",
+            "error: training.micro_batch_tokens: 10 cannot hold the longest pair",
+        ),
         ("training.device=cuda", "error: training.device: cuda is asked for"),
         ("resume=elsewhere", "error: resume: elsewhere is not a checkpoint folder"),
-        ("training.output=/proc/no", "error: training.output: /proc/no: "),
+        ("training.output_dir=/proc/no", "error: training.output_dir: /proc/no: "),
         ("data.cache=/dev/null/x", "error: /dev/null/x"),
     ],
 )

@@ -58,7 +58,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("optim.alpha", 0.9, "optim: alpha is not an option of adamw; remove it"),
         ("adapter.rank", 4, "adapter.rank: unknown key; known: name, r, alpha"),
         ("training.eval_every", 5, "training.eval_every: there is nothing to evaluate"),
-        ("training.track", ["mlflow"], "training.track.0: must be 'tensorboard' or 'wandb'"),
+        (
+            "training.report_to",
+            ["mlflow"],
+            "training.report_to.0: must be 'tensorboard' or 'wandb'",
+        ),
     ],
 )
 def test_an_invalid_field_is_named_in_one_line(path: str, value: Any, message: str) -> None:
@@ -123,9 +127,9 @@ def test_margins_out_of_order_are_refused() -> None:
 def test_numbers_and_dates_of_yaml(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
-    config = load(path, ["loss.beta=1e-1", "optim.lr=.5E-6", "training.output=2025-02-30"])
+    config = load(path, ["loss.beta=1e-1", "optim.lr=.5E-6", "training.output_dir=2025-02-30"])
     assert (config.loss["beta"], config.optim.lr) == (0.1, 5e-7)
-    assert config.training.output == "2025-02-30"
+    assert config.training.output_dir == "2025-02-30"
 
 
 def test_the_saved_config_is_resolved(make_config: Callable[..., Config], tmp_path: Path) -> None:
@@ -189,7 +193,7 @@ def test_a_missing_file() -> None:
 def test_the_saved_config_reads_back(
     tmp_path: Path, make_config: Callable[..., Config], name: str
 ) -> None:
-    config = make_config(optim__name=name, adapter={"name": "lora", "targets": ["q_proj"]})
+    config = make_config(optim__name=name, adapter={"name": "lora", "target_modules": ["q_proj"]})
     path = tmp_path / "saved.yaml"
     path.write_text(config.to_yaml())
     assert load(path).to_yaml() == config.to_yaml()
@@ -234,7 +238,7 @@ def test_options_of_many_objectives() -> None:
     assert weighted.reference_mode == "cached"
 
 
-@pytest.mark.parametrize("section", [{"calibration": "rc"}, {"monitor": {"band": 5}}])
+@pytest.mark.parametrize("section", [{"calibration": "rc"}, {"monitor": {"band_every": 5}}])
 def test_calibration_and_band_are_for_pairs(section: dict[str, Any]) -> None:
     base = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
     assert parse({**base, "loss": "dpo", **section}).build_loss().kind == "pairwise"

@@ -42,7 +42,9 @@ def test_the_plan_is_a_function_of_the_seed_and_the_step() -> None:
 
 def test_a_budget_below_the_longest_pair_is_refused() -> None:
     cost = 2 * int(LENGTHS.max())
-    with pytest.raises(DataError, match=rf"training.max_tokens: {cost - 1} cannot hold .*{cost} "):
+    with pytest.raises(
+        DataError, match=rf"training.micro_batch_tokens: {cost - 1} cannot hold .*{cost} "
+    ):
         Plan(LENGTHS, PAIRS, 8, cost - 1, seed=0)
     Plan(LENGTHS, PAIRS, 8, cost, seed=0)
 
@@ -85,7 +87,7 @@ class Three:
 
 @pytest.mark.parametrize(
     ("layout", "tokens"),
-    [("padded", [28, 36, 10]), ("flat", [27, 30, 10]), ("shared", [17, 15, 10])],
+    [("padded", [28, 36, 10]), ("packed", [27, 30, 10]), ("prefix_shared", [17, 15, 10])],
 )
 def test_tokens_of_a_layout(layout: Any, tokens: list[int]) -> None:
     groups: Any = Three()

@@ -116,7 +116,7 @@ def test_every_config_by_hardware_is_planned_as_it_stands() -> None:
 def test_the_configs_by_hardware_are_valid(text: str) -> None:
     parsed = config.parse(yaml.safe_load(text))
     assert parsed.model.path in by_hardware.SHAPES
-    assert f"# {Path(parsed.training.output).name}.yaml" == text.splitlines()[0]
+    assert f"# {Path(parsed.training.output_dir).name}.yaml" == text.splitlines()[0]
 
 
 def test_the_objectives_to_choose_from_exist() -> None:

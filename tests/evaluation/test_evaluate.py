@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_the_trainer(
         optim__lr=3e-3, **adapter,
     )  # fmt: skip
     model = train(config, display)
-    *_, last = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    *_, last = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     result = evaluate(
         str(model), data, display, against=tiny_llama, max_length=64, device="cpu",
         options={"cache": str(tmp_path / "cache")},

@@ -103,7 +103,7 @@ def test_a_run_goes_on_at_another_path(home: Path, run: Path, again: Again, tmp_
     run.rename(moved)
     text = told(again(resume="auto", run=moved))
     assert f"resumed from {moved / 'checkpoints' / 'step-4'}" in text
-    assert f"changed since the run began: training.output: {home / 'whole'} → {moved}" in text
+    assert f"changed since the run began: training.output_dir: {home / 'whole'} → {moved}" in text
     assert_same(moved, home / "whole")
 
 

@@ -26,7 +26,7 @@ MakeConfig = Callable[..., Config]
 
 def test_the_second_run_is_refused_and_told_of_the_first(make_config: MakeConfig) -> None:
     config = make_config(training__steps=1)
-    folder = Path(config.training.output)
+    folder = Path(config.training.output_dir)
     message = rf"{folder} is in use by process {os.getpid()} on {re.escape(HOST)} since \d{{4}}-"
     with run_lock.held(folder):
         with pytest.raises(InUse, match=message):
@@ -105,7 +105,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 def test_a_folder_that_cannot_be_written_is_one_line(read_only: Path) -> None:
     with (
         pytest.raises(
-            ConfigError, match=r"^training.output: .*: Permission denied; choose another"
+            ConfigError, match=r"^training.output_dir: .*: Permission denied; choose another"
         ),
         run_lock.held(read_only / "run"),
     ):

@@ -25,7 +25,7 @@ from fastpref.config import Config
 from fastpref.data.collate import Batch
 from fastpref.data.readers import DataError
 from fastpref.model.policy import Policy
-from fastpref.training.anomalies import MOST_SKIPPED, Spikes
+from fastpref.training.anomalies import MOST_SKIPPED, SpikeDetector
 from fastpref.training.signals import Interrupted
 from fastpref.training.trainer import Diverged, Trainer
 from fastpref.utils.progress import Display
@@ -40,7 +40,7 @@ ROW = BAD + 1  # as people count
 
 def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """One hidden number of pair BAD, and so its logits, in every forward pass for the gradient."""
-    states = Policy.states
+    states = Policy.hidden_states
 
     def poisoned(self: Policy, batch: Batch, *arguments: Any) -> torch.Tensor:
         hidden = states(self, batch, *arguments)
@@ -50,7 +50,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
             hidden = hidden.index_put((place, torch.tensor(0)), torch.tensor(value))
         return hidden
 
-    monkeypatch.setattr(Policy, "states", poisoned)
+    monkeypatch.setattr(Policy, "hidden_states", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -62,7 +62,7 @@ def test_a_logit_that_is_not_finite_stops_the_run_and_names_its_row(
     poison(monkeypatch, value)
     with pytest.raises(Diverged, match=rf"loss is \S+ at step [12], rows {ROW} \(all in .*json\)"):
         told(config)
-    report = json.loads((Path(config.training.output) / "nonfinite.json").read_text())
+    report = json.loads((Path(config.training.output_dir) / "nonfinite.json").read_text())
     assert report["rows"] == [ROW] and report["metric"] == "loss"
 
 
@@ -107,7 +107,7 @@ def of_two(rank: int, port: int, folder: Path) -> None:
     patch = pytest.MonkeyPatch()
     poison(patch, math.nan)
     try:
-        with distributed.joined():
+        with distributed.process_group():
             said = told(configs.load(folder / "config.yaml"))
     except Diverged as error:
         said = str(error)
@@ -126,21 +126,21 @@ def on_two_ranks(config: Config, folder: Path) -> list[str]:
 def test_what_goes_wrong_on_one_rank_stops_all_and_is_named_by_all(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = make_config(training__batch_size=6, training__max_tokens=160)
+    config = make_config(training__batch_size=6, training__micro_batch_tokens=160)
     first, second = on_two_ranks(config, tmp_path)
     assert first == second and "loss is nan at step" in first
-    report = json.loads((Path(config.training.output) / "nonfinite.json").read_text())
+    report = json.loads((Path(config.training.output_dir) / "nonfinite.json").read_text())
     assert report["rows"] == [ROW]
 
 
 def test_what_goes_wrong_on_one_rank_is_skipped_by_all(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    options = {"batch_size": 6, "max_tokens": 160, "nonfinite": "skip"}
+    options = {"batch_size": 6, "micro_batch_tokens": 160, "nonfinite": "skip"}
     config = make_config(**{f"training__{name}": value for name, value in options.items()})
     first, _ = on_two_ranks(config, tmp_path)
     assert first.count(f"is skipped: loss is nan, rows {ROW}\n") == 1
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     assert [line["steps/skipped"] for line in lines if "steps/skipped" in line] in (
         [{"1": [ROW]}],
         [{"2": [ROW]}],
@@ -157,8 +157,8 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
     [
         {"loss": "dpo"},
         {"loss": "bco", "training__batch_size": 8},  # rewards of single responses, with a mean
-        {"loss": "dpo", "calibration": "rc", "monitor": {"band": 1}},
-        {"loss": "dpo", "update": "projected"},
+        {"loss": "dpo", "calibration": "rc", "monitor": {"band_every": 1}},
+        {"loss": "dpo", "update": "dpo_pg"},
     ],
     ids=str,
 )
@@ -177,7 +177,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(
 
     monkeypatch.setattr(trainer, "_train_step", watched)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     lines = [line for line in lines if "learning_rate" in line]
     skipped = {step: rows for line in lines for step, rows in line.get("steps/skipped", {}).items()}
     assert list(skipped.values()) == [[ROW], [ROW]]  # once an epoch
@@ -187,7 +187,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(
         assert moved is ("loss" in line) is (str(line["step"]) not in skipped)
         numbers = [value for value in line.values() if not isinstance(value, dict)]
         assert all(map(math.isfinite, numbers)), line
-    assert not (Path(config.training.output) / "nonfinite.json").exists()
+    assert not (Path(config.training.output_dir) / "nonfinite.json").exists()
 
 
 def test_a_skipped_step_is_told_and_survives_a_checkpoint(
@@ -201,7 +201,7 @@ def test_a_skipped_step_is_told_and_survives_a_checkpoint(
     (step,) = (number for number in (1, 2, 3) if f"step {number} is skipped" in said)
     assert f"step {step} is skipped: loss is nan, rows {ROW}\n" in said
     assert "skipped: 2 of 6 steps\n" in said
-    part = make_config(**common, training__output=str(tmp_path / "part"))
+    part = make_config(**common, training__output_dir=str(tmp_path / "part"))
     trainer = Trainer(part, Display(Console(file=io.StringIO())))
     one, signals = trainer._train_step, list[int]()
 
@@ -215,7 +215,7 @@ def test_a_skipped_step_is_told_and_survives_a_checkpoint(
     with pytest.raises(Interrupted):
         trainer.loop(signals)
     assert "skipped: 2 of 6 steps\n" in told(part.model_copy(update={"resume": "auto"}))
-    assert_same(tmp_path / "part", Path(whole.training.output))
+    assert_same(tmp_path / "part", Path(whole.training.output_dir))
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(
@@ -238,16 +238,16 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(
     said = f"grad_norm is nan at step 14, after {MOST_SKIPPED - 1} that were skipped, rows "
     with pytest.raises(Diverged, match=said):
         trainer.loop([])
-    report = json.loads((Path(config.training.output) / "nonfinite.json").read_text())
+    report = json.loads((Path(config.training.output_dir) / "nonfinite.json").read_text())
     assert report["step"] == 14 and report["metric"] == "grad_norm"
 
 
 def test_a_jump_of_the_loss_is_a_spike_until_it_is_the_usual_one() -> None:
-    chance, spikes = random.Random(0), Spikes()
+    chance, spikes = random.Random(0), SpikeDetector()
     assert not any(spikes.see(chance.gauss(2.0, 0.1)) for _ in range(500))
     assert spikes.usual == pytest.approx(2.0, abs=0.1)
     assert spikes.see(5.0) and spikes.see(5.0)
-    again = Spikes()
+    again = SpikeDetector()
     again.restore(json.loads(json.dumps(spikes.state())))
     jumps = [spikes.see(chance.gauss(4.0, 0.1)) for _ in range(500)]
     assert jumps[0] and not any(jumps[100:])
@@ -255,7 +255,7 @@ def test_a_jump_of_the_loss_is_a_spike_until_it_is_the_usual_one() -> None:
 
 
 def test_the_first_losses_are_never_spikes() -> None:
-    spikes = Spikes()
+    spikes = SpikeDetector()
     assert [spikes.see(loss) for loss in (0.0, 100.0, 1e4)] == [False] * 3
 
 
@@ -275,7 +275,7 @@ def test_spikes_are_logged(
     trainer.loss = Jumping(beta=objective.beta)
     monkeypatch.setattr(display, "note", notes.append)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     found = {line["step"]: line["loss/spikes"] for line in lines if "loss/spikes" in line}
     assert list(found) == [24] and list(found[24]) == ["22"]
     assert found[24]["22"] == pytest.approx(50 * math.log(2), rel=0.1)

@@ -64,5 +64,5 @@ def trained(config: Config, display: Display) -> Trainer:
 
 
 def rewards(config: Config) -> list[list[float]]:
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     return [[line[f"rewards/{name}"] for name in ("chosen", "rejected")] for line in lines]

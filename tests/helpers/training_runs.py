@@ -36,7 +36,7 @@ def config_of(
             "log_every": 1,
             "checkpoint_every": 2,
             "device": "cpu",
-            "output": str(run),
+            "output_dir": str(run),
             **training,
         },
         "resume": resume,
@@ -78,7 +78,7 @@ def run(config: Config, display: Display) -> Trainer:
 
 def records(config: Config) -> list[dict[str, Any]]:
     """Lines of metrics without what depends on the clock."""
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import re
@@ -286,9 +287,10 @@ def test_defaults():
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
 def test_the_docstring_states_formulas_and_source(objective):
-    assert re.match(r"[^\n]+: [^\n]+\.\n", objective.__doc__)
+    doc = inspect.getdoc(objective) or ""
+    assert re.match(r"[^\n]+: [^\n]+\.\n", doc)
     for label, start in (("loss", r"\S"), ("incentives", "d = "), ("source", r"\S")):
-        assert re.search(rf"^    {label}: +{start}", objective.__doc__, flags=re.MULTILINE)
+        assert re.search(rf"^{label}: +{start}", doc, flags=re.MULTILINE)
 
 
 # Identities.

@@ -137,5 +137,7 @@ def test_trackers_that_are_not_installed_say_how_to_install(
     import sys
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"training.track: wandb is not installed; pip install"):
+    with pytest.raises(
+        ValueError, match=r"training.report_to: wandb is not installed; pip install"
+    ):
         metrics.trackers(tmp_path, ["wandb"], {}, 0)

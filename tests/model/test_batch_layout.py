@@ -31,7 +31,7 @@ def notes(config: Config) -> tuple[Trainer, str]:
 
 def test_prompts_are_shared_where_nothing_else_is_asked_for(make_config: MakeConfig) -> None:
     trainer, said = notes(make_config())
-    assert trainer.policy.layout == "shared"
+    assert trainer.policy.layout == "prefix_shared"
     assert "saved by leaving out padding" in said and "by sharing prompts" in said
     (batch,) = trainer.policy.batches(trainer.run.train.groups, [3])
     assert batch.input_ids.shape[0] == 1 and batch.packing is not None
@@ -55,14 +55,16 @@ def test_a_model_that_cannot_share_is_padded_and_the_user_told(
     with pytest.raises(ConfigError, match="FalconForCausalLM gives other hidden states"):
         notes(
             make_config(
-                model=model, training__layout="shared", training__output=str(tmp_path / "other")
+                model=model,
+                training__layout="prefix_shared",
+                training__output_dir=str(tmp_path / "other"),
             )
         )
 
 
 def test_flat_rows_are_for_flash_attention(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"flat is for model.attn_implementation: flash_"):
-        notes(make_config(training__layout="flat"))
+    with pytest.raises(ConfigError, match=r"packed is for model.attn_implementation: flash_"):
+        notes(make_config(training__layout="packed"))
 
 
 def test_on_cpu_a_pass_holds_one_group_so_that_its_bits_are_its_own(
@@ -72,7 +74,7 @@ def test_on_cpu_a_pass_holds_one_group_so_that_its_bits_are_its_own(
     chosen = {}
     for invariant in (True, False):
         out = str(tmp_path / str(invariant))
-        config = make_config(training__batch_invariant=invariant, training__output=out)
+        config = make_config(training__batch_invariant=invariant, training__output_dir=out)
         trainer, _ = notes(config)
         split = trainer.run.train
         batches = trainer.policy.batches(split.groups, [0, 1, 2])
@@ -90,15 +92,15 @@ def test_shared_prompts_train_the_same_model(
     """Metrics of five steps and the parameters after them, in fp32, with checkpointing."""
     data = write_jsonl(tmp_path / "d.jsonl", scored(24) if loss == "nca" else rows(24))
     trained, lines = {}, {}
-    for layout in ("shared", "padded"):
+    for layout in ("prefix_shared", "padded"):
         config = make_config(
             loss={"name": loss, "beta": 0.1}, data__train=str(data), optim__eps=1e-4,
-            training__steps=5, training__layout=layout, training__output=str(tmp_path / layout),
+            training__steps=5, training__layout=layout, training__output_dir=str(tmp_path / layout),
             training__activation_checkpointing="full",
         )  # fmt: skip
         trained[layout] = weights(run(config, display))
         lines[layout] = records(config)
-    for a, b in zip(lines["shared"], lines["padded"], strict=True):
+    for a, b in zip(lines["prefix_shared"], lines["padded"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     for name, value in trained["padded"].items():
-        torch.testing.assert_close(trained["shared"][name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(trained["prefix_shared"][name], value, rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ LORA = {"name": "lora", "r": 4, "alpha": 8}
 RC = {"name": "rc", "momentum": 0.9}
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
-    "accumulated": {"training": {"max_tokens": 160}},
+    "accumulated": {"training": {"micro_batch_tokens": 160}},
     "tied": {
         "model": {"path": "tied"},
         "reference": "frozen",
@@ -39,11 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lora": {"adapter": LORA},
     "lora, reference beside it": {"adapter": LORA, "loss": "tdpo2"},
-    "calibrated": {"calibration": RC, "training": {"max_tokens": 160}},
-    "calibrated copies": {"mesh": {"shard": 1}, "adapter": LORA, "calibration": RC},
-    "hybrid": {"mesh": {"replicate": 2}, "training": {"max_tokens": 160}},
-    "copies": {"mesh": {"shard": 1}, "loss": "ti_dpo", "training": {"max_tokens": 160}},
-    "projected": {"update": "projected", "training": {"max_tokens": 160, "layout": "padded"}},
+    "calibrated": {"calibration": RC, "training": {"micro_batch_tokens": 160}},
+    "calibrated copies": {"parallel": {"shard": 1}, "adapter": LORA, "calibration": RC},
+    "hybrid": {"parallel": {"replicate": 2}, "training": {"micro_batch_tokens": 160}},
+    "copies": {"parallel": {"shard": 1}, "loss": "ti_dpo", "training": {"micro_batch_tokens": 160}},
+    "projected": {"update": "dpo_pg", "training": {"micro_batch_tokens": 160, "layout": "padded"}},
     "pointwise": {"loss": "kto", "data": {"train": "labelled"}},
     "running mean": {"loss": "bco", "data": {"train": "labelled"}},
     "groupwise": {"loss": "nca", "data": {"train": "scored"}},
@@ -55,12 +55,12 @@ RESUMED = ("calibrated", "lora")
 def make(home: Path, case: str, name: str, **training: Any) -> configs.Config:
     """The config of a case; `name` is its run directory."""
     change = dict(CASES[case])
-    if distributed.count() == 1:
-        change.pop("mesh", None)
+    if distributed.world_size() == 1:
+        change.pop("parallel", None)
     values: dict[str, Any] = {
         "loss": "dpo",
         "optim": {"lr": 3e-3, "eps": 1e-3},  # large: a sign does not hang on the last bit
-        "monitor": {"band": 1}
+        "monitor": {"band_every": 1}
         if change.get("loss", "dpo") == "dpo" and "update" not in change
         else {},
         **change,
@@ -73,11 +73,11 @@ def make(home: Path, case: str, name: str, **training: Any) -> configs.Config:
     values["training"] = {
         "steps": STEPS,
         "batch_size": 8,
-        "max_tokens": 4096,
+        "micro_batch_tokens": 4096,
         "log_every": 2,
         "device": "cpu",
         "checkpoint_every": None,
-        "output": str(home / name),
+        "output_dir": str(home / name),
         **change.get("training", {}),
         **training,
     }
@@ -88,7 +88,10 @@ def train(config: configs.Config) -> dict[str, Tensor]:
     """Train to the end and export; all trained weights, whole."""
     trainer = Trainer(config, Display(Console(quiet=True)))
     trainer.loop([])
-    trained = {name: fsdp.whole(p.detach()).clone() for name, p in trainer.policy.trained().items()}
+    trained = {
+        name: fsdp.full_tensor(p.detach()).clone()
+        for name, p in trainer.policy.trainable_parameters().items()
+    }
     trainer.export()
     return trained
 
@@ -97,7 +100,7 @@ def work(rank: int, port: int, world: int, home: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    with distributed.joined():
+    with distributed.process_group():
         for case in CASES if world == 2 else ON_FOUR:
             found = train(make(home, case, f"{case}-{world}"))
             if rank == 0:
@@ -111,14 +114,14 @@ def work(rank: int, port: int, world: int, home: Path) -> None:
 def resume(home: Path, case: str, world: int) -> None:
     """Continue a run of two ranks on `world` ranks, in a copy of its directory."""
     source, copy = home / f"{case}-cut", home / f"{case}-resumed-{world}"
-    if distributed.is_first():
+    if distributed.is_main_process():
         copy.mkdir()
         (copy / "metrics.jsonl").write_text((source / "metrics.jsonl").read_text())
-    distributed.wait()
+    distributed.barrier()
     config = make(home, case, copy.name, log_every=1)
     resumed = config.model_copy(update={"resume": str(source / "checkpoints" / "step-3")})
     found = train(resumed)
-    if distributed.is_first():
+    if distributed.is_main_process():
         torch.save(found, home / f"{copy.name}.pt")
 
 
@@ -215,18 +218,18 @@ def test_only_the_first_rank_writes(home: Path) -> None:
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        fsdp.make_mesh(configs.Mesh(**mesh), torch.device("cpu"))
+        fsdp.make_mesh(configs.Parallel(**mesh), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mesh", [{}, {"replicate": 1}, {"shard": 1}])
 def test_a_rank_alone_needs_no_mesh(mesh: dict[str, Any]) -> None:
-    assert fsdp.make_mesh(configs.Mesh(**mesh), torch.device("cpu")) is None
+    assert fsdp.make_mesh(configs.Parallel(**mesh), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "ti_dpo"}, "ti_dpo takes gradients of its own .* set mesh.shard=1"),
+        ({"loss": "ti_dpo"}, "ti_dpo takes gradients of its own .* set parallel.shard=1"),
         ({"calibration": {"scope": "full"}}, "scope: full takes gradients .* use head, or set"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_loaded_adapter_is_peft_s(
     close(logps_of(policy.eval(), batch), expected)
     base = plain_logps(AutoModelForCausalLM.from_pretrained(tiny_llama), batch)
     assert (expected - base).abs().max() > 0.1
-    names = policy.trained()
+    names = policy.trainable_parameters()
     assert len(names) == 8 and all("lora_" in name and ".default." in name for name in names)
 
 
@@ -87,9 +87,9 @@ def test_dropout_is_the_policy_s_alone(
     assert policy.training
     with as_loaded(policy):
         close(logps_of(policy, batch), expected)
-        assert not policy.trained()
+        assert not policy.trainable_parameters()
     assert (logps_of(policy, batch) - expected).abs().max() > 0.1
-    assert len(policy.trained()) == 8
+    assert len(policy.trainable_parameters()) == 8
 
 
 @pytest.mark.parametrize("reference", ["cached", "frozen", "adapter"])
@@ -109,12 +109,12 @@ def test_rewards_of_dora_begin_at_zero(
     )
     trainer = trained(config, display)
     assert rewards(config) == [[0.0, 0.0]]
-    assert any("lora_magnitude_vector" in name for name in trainer.policy.trained())
+    assert any("lora_magnitude_vector" in name for name in trainer.policy.trainable_parameters())
 
 
 def test_the_scale_of_rslora(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Against x Wᵀ + α/√r · (x Aᵀ) Bᵀ."""
-    adapter = {"name": "lora", "r": 4, "alpha": 6, "rslora": True, "targets": ["q_proj"]}
+    adapter = {"name": "lora", "r": 4, "alpha": 6, "rslora": True, "target_modules": ["q_proj"]}
     policy = load_policy(make_config(adapter=adapter), tokenizer, CPU)
     layer = policy.blocks()[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -140,7 +140,7 @@ def test_exports_load_in_peft_and_merged_in_transformers(
             adapter={"name": "lora", "merge": merge, **adapter},
             reference="adapter",
             training__steps=2,
-            training__output=make_config().training.output + str(merge),
+            training__output_dir=make_config().training.output_dir + str(merge),
             optim__lr=1e-2,
         )
         trainer = trained(config, display)
@@ -162,11 +162,11 @@ def test_a_run_from_an_adapter_resumes(
     make_config: MakeConfig, display: Display, tiny_llama: str, sft: str
 ) -> None:
     """The reference stays the adapter of the folder, whatever the checkpoint holds."""
-    output = make_config().training.output
+    output = make_config().training.output_dir
     options = {"adapter": {"name": "lora", "path": sft}, "reference": "adapter"}
     options["training__checkpoint_every"] = 1
     expected = trained(
-        make_config(training__steps=4, training__output=f"{output}-whole", **options), display
+        make_config(training__steps=4, training__output_dir=f"{output}-whole", **options), display
     )
     trained(make_config(training__steps=2, **options), display)
     config = make_config(training__steps=4, resume="auto", **options)
@@ -214,7 +214,7 @@ def test_a_frozen_copy_does_not_count_twice(
     assert keys[0] == keys[1]
 
 
-@pytest.mark.parametrize("option", [{"r": 16}, {"alpha": 3}, {"targets": "all-linear"}])
+@pytest.mark.parametrize("option", [{"r": 16}, {"alpha": 3}, {"target_modules": "all-linear"}])
 def test_a_loaded_adapter_describes_itself(make_config: MakeConfig, option: Any) -> None:
     (name,) = option
     with pytest.raises(ConfigError, match=rf"adapter\.{name}: the adapter at path brings its own"):
@@ -284,7 +284,7 @@ def test_adapters_on_tied_embeddings_are_refused(
     values = {**LLAMA, "tie_word_embeddings": True}
     config = make_config(
         model={"init": "random", "config": values, "dtype": "float32"},
-        adapter={"name": "lora", "targets": ["embed_tokens"]},
+        adapter={"name": "lora", "target_modules": ["embed_tokens"]},
     )
     with pytest.raises(
         ModelError, match=r"adapter\.targets: the embeddings of Llama.* its head too"

@@ -18,7 +18,7 @@ from fastpref.data.dataset import TokenGroup, load_groups
 from fastpref.data.tokenizers import load_tokenizer
 from fastpref.model import policy as module
 from fastpref.model.load import load_policy
-from fastpref.model.policy import Asked, Policy
+from fastpref.model.policy import ForwardOptions, Policy
 from fastpref.utils.errors import ModelError
 from tests.helpers.data import LLAMA
 
@@ -159,7 +159,7 @@ def test_entropy(make_config: Callable[..., Config], tokenizer: PreTrainedTokeni
     config = make_config(model__dtype="float64")
     policy = load_policy(config, tokenizer, CPU)
     batch = collate(hand_made(384))
-    total, count = policy(batch, Asked(entropy=True)).entropy.tolist()
+    total, count = policy(batch, ForwardOptions(entropy=True)).entropy.tolist()
     logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
     expected = torch.distributions.Categorical(logits=logits).entropy().sum().item()
     assert count == len(batch.labels)
@@ -179,8 +179,11 @@ def test_adapters_train_alone_on_a_frozen_head(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapter": {"targets": ["lm_head"]}}, "the head of LlamaForCausalLM must be a plain"),
-        ({"adapter": {"targets": ["no_such"]}}, "adapter.targets: cannot load"),
+        (
+            {"adapter": {"target_modules": ["lm_head"]}},
+            "the head of LlamaForCausalLM must be a plain",
+        ),
+        ({"adapter": {"target_modules": ["no_such"]}}, "adapter.target_modules: cannot load"),
         ({"model": {"path": "no/such/model"}}, "model.path: cannot load no/such/model"),
         ({"model__tokenizer": "no/such/tok"}, "model.tokenizer: cannot load no/such/tok"),
         (

@@ -51,7 +51,7 @@ def test_the_linear_layers_are_in_4_bits_and_the_rest_is_not(
     packed = {n for n, p in policy.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7 and not any("lm_head" in n or "embed" in n for n in packed)
     assert {p.dtype for n, p in policy.named_parameters() if n not in packed} == {torch.float32}
-    assert all("lora_" in name for name in policy.trained())
+    assert all("lora_" in name for name in policy.trainable_parameters())
     assert not load_policy(make_config(adapter={"name": "lora"}), tokenizer, CPU).quantized
 
 
@@ -64,7 +64,7 @@ def test_bf16_computes_in_bf16_with_adapters_in_fp32(
     layer: Any = policy.base.get_submodule(layers_in_4bit(policy)[0])
     assert layer.compute_dtype == torch.bfloat16
     assert policy.base.get_output_embeddings().weight.dtype == torch.bfloat16
-    assert {p.dtype for p in policy.trained().values()} == {torch.float32}
+    assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
 
 
 def plain_twin(policy: Policy, config: Config, tokenizer: PreTrainedTokenizerFast) -> Policy:
@@ -80,9 +80,9 @@ def plain_twin(policy: Policy, config: Config, tokenizer: PreTrainedTokenizerFas
         assert (wide - modules[name].weight).abs().max() > 1e-3
         modules[name].weight.data.copy_(wide)
     with torch.no_grad():
-        for name, parameter in policy.trained().items():
+        for name, parameter in policy.trainable_parameters().items():
             parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
-            twin.trained()[name].copy_(parameter)
+            twin.trainable_parameters()[name].copy_(parameter)
     return twin
 
 
@@ -99,8 +99,8 @@ def test_log_probs_and_gradients_are_those_of_the_dequantised_model(
     for model in (policy, twin):
         (model(batch).logps * torch.linspace(-1, 1, 12)).sum().backward()
     close(logps_of(policy, batch), logps_of(twin, batch))
-    others = twin.trained()
-    for name, parameter in policy.trained().items():
+    others = twin.trainable_parameters()
+    for name, parameter in policy.trainable_parameters().items():
         torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-4, atol=1e-4)
 
 

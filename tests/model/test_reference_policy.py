@@ -12,7 +12,7 @@ import torch
 from fastpref.config import Config, ConfigError
 from fastpref.model import reference_policy as module
 from fastpref.model.policy import Policy
-from fastpref.training.setup import Prepared, precompute, prepare
+from fastpref.training.setup import TrainingSetup, precompute, prepare
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
 
@@ -34,18 +34,18 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def ready(
     make_config: Callable[..., Config], display: Display, computed: list[int]
-) -> Callable[..., Prepared]:
+) -> Callable[..., TrainingSetup]:
     return lambda **overrides: prepare(make_config(**overrides), display)
 
 
-def logps_of(prepared: Prepared) -> torch.Tensor:
+def logps_of(prepared: TrainingSetup) -> torch.Tensor:
     reference = prepared.train.reference
     assert isinstance(reference, module.CachedReference)
     return reference.logps
 
 
 def test_runs_with_other_settings_share_it(
-    ready: Callable[..., Prepared], computed: list[int]
+    ready: Callable[..., TrainingSetup], computed: list[int]
 ) -> None:
     first = logps_of(ready())
     for other in (
@@ -60,7 +60,7 @@ def test_runs_with_other_settings_share_it(
 
 
 def test_adapters_of_other_seeds_share_it(
-    ready: Callable[..., Prepared], computed: list[int]
+    ready: Callable[..., TrainingSetup], computed: list[int]
 ) -> None:
     """A fresh adapter adds zero, whatever its random half is."""
     adapter = {"name": "lora", "r": 2}
@@ -70,7 +70,7 @@ def test_adapters_of_other_seeds_share_it(
 
 
 def test_other_weights_tokens_or_arithmetic_do_not(
-    ready: Callable[..., Prepared], computed: list[int], tmp_path: Any
+    ready: Callable[..., TrainingSetup], computed: list[int], tmp_path: Any
 ) -> None:
     base = logps_of(ready())
     values = {"model_type": "llama", "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1}
@@ -88,7 +88,7 @@ def test_other_weights_tokens_or_arithmetic_do_not(
 
 
 def test_a_crash_while_computing_leaves_nothing(
-    ready: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    ready: Callable[..., TrainingSetup], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -101,7 +101,7 @@ def test_a_crash_while_computing_leaves_nothing(
 
 
 def test_log_probs_that_come_with_the_data_are_used(
-    ready: Callable[..., Prepared], computed: list[int], tmp_path: Any
+    ready: Callable[..., TrainingSetup], computed: list[int], tmp_path: Any
 ) -> None:
     given = [{**r, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for r in rows(9)]
     path = write_jsonl(tmp_path / "given.jsonl", given)
@@ -111,13 +111,13 @@ def test_log_probs_that_come_with_the_data_are_used(
 
 
 def test_objectives_without_a_reference_compute_none(
-    ready: Callable[..., Prepared], computed: list[int]
+    ready: Callable[..., TrainingSetup], computed: list[int]
 ) -> None:
     assert ready(loss="simpo").train.reference is module.no_reference
     assert computed == []
 
 
-def test_a_frozen_copy_gives_the_same_log_probs(ready: Callable[..., Prepared]) -> None:
+def test_a_frozen_copy_gives_the_same_log_probs(ready: Callable[..., TrainingSetup]) -> None:
     """Bit for bit in the same forward pass; to rounding in another one."""
     from fastpref.data.collate import collate
 

@@ -55,7 +55,7 @@ class Life:
             f"data.train={write_jsonl(folder / 'pairs.jsonl', data)}",
             f"data.eval={folder / 'pairs.jsonl'}",
             f"data.cache={folder / 'cache'}",
-            f"training.output={folder / 'run'}",
+            f"training.output_dir={folder / 'run'}",
         ]
         config = folder / "config.yaml"
         config.write_text(

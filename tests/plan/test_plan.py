@@ -50,7 +50,7 @@ def test_shapes_are_those_of_the_policy_that_trains(
     own = [p for name, p in policy.named_parameters() if "lora_" not in name]
     assert shapes.base == sum(p.numel() for p in own)
     assert shapes.base_bytes == sum(p.nbytes for p in own)
-    assert shapes.trained == sum(p.numel() for p in policy.trained().values())
+    assert shapes.trained == sum(p.numel() for p in policy.trainable_parameters().values())
     assert shapes.in_blocks == sum(
         p.numel() for n, p in policy.blocks().named_parameters() if "lora_" not in n
     )
@@ -132,7 +132,7 @@ def test_a_packed_row_on_cpu_keeps_keys_and_values_of_each_response(
     lines = {}
     for one_kernel in (True, False):
         policy, _ = policy_and_shapes(make_config(training__activation_checkpointing="off"))
-        lines[one_kernel] = trace(policy, [20, 20, 20], "shared", one_kernel)
+        lines[one_kernel] = trace(policy, [20, 20, 20], "prefix_shared", one_kernel)
     more = lines[False].kept(120) - lines[True].kept(120)
     # k and v of two heads of 8, of prompt and response for each of two; joined outputs; masks.
     assert more >= LAYERS * 4 * 2 * 2 * 8 * 2 * (40 + 40)
@@ -144,10 +144,10 @@ def sizes(prompts: list[int], responses: list[list[int]]) -> Sizes:
     return Sizes("groupwise", np.array(prompts), flat, offsets)
 
 
-@pytest.mark.parametrize("layout", ["shared", "flat", "padded"])
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 def test_passes_against_counting(make_config: MakeConfig, layout: str) -> None:
     prompts, responses = [3, 5, 2], [[2, 4], [1, 1, 3], [6]]
-    code = "flash_attention_2" if layout == "flat" else "sdpa"
+    code = "flash_attention_2" if layout == "packed" else "sdpa"
     config = make_config(
         loss="info_nca",
         training__layout=layout,
@@ -161,9 +161,9 @@ def test_passes_against_counting(make_config: MakeConfig, layout: str) -> None:
         rows = [prompt + n for n in own]
         if layout == "padded":
             rows = [max(rows)] * len(own)
-        tokens = prompt + sum(own) if layout == "shared" else sum(rows)
+        tokens = prompt + sum(own) if layout == "prefix_shared" else sum(rows)
         attended = sum(sum(range(1, n + 1)) for n in rows)
-        if layout == "shared":
+        if layout == "prefix_shared":
             attended -= (len(own) - 1) * sum(range(1, prompt + 1))
         expected.append(Pass(tokens, sum(own), attended, beside=3))
     assert found == sorted(expected)
@@ -172,14 +172,14 @@ def test_passes_against_counting(make_config: MakeConfig, layout: str) -> None:
 
 
 def test_steps_are_those_of_training(make_config: MakeConfig) -> None:
-    config = make_config(training__max_tokens=200)
+    config = make_config(training__micro_batch_tokens=200)
     groups = load_groups(config.data.train, load_tokenizer(config.model), config.data)
     steps = steps_of(config, Sizes.of(groups), 1, one_by_one=True)
     assert len(steps) == 3
     scored = sum(p.scored for step in steps for batch in step for p in batch)
     assert scored == groups.response_lengths.sum()
-    with pytest.raises(DataError, match=r"training\.max_tokens: 10 cannot hold"):
-        steps_of(make_config(training__max_tokens=10), Sizes.of(groups), 1, one_by_one=True)
+    with pytest.raises(DataError, match=r"training\.micro_batch_tokens: 10 cannot hold"):
+        steps_of(make_config(training__micro_batch_tokens=10), Sizes.of(groups), 1, one_by_one=True)
 
 
 def test_cut_lengths_are_those_of_shorter_data(make_config: MakeConfig) -> None:
@@ -207,7 +207,7 @@ def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) 
     for name, options in (("adamw", {}), ("rmsprop", {}), ("adamw", {"adapter": "lora"})):
         config = make_config(optim={"name": name}, **options)
         policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
-        trained = list(policy.trained().values())
+        trained = list(policy.trainable_parameters().values())
         optimizer = make_optimizer(config.optim, trained)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -231,7 +231,9 @@ def test_shards_of_a_model(make_config: MakeConfig) -> None:
     # Both of two blocks are gathered at once: all weights in bf16 beside a quarter in fp32.
     assert cut.weights == shapes.base + 2 * shapes.base
     assert cut.gradients * 4 == whole.gradients and cut.optimizer * 4 == whole.optimizer
-    offloaded = memory_of(make_config(model__dtype="bfloat16", mesh={"offload": True}), shard=4)
+    offloaded = memory_of(
+        make_config(model__dtype="bfloat16", parallel={"cpu_offload": True}), shard=4
+    )
     assert offloaded.weights == 2 * shapes.base
     assert offloaded.optimizer == offloaded.gradients == 0
 
@@ -280,11 +282,11 @@ def test_deltas_are_kept_within_the_budgets_of_the_kernels(make_config: MakeConf
 
 def test_meshes(make_config: MakeConfig) -> None:
     assert shard_size(make_config(), 8) == 8
-    assert shard_size(make_config(mesh={"replicate": 2}), 8) == 4
-    assert shard_size(make_config(mesh={"shard": 1}), 8) == 1
+    assert shard_size(make_config(parallel={"replicate": 2}), 8) == 4
+    assert shard_size(make_config(parallel={"shard": 1}), 8) == 1
     assert shard_size(make_config(adapter={"name": "lora", "quantize": "nf4"}), 8) == 1
-    with pytest.raises(ConfigError, match="mesh: replicate 3 · shard 2 needs 6 ranks"):
-        shard_size(make_config(mesh={"replicate": 3, "shard": 2}), 8)
+    with pytest.raises(ConfigError, match="parallel: replicate 3 · shard 2 needs 6 ranks"):
+        shard_size(make_config(parallel={"replicate": 3, "shard": 2}), 8)
 
 
 def test_devices() -> None:
@@ -335,7 +337,10 @@ def test_the_command_fits(fastpref: Any, config_file: str, tmp_path: Path) -> No
         (["--device", "abacus"], "error: --device: must be one of cpu, h100"),
         (["--lengths", "5"], "error: --lengths: must be tokens of the prompt and"),
         (["data.train=some/hub-name"], "is not a file here; give --lengths PROMPT,RESPONSE"),
-        (["mesh.shard=3", "--ranks", "4"], "error: mesh: replicate 1 · shard 3 needs 3 ranks"),
+        (
+            ["parallel.shard=3", "--ranks", "4"],
+            "error: parallel: replicate 1 · shard 3 needs 3 ranks",
+        ),
     ],
 )
 def test_errors_are_one_line(

@@ -72,7 +72,9 @@ def test_configs_stand_side_by_side(two_runs: Path) -> None:
 
 def test_a_picture_without_data_is_named_with_what_it_needs(tmp_path: Path) -> None:
     text = made(run([trained(1), trained(2)]), out=tmp_path)
-    assert "Disentanglement Band: needs band/log_r and its neighbours (monitor.band, or" in text
+    assert (
+        "Disentanglement Band: needs band/log_r and its neighbours (monitor.band_every, or" in text
+    )
     assert "Calibration of preferences: needs eval_preference/calibration (data.eval with" in text
     assert not (tmp_path / "report" / "band.png").exists()
     assert text.count("<figure>") == len(page.PICTURES) - text.count(": needs ")

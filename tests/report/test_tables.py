@@ -53,8 +53,10 @@ def test_speed_is_the_median() -> None:
 
 def test_configs_differ_where_a_field_does() -> None:
     runs: list[Run] = [
-        full("a", training={"output": "x"}),
-        full("b", training={"output": "y"}, optim={"lr": 5e-4}, loss={"name": "dpo", "beta": 0.2}),
+        full("a", training={"output_dir": "x"}),
+        full(
+            "b", training={"output_dir": "y"}, optim={"lr": 5e-4}, loss={"name": "dpo", "beta": 0.2}
+        ),
     ]
     found = {row.label: [cell.text for cell in row.cells] for row in differences(runs)}
     assert found["optim.lr"] == ["1e-06", "0.0005"]

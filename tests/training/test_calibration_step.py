@@ -26,7 +26,7 @@ def run(config: Config, display: Display) -> Trainer:
 
 
 def records(config: Config) -> list[dict[str, Any]]:
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
 
 
@@ -54,8 +54,8 @@ def test_calibration_brings_the_ratio_into_the_band(
     found = {}
     for calibration in (None, "rc"):
         config = make_config(
-            loss="simpo", calibration=calibration, monitor={"band": 1}, training__epochs=4,
-            training__output=str(tmp_path / str(calibration)), optim__lr=1e-5,
+            loss="simpo", calibration=calibration, monitor={"band_every": 1}, training__epochs=4,
+            training__output_dir=str(tmp_path / str(calibration)), optim__lr=1e-5,
         )  # fmt: skip
         run(config, display)
         last = records(config)[-1]
@@ -74,8 +74,8 @@ def test_micro_batches_change_nothing(
     for tokens in (4096, 30):  # one micro-batch, or a pair at a time
         trainer = run(
             make_config(
-                calibration="rc", model__dtype="float64", training__max_tokens=tokens,
-                training__output=str(tmp_path / str(tokens)),
+                calibration="rc", model__dtype="float64", training__micro_batch_tokens=tokens,
+                training__output_dir=str(tmp_path / str(tokens)),
             ),
             display,
         )  # fmt: skip
@@ -92,9 +92,11 @@ def test_a_resumed_run_continues_the_averages(
         "calibration": "rc", "training__epochs": 3, "training__checkpoint_every": 2,
         "training__log_every": 3,
     }  # fmt: skip
-    whole = make_config(training__output=str(tmp_path / "whole"), **settings)
+    whole = make_config(training__output_dir=str(tmp_path / "whole"), **settings)
     expected = parameters(run(whole, display))
-    trainer = Trainer(make_config(training__output=str(tmp_path / "broken"), **settings), display)
+    trainer = Trainer(
+        make_config(training__output_dir=str(tmp_path / "broken"), **settings), display
+    )
     original = trainer._train_step
 
     def failing(with_entropy: bool) -> Any:
@@ -105,7 +107,7 @@ def test_a_resumed_run_continues_the_averages(
     trainer._train_step = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.loop([])
-    resumed = make_config(training__output=str(tmp_path / "broken"), resume="auto", **settings)
+    resumed = make_config(training__output_dir=str(tmp_path / "broken"), resume="auto", **settings)
     assert torch.equal(parameters(run(resumed, display)), expected)
     assert records(resumed) == records(whole)
 
@@ -116,7 +118,9 @@ def test_the_monitor_alone_changes_no_bit(
     finals = []
     for every in (None, 2):
         config = make_config(
-            monitor={"band": every}, training__epochs=2, training__output=str(tmp_path / f"{every}")
+            monitor={"band_every": every},
+            training__epochs=2,
+            training__output_dir=str(tmp_path / f"{every}"),
         )
         finals.append(parameters(run(config, display)))
         measured = [bool(set(BAND_METRICS) & set(line)) for line in records(config)]
@@ -139,7 +143,10 @@ def test_adapters_are_measured_where_the_head_is_frozen(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"monitor": {"band": 1}}, "monitor.band: the head of PhiForCausalLM has a bias"),
+        (
+            {"monitor": {"band_every": 1}},
+            "monitor.band_every: the head of PhiForCausalLM has a bias",
+        ),
         ({"calibration": {"scope": "head"}}, "calibration.scope: .*use last_adapter or full"),
     ],
 )

@@ -101,7 +101,7 @@ def test_their_state_is_tensors_of_a_byte_a_weight() -> None:
 def test_a_run_with_8_bit_moments_resumes_bit_for_bit(
     make_config: MakeConfig, display: Display
 ) -> None:
-    output = make_config().training.output
+    output = make_config().training.output_dir
     options: dict[str, Any] = {
         "optim": {"name": "adamw_8bit", "lr": 1e-3, "weight_decay": 0.1},
         "training__checkpoint_every": 1,
@@ -112,7 +112,7 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(
         trainer.loop([])
         return trainer.policy.state_dict()
 
-    whole = run(training__steps=4, training__output=f"{output}-whole")
+    whole = run(training__steps=4, training__output_dir=f"{output}-whole")
     run(training__steps=2)
     again = run(training__steps=4, resume="auto")
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())

@@ -37,7 +37,12 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
         "data": {"train": str(data), "max_length": 192, "cache": str(tmp_path / "cache")},
         "loss": "dpo",
         "optim": {"lr": 3e-4},
-        "training": {"steps": 30, "batch_size": 8, "log_every": 1, "output": str(tmp_path / "run")},
+        "training": {
+            "steps": 30,
+            "batch_size": 8,
+            "log_every": 1,
+            "output_dir": str(tmp_path / "run"),
+        },
     }
     trainer = Trainer(parse(values), display)
     trainer.loop([])
@@ -87,7 +92,12 @@ def test_other_kinds(
         "data": {"train": str(data), "max_length": 256, "cache": str(tmp_path / "cache")},
         "loss": loss,
         "optim": {"lr": 1e-3},
-        "training": {"epochs": 6, "batch_size": 8, "log_every": 1, "output": str(tmp_path / "run")},
+        "training": {
+            "epochs": 6,
+            "batch_size": 8,
+            "log_every": 1,
+            "output_dir": str(tmp_path / "run"),
+        },
     }
     trainer = Trainer(parse(values), display)
     trainer.loop([])

@@ -18,7 +18,7 @@ MakeConfig = Callable[..., Config]
 
 def test_chosen_rise_and_rejected_do_not(make_config: MakeConfig, display: Display) -> None:
     """One plain step on all pairs: the statement of the theorem, measured."""
-    config = make_config(update="projected", training__batch_size=12, optim__lr=1e-3)
+    config = make_config(update="dpo_pg", training__batch_size=12, optim__lr=1e-3)
     trainer = Trainer(config, display)
     parameters = trainer.trained
     trainer.optimizer = torch.optim.SGD(parameters, lr=1e-3)
@@ -44,8 +44,8 @@ def test_micro_batches_change_nothing(
     finals = []
     for tokens in (4096, 30):
         config = make_config(
-            update="projected", model__dtype="float64", training__max_tokens=tokens,
-            training__output=str(tmp_path / str(tokens)),
+            update="dpo_pg", model__dtype="float64", training__micro_batch_tokens=tokens,
+            training__output_dir=str(tmp_path / str(tokens)),
         )  # fmt: skip
         trainer = Trainer(config, display)
         trainer.loop([])
@@ -54,20 +54,20 @@ def test_micro_batches_change_nothing(
 
 
 def test_the_loss_is_logged_and_falls(make_config: MakeConfig, display: Display) -> None:
-    config = make_config(update="projected", training__epochs=4)
+    config = make_config(update="dpo_pg", training__epochs=4)
     trainer = Trainer(config, display)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output) / "metrics.jsonl")
+    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": "kto"}, "update: projected: is for pairwise objectives, and kto is pointwise"),
-        ({"calibration": "rc"}, "update: projected uses no incentives to calibrate"),
+        ({"loss": "kto"}, "update: dpo_pg: is for pairwise objectives, and kto is pointwise"),
+        ({"calibration": "rc"}, "update: dpo_pg uses no incentives to calibrate"),
     ],
 )
 def test_what_does_not_go_together(make_config: MakeConfig, change, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_config(update="projected", **change)
+        make_config(update="dpo_pg", **change)

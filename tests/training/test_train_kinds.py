@@ -66,7 +66,7 @@ def test_every_objective_trains(make: MakeConfig, display: Display, name: str) -
         {"reference": "frozen"},
         {"model__dtype": "float64"},
         {"adapter": {"name": "lora", "r": 4}},
-        {"training__max_tokens": 60},
+        {"training__micro_batch_tokens": 60},
         {"training__activation_checkpointing": "full"},
     ],
 )
@@ -100,8 +100,8 @@ def test_many_micro_batches_equal_one(
             data__train=str(path),
             optim={"name": "adamw", "lr": 1e-3, "eps": 1e-4},
             training__batch_size=8,
-            training__max_tokens=max_tokens,
-            training__output=str(tmp_path / str(max_tokens)),
+            training__micro_batch_tokens=max_tokens,
+            training__output_dir=str(tmp_path / str(max_tokens)),
         )
         return run(config, display)
 
@@ -129,9 +129,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     settings |= {"training__log_every": 3, "data__eval": make(name).data.train}
     settings["adapter"] = {"name": "lora", "r": 4, "dropout": 0.2}  # its random state counts too
     settings["training__activation_checkpointing"] = "full"
-    whole = make(name, training__output=str(tmp_path / "whole"), **settings)
+    whole = make(name, training__output_dir=str(tmp_path / "whole"), **settings)
     expected = run(whole, display)
-    trainer = Trainer(make(name, training__output=str(tmp_path / "broken"), **settings), display)
+    trainer = Trainer(
+        make(name, training__output_dir=str(tmp_path / "broken"), **settings), display
+    )
     original = trainer._train_step
 
     def failing(with_entropy: bool) -> Any:
@@ -142,7 +144,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     trainer._train_step = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.loop([])
-    settings["training__output"] = str(tmp_path / "broken")
+    settings["training__output_dir"] = str(tmp_path / "broken")
     resumed = make(name, resume="auto", **settings)
     again = run(resumed, display)
     assert records(resumed) == records(whole)
@@ -359,10 +361,10 @@ def test_the_budget_holds_the_mismatched_responses_too(
         {"prompt": "User:", "completion": " tea" * 20, "label": False},
     ]
     path = str(write_jsonl(tmp_path / "two.jsonl", two))
-    config = make("kto", data__train=path, training__max_tokens=30)
+    config = make("kto", data__train=path, training__micro_batch_tokens=30)
     with pytest.raises(DataError, match="30 cannot hold the longest response"):
         prepare(config, display)
-    prepare(make("bco", data__train=path, training__max_tokens=30), display)
+    prepare(make("bco", data__train=path, training__micro_batch_tokens=30), display)
     prepared = prepare(make("kto", data__train=path, data__max_length=30), display)
     mismatched = prepared.train.mismatched
     assert mismatched is not None and mismatched.groups.padded_lengths.max() == 30

@@ -53,7 +53,7 @@ def test_every_objective_trains(make_config: MakeConfig, display: Display, name:
         {"reference": "frozen"},
         {"adapter": {"name": "lora", "r": 4}},
         {"adapter": {"name": "lora", "r": 4}, "reference": "adapter"},
-        {"training__max_tokens": 60},
+        {"training__micro_batch_tokens": 60},
         {"training__activation_checkpointing": "full"},
     ],
 )
@@ -190,7 +190,7 @@ def test_weights_of_one_change_nothing(
     for name, change in (("plain", {}), ("weighted", {"data__train": str(data)})):
         config = make_config(
             loss="simpo", model__dtype="float64", calibration={"name": "rc", "momentum": 0.5},
-            training__steps=4, training__output=str(tmp_path / name), **change,
+            training__steps=4, training__output_dir=str(tmp_path / name), **change,
         )  # fmt: skip
         trained[name] = run(config, display)
     lines = [records(trained[name].config) for name in ("plain", "weighted")]
@@ -247,8 +247,8 @@ def test_many_micro_batches_equal_one(
     trained = {}
     for tokens in (4096, 60):
         config = make_config(
-            loss=LISTED, training__steps=3, training__max_tokens=tokens,
-            training__output=str(tmp_path / str(tokens)), optim__eps=1e-4,
+            loss=LISTED, training__steps=3, training__micro_batch_tokens=tokens,
+            training__output_dir=str(tmp_path / str(tokens)), optim__eps=1e-4,
         )  # fmt: skip
         trained[tokens] = run(config, display)
     assert len(trained[60].plan.step(0)) > 1

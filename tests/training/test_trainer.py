@@ -60,7 +60,7 @@ def test_every_objective_trains(
         {"reference": "frozen"},
         {"model__dtype": "float64"},
         {"adapter": {"name": "lora", "r": 4}},
-        {"training__max_tokens": 60},
+        {"training__micro_batch_tokens": 60},
         {"training__activation_checkpointing": "full"},
     ],
 )
@@ -111,8 +111,8 @@ def test_four_micro_batches_equal_one(
         config = make_config(
             data__train=data,
             optim={"name": name, "lr": 1e-3, "eps": 1e-4},
-            training__max_tokens=tokens,
-            training__output=str(tmp_path / str(tokens)),
+            training__micro_batch_tokens=tokens,
+            training__output_dir=str(tmp_path / str(tokens)),
         )
         trainer = run(config, display)
         parts = [len(trainer.plan.step(k)) for k in range(3)]
@@ -154,9 +154,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     """Interrupted after step 5, with a checkpoint from step 4 and a window of metrics half full."""
     settings = {"training__epochs": 3, "training__checkpoint_every": 2, **change}
     settings["data__eval"] = make_config().data.train
-    whole = make_config(training__output=str(tmp_path / "whole"), **settings)
+    whole = make_config(training__output_dir=str(tmp_path / "whole"), **settings)
     expected = weights(run(whole, display))
-    broken = make_config(training__output=str(tmp_path / "broken"), **settings)
+    broken = make_config(training__output_dir=str(tmp_path / "broken"), **settings)
     trainer = Trainer(broken, display)
     original = trainer._train_step
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     trainer._train_step = failing  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.loop([])
-    resumed = make_config(training__output=str(tmp_path / "broken"), resume="auto", **settings)
+    resumed = make_config(training__output_dir=str(tmp_path / "broken"), resume="auto", **settings)
     again = weights(run(resumed, display))
     assert records(resumed) == records(whole)
     assert all(torch.equal(expected[name], again[name]) for name in expected)
@@ -186,7 +186,7 @@ def test_a_finished_run_resumes_to_its_export(make_config: MakeConfig, display: 
 def test_a_signal_saves_and_stops_and_resuming_goes_on(
     make_config: MakeConfig, display: Display, tmp_path: Path
 ) -> None:
-    whole = make_config(training__output=str(tmp_path / "whole"))
+    whole = make_config(training__output_dir=str(tmp_path / "whole"))
     run(whole, display)
     config = make_config()
     with pytest.raises(Interrupted, match="SIGTERM after step 1; continue with resume=auto"):
@@ -371,16 +371,18 @@ def test_an_adapter_is_exported_alone_where_it_is_not_merged(
 
 
 def test_evaluation_does_not_change_training(make_config: MakeConfig, display: Display) -> None:
-    data, folder = make_config().data.train, make_config().training.output
-    plain = weights(run(make_config(training__output=f"{folder}-1"), display))
-    config = make_config(training__output=f"{folder}-2", data__eval=data, training__eval_every=1)
+    data, folder = make_config().data.train, make_config().training.output_dir
+    plain = weights(run(make_config(training__output_dir=f"{folder}-1"), display))
+    config = make_config(
+        training__output_dir=f"{folder}-2", data__eval=data, training__eval_every=1
+    )
     watched = weights(run(config, display))
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert [x["step"] for x in records(config) if "eval_loss" in x] == [0, 1, 2, 3]
 
 
 def test_tensorboard(make_config: MakeConfig, display: Display, tmp_path: Path) -> None:
-    run(make_config(training__steps=1, training__track=["tensorboard"]), display)
+    run(make_config(training__steps=1, training__report_to=["tensorboard"]), display)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 

@@ -100,7 +100,7 @@ def jobs(seed: int, quick: bool) -> list[Job]:
     ]
     made += [_alone(seed, "dpo", "reinforcing", rejected) for rejected in REJECTED_FROM[1:]]
     loss = {"loss": BASELINES["dpo"]}
-    return [*made, Job("dpo", seed, loss), Job("dpo_pg", seed, {**loss, "update": "projected"})]
+    return [*made, Job("dpo", seed, loss), Job("dpo_pg", seed, {**loss, "update": "dpo_pg"})]
 
 
 def _alone(seed: int, objective: str, target: str, rejected: str) -> Job:

@@ -228,7 +228,7 @@ STUDY = Study(
     jobs=jobs,
     training={
         "reference": "cached",  # also where the objective needs none, to be measured against
-        "monitor": {"band": 1},
+        "monitor": {"band_every": 1},
         "optim": {"lr": 3e-4},
         "training": {"batch_size": 4, "log_every": 1, "epochs": 1},
     },
