@@ -1,16 +1,16 @@
-"""What Reward Calibration (arXiv:2604.18239) does to the training of a small model.
+"""Effects and costs of Reward Calibration (arXiv:2604.18239) in training a small model.
 
     python -m benchmarks.calibration --data PAIRS.jsonl [--out benchmarks/results/calibration.json]
     python -m benchmarks.calibration --data PAIRS.jsonl --overhead
 
 For each seed the rows are shuffled and split, and a small Llama with random weights learns the
-chosen responses (SFT). From there each objective trains alone and with calibration, for one epoch.
-The result file says where the incentives stood to the Disentanglement Band in training, and how far
-log-probs had moved in the end, on the pairs trained on and on held-out ones. With the final models
-of the first seed, `one_step` compares the band's prediction with a small step of gradient descent.
+chosen responses (SFT). From there each objective trains with and without calibration for one epoch.
+The result file records the position of the incentives in the Disentanglement Band during training,
+and the final changes of log-probs, on training pairs and on held-out ones. With the final models of
+the first seed, `one_step` compares the band's prediction with a small step of gradient descent.
 
-`--overhead` measures what calibration costs instead. Either way the other half of the result file
-stays as it is.
+`--overhead` measures the cost of calibration instead. Each of the two leaves the other's half of
+the result file unchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fastpref.docgen import markdown
 from fastpref.dynamics.band import band, parameter_geometry
 from fastpref.training.setup import DataSplit
 from fastpref.training.trainer import Trainer
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 from fastpref.utils.progress import Display
 
 OUT = Path(__file__).parent / "results" / "calibration.json"
@@ -55,7 +55,7 @@ LLAMA = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
-PROMPT = 200  # characters at most, so that 128 tokens hold a response as well
+PROMPT = 200  # characters at most, so that 128 tokens have room for a response
 HELD_OUT = 96
 BATCH = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -69,10 +69,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     # RMSprop with alpha 0 and a huge eps is gradient descent, here with a rate of 1e-3.
     "sgd": {"name": "rmsprop", "lr": 1e5, "alpha": 0.0, "eps": 1e8, "max_grad_norm": None},
 }
-MOMENTA = (None, 0.98, 0.9)  # None: not calibrated
+MOMENTA = (None, 0.98, 0.9)  # None: no calibration
 ONE_STEP_PAIRS = 48
-T, D, V = 2048, 512, 32000  # of the head whose ops are timed
-ROUNDS, STEPS_A_TURN = 7, 4
+T, D, V = 2048, 512, 32000  # shape of the head whose ops are timed
+ROUNDS, STEPS_PER_TURN = 7, 4
 SETTING = ("optimizer", "objective", "momentum", "scope")
 BAND_COLUMNS = {  # title: name in the summary, digits
     "inside the band": ("in_training/band/inside", 2),
@@ -117,17 +117,17 @@ class Job:
 
 
 def jobs(seeds: int) -> list[Job]:
-    """All objectives under AdamW; under gradient descent, which the theory is about, DPO alone.
+    """All objectives under AdamW, and DPO under gradient descent, which the theory describes.
 
-    Each without calibration and with two momenta of it; CPO, whose incentives are far from even,
+    Each runs without calibration and with two momenta; CPO, whose incentives are far from even,
     also with the scores of all parameters.
     """
     settings = [("adamw", objective) for objective in OBJECTIVES] + [("sgd", "dpo")]
-    made = []
+    jobs = []
     for seed in range(seeds):
-        made += [Job(seed, *setting, momentum) for setting in settings for momentum in MOMENTA]
-        made.append(Job(seed, "adamw", "cpo", 0.98, "full"))
-    return made
+        jobs += [Job(seed, *setting, momentum) for setting in settings for momentum in MOMENTA]
+        jobs.append(Job(seed, "adamw", "cpo", 0.98, "full"))
+    return jobs
 
 
 def main() -> None:
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help=f"of {BATCH} pairs, in one epoch")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--add", action="store_true", help="keep the runs of the result file")
-    parser.add_argument("--overhead", action="store_true", help="measure the costs instead")
+    parser.add_argument("--overhead", action="store_true", help="measure the cost instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -150,15 +150,15 @@ def main() -> None:
             report["overhead"] = {**environment.describe("cpu"), **overhead(Path(folder))}
             print(overhead_table(report["overhead"]))
         else:
-            known = report.get("training", {}) if options.add else {}
-            found = study(Path(folder), options, known)
-            report["training"] = {**environment.describe("cpu"), **found}
+            earlier = report.get("training", {}) if options.add else {}
+            results = study(Path(folder), options, earlier)
+            report["training"] = {**environment.describe("cpu"), **results}
             print("\n\n".join(tables(report["training"])))
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(result_json.dumps(report))
 
 
-def study(folder: Path, options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    """SFT of each seed, then all runs from it, but for those known with the same settings."""
+def study(folder: Path, options: argparse.Namespace, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Run SFT for each seed, then all jobs from it, except those in earlier results."""
     settings = {
         "model": LLAMA, "data": options.data.name, "train_pairs": options.steps * BATCH,
         "held_out_pairs": HELD_OUT, "batch_size": BATCH, "steps": options.steps,
@@ -167,18 +167,18 @@ def study(folder: Path, options: argparse.Namespace, known: dict[str, Any]) -> d
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
-        speakers = list(pool.map(partial(speak, folder), range(options.seeds)))
-        if known and (known["settings"], known["sft"]) != (settings, speakers):
+        sft = list(pool.map(partial(sft_warm_up, folder), range(options.seeds)))
+        if earlier and (earlier["settings"], earlier["sft"]) != (settings, sft):
             raise SystemExit("--add: the runs of the result file have other settings; leave it out")
-        done = {json.dumps(_job(run)): run for run in known.get("runs", [])}
-        wanted = jobs(options.seeds)
-        new = [job for job in wanted if json.dumps(vars(job)) not in done]
+        done = {json.dumps(_job(run)): run for run in earlier.get("runs", [])}
+        all_jobs = jobs(options.seeds)
+        new = [job for job in all_jobs if json.dumps(vars(job)) not in done]
         done |= {json.dumps(_job(run)): run for run in pool.map(partial(train, folder), new)}
-    runs = [done[json.dumps(vars(job))] for job in wanted]
+    runs = [done[json.dumps(vars(job))] for job in all_jobs]
     return {
         "settings": settings,
-        "seconds": round(time.monotonic() - started) + known.get("seconds", 0),
-        "sft": speakers,
+        "seconds": round(time.monotonic() - started) + earlier.get("seconds", 0),
+        "sft": sft,
         "summary": summary(runs),
         "runs": runs,
     }
@@ -207,7 +207,7 @@ def split(rows: list[dict[str, Any]], folder: Path, seeds: int, train_pairs: int
 def make_trainer(
     folder: Path, seed: int, name: str, training: dict[str, Any], **sections: Any
 ) -> Trainer:
-    """A trainer on the split of a seed; its run directory is `folder / seed / name`."""
+    """Build a trainer on the split of a seed; its run directory is `folder / seed / name`."""
     home = folder / str(seed)
     values = {
         "data": {
@@ -231,8 +231,8 @@ def make_trainer(
     return Trainer(configs.parse(values), Display(Console(quiet=True)))
 
 
-def speak(folder: Path, seed: int) -> dict[str, float]:
-    """Learn the chosen responses from random weights, and export."""
+def sft_warm_up(folder: Path, seed: int) -> dict[str, float]:
+    """Train on the chosen responses from random weights, and export the model."""
     trainer = make_trainer(
         folder,
         seed,
@@ -244,13 +244,16 @@ def speak(folder: Path, seed: int) -> dict[str, float]:
     )
     trainer.loop([])
     trainer.export()
-    evaluated = [line for line in records(trainer) if "eval_loss" in line]
-    chosen = evaluated[-1]["eval_logps/chosen"] / evaluated[-1]["eval_lengths/chosen"]
+    last = [line for line in records(trainer) if "eval_loss" in line][-1]
+    chosen = last["eval_logps/chosen"] / last["eval_lengths/chosen"]
     return {"seed": seed, "held_out_logp_per_token": chosen}
 
 
 def train(folder: Path, job: Job) -> dict[str, Any]:
-    """One run: where it stood to the band, and where the log-probs ended."""
+    """Train one job; return its positions in the band and the final changes of log-probs."""
+    calibration = None
+    if job.momentum is not None:
+        calibration = {"momentum": job.momentum, "scope": job.scope}
     trainer = make_trainer(
         folder,
         job.seed,
@@ -258,10 +261,9 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
         {"epochs": 1, "batch_size": BATCH},
         model={"path": str(folder / str(job.seed) / "sft" / "model"), "dtype": "float32"},
         loss=OBJECTIVES[job.objective],
-        reference="cached",  # also where the objective needs none, to be measured against
-        calibration=None
-        if job.momentum is None
-        else {"momentum": job.momentum, "scope": job.scope},
+        # Changes are measured from the reference, even if the objective does not need one.
+        reference="cached",
+        calibration=calibration,
         monitor={"band_every": 1},
         optim=OPTIMIZERS[job.optimizer],
     )
@@ -280,36 +282,36 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def records(trainer: Trainer) -> list[dict[str, Any]]:
-    return metrics.read(trainer.run.folder / "metrics.jsonl")
+    return metrics.read_records(trainer.run.folder / "metrics.jsonl")
 
 
 def in_training(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the steps, and the share of steps on each pathway.
 
-    `band/*` are means over the pairs of a step, with the incentives that were applied and the
-    scores of the head. The pathway of a step is that of its mean predicted changes.
+    `band/*` are means over the pairs of a step, with the applied incentives and the scores of the
+    head. The pathway of a step follows from its mean predicted changes.
     """
     names = [name for name in lines[0] if name.startswith(("band/", "calibration/"))]
-    found = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
+    means = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
     up = [line["band/dz_chosen"] >= 0 for line in lines]
     down = [line["band/dz_rejected"] <= 0 for line in lines]
     signs = list(zip(up, down, strict=True))
     pathways = {"i": (True, False), "ii": (False, True), "iii": (True, True)}
-    return found | {f"pathway_{k}": signs.count(v) / len(lines) for k, v in pathways.items()}
+    return means | {f"pathway_{k}": signs.count(v) / len(lines) for k, v in pathways.items()}
 
 
 @torch.no_grad()
 def outcome(trainer: Trainer, data: DataSplit) -> dict[str, float]:
-    """What has become of the log-probs of a split since the SFT model.
+    """Changes of the log-probs of a split since the SFT model.
 
-    chosen_change, rejected_change: mean change of the summed log-prob, nats. accuracy: share of
-    pairs whose chosen one gained more, or lost less. displaced: whose chosen one lost.
-    disentangled: whose chosen one did not lose and whose rejected one did not gain.
+    chosen_change, rejected_change: mean change of the summed log-prob, nats. Shares of pairs:
+    accuracy: the chosen log-prob changed by more than the rejected one. displaced: the chosen one
+    fell. disentangled: the chosen one did not fall and the rejected one did not rise.
     """
     sides = []
     for step in data.plan.epoch():
         for indices in step:
-            policy, reference, *_ = see(trainer, data, indices)
+            policy, reference, *_ = forward(trainer, data, indices)
             sides.append((policy.chosen - reference.chosen, policy.rejected - reference.rejected))
     chosen, rejected = (torch.cat(side).double() for side in zip(*sides, strict=True))
     columns = {
@@ -322,66 +324,65 @@ def outcome(trainer: Trainer, data: DataSplit) -> dict[str, float]:
     return {name: values.double().mean().item() for name, values in columns.items()}
 
 
-def see(trainer: Trainer, data: DataSplit, indices: list[int], geometry: bool = False) -> Any:
-    """A forward pass over some pairs, `fastpref.training.forward.MicroBatchLogps`."""
+def forward(trainer: Trainer, data: DataSplit, indices: list[int], geometry: bool = False) -> Any:
+    """Run a forward pass over some pairs; returns `fastpref.training.forward.MicroBatchLogps`."""
     batches = trainer.policy.batches(data.groups, indices)
     return trainer.forward(batches, data.reference, with_geometry=geometry)
 
 
 def one_step(trainer: Trainer, data: DataSplit, nats: float = 0.01) -> dict[str, float]:
-    """How often the band predicts the signs of what a step of gradient descent changes.
+    """Compare the changes that the band predicts with those of a step of gradient descent.
 
-    A step follows the gradient of one pair's loss, calibrated as in training, in all parameters
-    and in fp64, but for norms, which the model takes in fp32: so it is as long as changes the
-    log-prob that moves more by `nats`, well above their rounding. Shares of pairs: `inside` the
-    band by the scores of all parameters, `agree` where both log-probs went where these say,
-    `agree_inside` of those inside, and by the scores of the head alone `head_inside` and
-    `head_agree`.
+    A step follows the gradient of one pair's loss, calibrated as in training, in all parameters and
+    in fp64. Its length makes the larger change of a log-prob `nats`, well above the rounding of the
+    model's norms, which are in fp32. Returns shares of pairs: `inside` the band by the scores of
+    all parameters; `agree`: both changes have the predicted signs; `agree_inside`: the same among
+    the pairs inside; `head_inside` and `head_agree`: the same with the scores of the head.
     """
     policy = trainer.policy.double()
     policy.compute_dtype = torch.float64
+    objective: Any = trainer.loss  # pairwise
     parameters: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
-    tally: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for index in range(ONE_STEP_PAIRS):
-        seen = see(trainer, data, [index], geometry=True)
-        before = seen.policy
-        loss = trainer.loss(trainer.balance.calibrated(seen, 0), seen.reference).loss.sum()
+        output = forward(trainer, data, [index], geometry=True)
+        before = output.policy
+        loss = objective(trainer.calibration.calibrate(output, 0), output.reference).loss.sum()
         d_chosen, d_rejected = torch.autograd.grad(
             loss, (before.chosen, before.rejected), retain_graph=True
         )
         predicted, by_head = (
             band(-d_chosen, d_rejected, geometry)[-2:]
-            for geometry in (parameter_geometry(before, parameters), seen.geometry)
+            for geometry in (parameter_geometry(before, parameters), output.geometry)
         )
-        whole, head = signs(*predicted), signs(*by_head)
+        by_all, head = signs(*predicted), signs(*by_head)
         rate = nats / torch.cat(predicted).abs().max().item()
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             torch._foreach_add_(parameters, gradients, alpha=-rate)
-            after = see(trainer, data, [index]).policy
+            after = forward(trainer, data, [index]).policy
             torch._foreach_add_(parameters, gradients, alpha=rate)
-        went = signs(after.chosen - before.chosen, after.rejected - before.rejected)
-        inside = whole == (True, True)
-        tally.update(
+        actual = signs(after.chosen - before.chosen, after.rejected - before.rejected)
+        inside = by_all == (True, True)
+        counts.update(
             inside=inside,
-            agree=went == whole,
-            agree_inside=inside and went == whole,
+            agree=actual == by_all,
+            agree_inside=inside and actual == by_all,
             head_inside=head == (True, True),
-            head_agree=went == head,
+            head_agree=actual == head,
         )
-    shares = {name: count / ONE_STEP_PAIRS for name, count in tally.items()}
-    shares["agree_inside"] = tally["agree_inside"] / max(1, tally["inside"])
+    shares = {name: count / ONE_STEP_PAIRS for name, count in counts.items()}
+    shares["agree_inside"] = counts["agree_inside"] / max(1, counts["inside"])
     return {"pairs": ONE_STEP_PAIRS, **shares}
 
 
 def signs(dz_chosen: Tensor, dz_rejected: Tensor) -> tuple[bool, bool]:
-    """Whether the chosen log-prob of a pair does not fall, and whether the rejected one does not
-    rise."""
+    """Whether the chosen log-prob does not fall, and whether the rejected one does not rise."""
     return dz_chosen.item() >= 0, dz_rejected.item() <= 0
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, least and most over the seeds, of each setting."""
+    """Mean, minimum and maximum over the seeds, for each setting."""
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         settings.setdefault(tuple(run[name] for name in SETTING), []).append(run)
@@ -397,27 +398,27 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(training: dict[str, Any]) -> tuple[str, str, str]:
-    """In Markdown: the band in training, the outcome, and what a step of gradient descent does."""
+    """Markdown tables: the band in training, the outcome, and the steps of gradient descent."""
     rows = training["summary"]
     band_in_training, outcomes = (
         _table(columns, {_title(row): _cells(row, columns) for row in rows})
         for columns in (BAND_COLUMNS, OUTCOME_COLUMNS)
     )
-    measured = [run for run in training["runs"] if "one_step" in run]
     one_steps = {
         _title(run): [f"{run['one_step'].get(name, 0):.0%}" for name in ONE_STEP_COLUMNS.values()]
-        for run in measured
+        for run in training["runs"]
+        if "one_step" in run
     }
     return band_in_training, outcomes, _table(ONE_STEP_COLUMNS, one_steps)
 
 
-def overhead_table(found: dict[str, Any]) -> str:
-    """In Markdown: what a step costs by scope, and the geometry beside the log-probs of a head."""
+def overhead_table(overhead: dict[str, Any]) -> str:
+    """Markdown table: a step by scope, and score geometry relative to the log-probs of a head."""
     rows = {}
     for part, base in (("seconds_per_step", "none"), ("seconds_of_head", "linear_logps")):
-        whole = found[part][base]["median"]
-        for name, times in found[part].items():
-            rows[name] = [f"{times['median'] * 1e3:.0f} ms", f"{times['median'] / whole:.2f}"]
+        first = overhead[part][base]["median"]
+        for name, times in overhead[part].items():
+            rows[name] = [f"{times['median'] * 1e3:.0f} ms", f"{times['median'] / first:.2f}"]
     return _table(("time", "beside the first"), rows)
 
 
@@ -440,7 +441,7 @@ def _table(columns: Iterable[str], rows: dict[str, list[str]]) -> str:
 
 
 def overhead(folder: Path) -> dict[str, Any]:
-    """Seconds of a training step by scope of calibration, and of the head's two ops."""
+    """Measure seconds of a training step by scope of calibration, and of the head's two ops."""
     trainers = {
         scope: make_trainer(
             folder,
@@ -458,7 +459,7 @@ def overhead(folder: Path) -> dict[str, Any]:
     }
     seconds, _ = timer.interleave(steps, "cpu", ROUNDS, "none")
     per_step = {
-        scope: timer.summary([value / STEPS_A_TURN for value in values])
+        scope: timer.summary([value / STEPS_PER_TURN for value in values])
         for scope, values in seconds.items()
     }
     ops_seconds, _ = timer.interleave(head_ops(), "cpu", ROUNDS, "linear_logps")
@@ -472,16 +473,16 @@ def overhead(folder: Path) -> dict[str, Any]:
 
 
 def take_steps(trainer: Trainer) -> None:
-    trainer.steps = trainer.step + STEPS_A_TURN
+    trainer.steps = trainer.step + STEPS_PER_TURN
     trainer.loop([])
 
 
 def head_ops() -> dict[str, Callable[[], Any]]:
-    """Log-probs with the gradients of hidden states and head, and the geometry by pairs."""
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, D, generator=g) for n in (T, V))
+    """Ops to time: log-probs with gradients of hidden states and head, and geometry by pairs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=generator) for n in (T, V))
     weight *= D**-0.5
-    labels = torch.randint(V, (T,), generator=g)
+    labels = torch.randint(V, (T,), generator=generator)
 
     def logps() -> tuple[Tensor, ...]:
         inputs = hidden.requires_grad_(), weight.requires_grad_()

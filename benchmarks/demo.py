@@ -1,22 +1,22 @@
-"""Run the demo and keep its numbers and its picture for the README.
+"""Run the demo and copy its numbers and its picture for docs/demo.md.
 
     python -m benchmarks.demo [--folder runs/demo]
 
-Writes benchmarks/results/demo-cpu.json and docs/demo.png. With `--folder`, takes the results of a
-demo that has been run there instead of running it again.
+Writes benchmarks/results/demo-cpu.json and docs/assets/demo.png. `--folder` uses the results of a
+demo that was run there, instead of running it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from fastpref.utils import environment
+from benchmarks.pictures import publish
+from fastpref.utils import environment, result_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,10 +31,8 @@ def main() -> None:
         subprocess.run(command, check=True)
     results = json.loads((folder / "results.json").read_text())
     report = {"benchmark": "demo", **environment.describe(), **results}
-    (ROOT / "benchmarks" / "results" / "demo-cpu.json").write_text(
-        json.dumps(report, indent=1) + "\n"
-    )
-    shutil.copy(folder / "demo.png", ROOT / "docs" / "demo.png")
+    (ROOT / "benchmarks" / "results" / "demo-cpu.json").write_text(result_json.dumps(report))
+    publish(folder / "demo.png")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Load: many rows, long responses, wide groups and many steps; what they take, and what grows.
+"""Load test: time and memory of many rows, long responses, wide groups and many steps.
 
     python -m benchmarks.load [--only rows|long|groups|steps] [--scale 0.01] [--out FILE]
 
-Each part makes its data, runs it in processes of its own, and watches their memory and open files.
+Each part generates data, runs it in processes of its own, and records their memory and open files.
 Words are drawn from 20,000 with the frequencies of Zipf's law, and a byte-level BPE of 8,000 tokens
-is trained on some of them; models are as small as they come, so that what is measured is all that
-is around them.
+is trained on some of them. Models are tiny, so that the measurements show everything around them.
 
-    rows    20,000 and 200,000 pairs are tokenised and one epoch is planned: seconds and memory
-    long    pairs of two responses of 32k tokens are trained on
-    groups  10,000 groups of 16 responses: tokenised, planned, trained on
-    steps   a run of 50,000 steps with a line of metrics for each, and the report of it: step time,
-            memory and open files of its last tenth beside those of its second
+    rows    20,000 and 200,000 pairs are tokenized and one epoch is planned: seconds and memory
+    long    training on pairs of two responses of 32k tokens
+    groups  10,000 groups of 16 responses: tokenized, planned, trained on
+    steps   a run of 50,000 steps with a line of metrics for each, and its report: step time, memory
+            and open files of the last tenth compared with those of the second
 
-Prints a line for each and whether it is within its limits; exit code 1 if one is not. Parts of the
-result file that are not measured stay.
+Prints a line for each part, with a check of its limits; the exit code is 1 if one is exceeded.
+Parts of the result file that are not measured stay.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from fastpref.data import bpe
 from fastpref.data.batch_plan import Plan, tokens_of
 from fastpref.data.dataset import load_groups
 from fastpref.data.tokenizers import tokenizer_of
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 from fastpref.utils.atomic_files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
@@ -56,30 +55,30 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(PARTS), action="append")
     parser.add_argument("--scale", type=float, default=1.0, help="of rows, groups and steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # what a watched process does
+    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)  # for a watched process
     options = parser.parse_args()
     if options.plan is not None:
-        print(json.dumps(tokenise_and_plan(options.plan)))
+        print(json.dumps(tokenize_and_plan(options.plan)))
         return
     failed = False
     for name in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="load-") as folder:
-            found = PARTS[name](Work(Path(folder)), options.scale)
-        failed |= not found["within_limits"]
-        print(f"{name}: {json.dumps(found)}", flush=True)
+            result = PARTS[name](Work(Path(folder)), options.scale)
+        failed |= not result["within_limits"]
+        print(f"{name}: {json.dumps(result)}", flush=True)
         report = json.loads(options.out.read_text()) if options.out.exists() else {}
         command = shlex.join(
             ["python", "-m", "benchmarks.load", "--only", name, "--scale", f"{options.scale:g}"]
         )
-        about = {**environment.describe("cpu"), "processors": os.cpu_count(), "command": command}
-        report |= {"benchmark": "load", name: {**about, **found}}
+        described = {**environment.describe("cpu"), "processors": os.cpu_count()}
+        report |= {"benchmark": "load", name: {**described, "command": command, **result}}
         with replacing(options.out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+            temporary.write_text(result_json.dumps(report))
     sys.exit(failed)
 
 
 class Watched(NamedTuple):
-    """A process and its children, looked at several times a second."""
+    """Memory and open files of a process and its children, sampled several times a second."""
 
     seconds: float
     output: str
@@ -92,27 +91,27 @@ class Watched(NamedTuple):
 
 
 class Work:
-    """A folder with a tokenizer, and with data and a config of each name that is asked for."""
+    """A folder with a tokenizer, data files and configs, and the processes that use them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._chance = folder, np.random.default_rng(SEED)
+        self.folder, self._random = folder, np.random.default_rng(SEED)
         syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er")]
-        drawn = (self._chance.choice(syllables, n) for n in self._chance.integers(1, 5, 20_000))
-        self._words = np.array(["".join(parts) for parts in drawn])
+        words = (self._random.choice(syllables, n) for n in self._random.integers(1, 5, 20_000))
+        self._words = np.array(["".join(parts) for parts in words])
         weights = 1 / (10 + np.arange(len(self._words)))
         self._shares = (weights / weights.sum()).cumsum()
         tokenizer = bpe.train((self.text(300) for _ in range(1000)), VOCABULARY)
         tokenizer.save_pretrained(folder / "tokenizer")
 
     def text(self, words: int) -> str:
-        return " " + " ".join(self._words[self._shares.searchsorted(self._chance.random(words))])
+        return " " + " ".join(self._words[self._shares.searchsorted(self._random.random(words))])
 
     def about(self, mean: int) -> str:
-        """A text of so many words on average, now a third of them and now twice as many."""
-        return self.text(1 + int(self._chance.gamma(3, mean / 3)))
+        """A text of `mean` words on average, with a gamma distribution."""
+        return self.text(1 + int(self._random.gamma(3, mean / 3)))
 
     def write(self, name: str, rows: Iterator[Values], **sections: Values) -> Path:
-        """A data file and a config beside it, of a model with two heads and a single layer."""
+        """Write a data file and a config for a model with two heads and a single layer."""
         with (self.folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         llama = {
@@ -139,7 +138,7 @@ class Work:
             "training": {
                 "output_dir": str(self.folder / name),
                 "device": "cpu",
-                "batch_invariant": False,  # a small model is faster so
+                "batch_invariant": False,  # faster for a small model
             },
         }
         for section, changes in sections.items():
@@ -149,7 +148,7 @@ class Work:
         return path
 
     def watch(self, *command: str) -> Watched:
-        """Run a command to its end; raises RuntimeError with what it said if it fails."""
+        """Run a command to its end; raises RuntimeError with its output if it fails."""
         memory: list[int] = []
         files: list[int] = []
         started = time.monotonic()
@@ -158,13 +157,13 @@ class Work:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"}
             )
-            tree = psutil.Process(process.pid)
+            root = psutil.Process(process.pid)
             while process.poll() is None:
                 try:
-                    alive = [tree, *tree.children(recursive=True)]
-                    memory.append(sum(each.memory_info().rss for each in alive))
-                    files.append(sum(each.num_fds() for each in alive))
-                except psutil.Error:  # it has ended since
+                    tree = [root, *root.children(recursive=True)]
+                    memory.append(sum(member.memory_info().rss for member in tree))
+                    files.append(sum(member.num_fds() for member in tree))
+                except psutil.Error:  # a process of the tree has ended
                     continue
                 time.sleep(0.1)
         if process.returncode:
@@ -172,33 +171,36 @@ class Work:
         return Watched(time.monotonic() - started, log.read_text(), memory, files)
 
     def plan(self, config: Path) -> Values:
-        """Tokenise and plan in a process of its own: its seconds, its memory, its counts."""
-        seen = self.watch(
+        """Tokenize and plan in a process of its own; return its seconds, memory and counts."""
+        watched = self.watch(
             sys.executable, "-W", "ignore", "-m", "benchmarks.load", "--plan", str(config)
         )
-        counts: Values = json.loads(seen.output.splitlines()[-1])
-        return {"seconds": round(seen.seconds, 1), "peak_mib": seen.peak_mib, **counts}
+        counts: Values = json.loads(watched.output.splitlines()[-1])
+        return {"seconds": round(watched.seconds, 1), "peak_mib": watched.peak_mib, **counts}
 
     def train(self, config: Path) -> tuple[Watched, list[Values]]:
-        """A run, from the start of its process to its export, and its metrics."""
-        seen = self.watch(*FASTPREF, "train", str(config))
-        return seen, metrics.read(config.with_suffix("") / "metrics.jsonl")
+        """Train, from the start of the process to the export, and return the metrics too."""
+        watched = self.watch(*FASTPREF, "train", str(config))
+        return watched, metrics.read_records(config.with_suffix("") / "metrics.jsonl")
 
 
-def tokenise_and_plan(path: Path) -> Values:
-    """What a run does with its data before the first step, and the plan of all its steps."""
+def tokenize_and_plan(path: Path) -> Values:
+    """Load the data as a run does before its first step, and plan all steps of an epoch."""
     config = configs.load(path)
     started = time.monotonic()
     groups = load_groups(
-        config.data.train, tokenizer_of(config), config.data, config.build_loss().kind
+        config.data.train,
+        tokenizer_of(config.model, config.data, config.build_loss().kind),
+        config.data,
+        config.build_loss().kind,
     )
-    tokenised = time.monotonic()
+    tokenized = time.monotonic()
     t = config.training
     plan = Plan.of(groups, t.batch_size, t.micro_batch_tokens, t.seed, "prefix_shared")
     parts = sum(len(step) for step in plan.epoch())
     return {
-        "tokenising_seconds": round(tokenised - started, 1),
-        "planning_seconds": round(time.monotonic() - tokenised, 1),
+        "tokenising_seconds": round(tokenized - started, 1),
+        "planning_seconds": round(time.monotonic() - tokenized, 1),
         "groups": len(groups),
         "responses": int(groups.offsets[-1]),
         "tokens": int(tokens_of(groups, "prefix_shared").sum()),
@@ -220,9 +222,9 @@ def rows(work: Work, scale: float) -> Values:
         work.plan(work.write(f"rows-{n}", pairs(n)))
         for n in (int(20_000 * scale), int(200_000 * scale))
     )
-    grown = many["peak_mib"] - few["peak_mib"]
-    within = many["seconds"] <= 120 and many["peak_mib"] <= 2048 and grown <= 256
-    return {"few": few, "many": many, "grown_mib": grown, "within_limits": within}
+    growth = many["peak_mib"] - few["peak_mib"]
+    within = many["seconds"] <= 120 and many["peak_mib"] <= 2048 and growth <= 256
+    return {"few": few, "many": many, "grown_mib": growth, "within_limits": within}
 
 
 def long(work: Work, _: float) -> Values:
@@ -237,13 +239,13 @@ def long(work: Work, _: float) -> Values:
         training={"steps": 3, "batch_size": 1, "micro_batch_tokens": 2 * 33_500},
     )
     planned = work.plan(config)
-    seen, lines = work.train(config)
+    watched, lines = work.train(config)
     return {
         **planned,
-        "training_seconds": round(seen.seconds, 1),
-        "training_peak_mib": seen.peak_mib,
+        "training_seconds": round(watched.seconds, 1),
+        "training_peak_mib": watched.peak_mib,
         "tokens_per_second": round(lines[-1]["tokens_per_second"]),
-        "within_limits": seen.peak_mib <= 4096,
+        "within_limits": watched.peak_mib <= 4096,
     }
 
 
@@ -263,12 +265,12 @@ def groups(work: Work, scale: float) -> Values:
         training={"steps": 20, "batch_size": 64, "micro_batch_tokens": 65_536},
     )
     planned = work.plan(config)
-    seen, _lines = work.train(config)
+    watched, _lines = work.train(config)
     return {
         **planned,
-        "training_seconds": round(seen.seconds, 1),  # the reference of all groups, and 20 steps
-        "training_peak_mib": seen.peak_mib,
-        "within_limits": planned["seconds"] <= 120 and seen.peak_mib <= 2048,
+        "training_seconds": round(watched.seconds, 1),  # the reference of all groups, and 20 steps
+        "training_peak_mib": watched.peak_mib,
+        "within_limits": planned["seconds"] <= 120 and watched.peak_mib <= 2048,
     }
 
 
@@ -281,7 +283,7 @@ def steps(work: Work, scale: float) -> Values:
     config = work.write(
         "steps",
         pairs,
-        data={"max_length": 16},  # as many tokens in every step
+        data={"max_length": 16},  # every step has the same number of tokens
         training={
             "steps": count,
             "batch_size": 1,
@@ -290,13 +292,13 @@ def steps(work: Work, scale: float) -> Values:
             "activation_checkpointing": "off",
         },
     )
-    seen, lines = work.train(config)
-    milliseconds = [1000 * lines[0]["num_tokens"] / each["tokens_per_second"] for each in lines]
+    watched, lines = work.train(config)
+    milliseconds = [1000 * lines[0]["num_tokens"] / line["tokens_per_second"] for line in lines]
     before, after = (
         {
             "step_ms": round(statistics.median(tenth(milliseconds, k)), 3),
-            "memory_mib": round(max(tenth(seen.memory, k)) / MIB),
-            "open_files": statistics.median(tenth(seen.files, k)),
+            "memory_mib": round(max(tenth(watched.memory, k)) / MIB),
+            "open_files": statistics.median(tenth(watched.files, k)),
         }
         for k in (1, 9)
     )
@@ -309,7 +311,7 @@ def steps(work: Work, scale: float) -> Values:
     )
     return {
         "steps": count,
-        "seconds": round(seen.seconds),
+        "seconds": round(watched.seconds),
         "second_tenth": before,
         "last_tenth": after,
         "report_seconds": round(report.seconds, 1),

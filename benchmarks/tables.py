@@ -1,11 +1,10 @@
-"""The tables of measurements in README and docs, made from the result files that they name; and
-the pictures of the reproductions.
+"""Update the tables of measurements in README and docs, and the pictures of the reproductions.
 
     python -m benchmarks.tables        # after a benchmark has been run again
 
-Behind `<!-- table: NAME, from benchmarks/results/FILE.json -->` on a page stands the table that
-`TABLES[NAME]` makes of the file, and behind `<!-- not measured: the setting of NAME -->`, or `the
-caption of`, what a reproduction says of itself.
+The comment `<!-- table: NAME, from benchmarks/results/FILE.json -->` on a page is followed by the
+table that `TABLES[NAME]` makes of the file. `<!-- not measured: the setting of NAME -->`, or `the
+caption of NAME`, is followed by that text of a reproduction.
 """
 
 from __future__ import annotations
@@ -28,37 +27,34 @@ from fastpref.reproduce.study import load
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-_TOLD = re.compile(
+_STUDY_TEXT = re.compile(
     r"(<!-- not measured: the (setting|caption) of (\w+) -->\n\n)(?:[^\n<|!*].*\n)*\n?"
 )
-_MARKED = re.compile(r"(<!-- table: (\S+), from (\S+) -->\n\n)(?:\|.*\n)*")
+_TABLE = re.compile(r"(<!-- table: (\S+), from (\S+) -->\n\n)(?:\|.*\n)*")
 
 
 def main() -> None:
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    for name in reproduce.NAMES:
-        found = json.loads((RESULTS / "reproduce" / f"{name}.json").read_text())
-        results.draw(load(name), found, ROOT / "docs" / f"reproduce-{name}.png")
 
 
 def with_tables(text: str) -> str:
-    """A page with its tables made anew. Raises KeyError for a table that nobody makes."""
+    """Replace the tables and study texts of a page. Raises KeyError for an unknown table."""
 
-    def made(marked: re.Match[str]) -> str:
-        marker, name, file = marked.groups()
+    def new_table(match: re.Match[str]) -> str:
+        marker, name, file = match.groups()
         return f"{marker}{TABLES[name](json.loads((ROOT / file).read_text()))}\n"
 
-    def told(marked: re.Match[str]) -> str:
-        marker, part, name = marked.groups()
+    def study_text(match: re.Match[str]) -> str:
+        marker, part, name = match.groups()
         return (
             f"{marker}{textwrap.fill(getattr(load(name), part), 100, break_on_hyphens=False)}\n\n"
         )
 
-    return _TOLD.sub(told, _MARKED.sub(made, text))
+    return _STUDY_TEXT.sub(study_text, _TABLE.sub(new_table, text))
 
 
-def demo(found: Any) -> str:
+def demo(result: Any) -> str:
     columns = ("accuracy", "mean KL to p (nats)", "PCI", "change of log-prob, chosen", "rejected")
     digits = {
         **dict.fromkeys(("accuracy", "mean_kl", "pci"), ".3f"),
@@ -66,7 +62,7 @@ def demo(found: Any) -> str:
     }
     titles = {"sft": "SFT", "dpo": "DPO, β 0.1", "pmo": "PMO, α 0.9, β 0.1"}
     rows = {
-        title: [_minus(f"{found[stage][name]:{form}}") for name, form in digits.items()]
+        title: [_minus(f"{result[stage][name]:{form}}") for name, form in digits.items()]
         for stage, title in titles.items()
     }
     return _table(("", *columns), rows)
@@ -90,11 +86,11 @@ BENCH_ROWS = {
 }
 
 
-def bench(found: Any) -> str:
-    """Time and memory of log-probs and of DPO; a dash where nothing was measured."""
+def bench(result: Any) -> str:
+    """Time and memory of log-probs and of DPO; a dash for a missing measurement."""
     points = {
         (p["op"], p["implementation"], p["head"], p["T"], p["D"], p["V"]): p
-        for p in found["points"]
+        for p in result["points"]
         if "seconds" in p
     }
 
@@ -111,7 +107,7 @@ def bench(found: Any) -> str:
     return _table(("", *(title for title, _ in BENCH_COLUMNS)), rows)
 
 
-def end_to_end(found: Any) -> str:
+def end_to_end(result: Any) -> str:
     titles = {
         "fastpref": "fastpref",
         "fastpref, defaults": "fastpref, its defaults",
@@ -120,24 +116,24 @@ def end_to_end(found: Any) -> str:
     }
     rows = {}
     for name, title in titles.items():
-        row = found["summary"][name]
+        row = result["summary"][name]
         memory = [f"{row[part]:,.0f} MiB" for part in ("peak_mib", "net_mib")]
         rows[title] = [f"{row['seconds'][0]:.1f} s", f"{row['pairs_per_second']:.2f}", *memory]
     return _table(("", "step", "pairs/s", "peak", "net"), rows)
 
 
-def plan_check(found: Any) -> str:
+def plan_check(result: Any) -> str:
     rows = {}
-    for row in found["rows"]:
+    for row in result["rows"]:
         sizes = [_mib(row[f"{name}_bytes"]) for name in ("predicted", "measured")]
         rows[row["name"]] = [row["moment"], *sizes, _minus(f"{row['error']:+.1%}")]
     return _table(("config", "fullest moment", "predicted", "measured", "error"), rows)
 
 
-def hardware_plans(found: Any) -> str:
-    """Predictions by config; what a CPU can and how fast is that of one machine, and left out."""
+def hardware_plans(result: Any) -> str:
+    """Predictions by config; a CPU's memory and speed are left out, since machines differ."""
     rows = {}
-    for plan in found["plans"]:
+    for plan in result["plans"]:
         device = Device(**plan["device"])
         gpu = [f"{device.usable / 2**30:.1f} GiB", f"{plan['seconds']:.1f} s"]
         rows[f"`{plan['config']}`"] = [
@@ -148,15 +144,15 @@ def hardware_plans(found: Any) -> str:
     return _table(("config", "devices", "peak", "a run can use", "time a step"), rows)
 
 
-def faults(found: Any) -> str:
-    """What was lost of trainings that were ended so often."""
+def faults(result: Any) -> str:
+    """Steps, rows and bits lost by trainings that were killed and resumed."""
     columns = ("kills", "trainings", "steps_lost", "rows_replayed", "rows_skipped",
                "differing_lines", "differing_bits")  # fmt: skip
     rows = {
         name.replace("ranks 1", "one process").replace("ranks 2", "two ranks"): [
-            f"{found[name][column]:,}" for column in columns
+            f"{result[name][column]:,}" for column in columns
         ]
-        for name in sorted(found)
+        for name in sorted(result)
         if name.startswith("ranks")
     }
     return _table(("ended", *(column.replace("_", " ") for column in columns)), rows)
@@ -170,7 +166,7 @@ GPU_COLUMNS = {
 
 
 def gpu_heads(points: list[Any]) -> str:
-    """Milliseconds, times the products in the same run, and memory, at the first shape."""
+    """Milliseconds, ratio to the GEMM baseline of the same run, and memory, at the first shape."""
     shape = {key: points[0][key] for key in "TDV"}
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for p in points:
@@ -188,15 +184,15 @@ def gpu_heads(points: list[Any]) -> str:
     return _table(("", *GPU_COLUMNS.values()), rows)
 
 
-def gpu_suite(found: Any) -> str:
-    rows = found["sections"]["targets"]["rows"]
+def gpu_suite(result: Any) -> str:
+    rows = result["sections"]["targets"]["rows"]
     return gpu_heads([point for row in rows for point in row.get("points", ())])
 
 
-def load_figures(found: Any) -> str:
-    """What large inputs and long runs took."""
-    few, many = found["rows"]["few"], found["rows"]["many"]
-    long, groups, steps = found["long"], found["groups"], found["steps"]
+def load_figures(result: Any) -> str:
+    """Time and memory of large inputs and long runs."""
+    few, many = result["rows"]["few"], result["rows"]["many"]
+    long, groups, steps = result["long"], result["groups"], result["steps"]
     before, after = steps["second_tenth"], steps["last_tenth"]
 
     def mib(number: float) -> str:
@@ -204,7 +200,7 @@ def load_figures(found: Any) -> str:
 
     rows = {
         f"{many['groups']:,} pairs, {many['tokens'] / 1e6:.0f} million tokens": [
-            f"tokenised and planned in {many['seconds']:.0f} s",
+            f"tokenized and planned in {many['seconds']:.0f} s",
             f"{mib(many['peak_mib'])}; {mib(few['peak_mib'])} for {few['groups']:,} pairs",
         ],
         f"{long['responses']} responses of 32k tokens": [
@@ -212,7 +208,7 @@ def load_figures(found: Any) -> str:
             mib(long["training_peak_mib"]),
         ],
         f"{groups['groups']:,} groups of 16 responses": [
-            f"tokenised and planned in {groups['seconds']:.0f} s, "
+            f"tokenized and planned in {groups['seconds']:.0f} s, "
             f"one epoch in {groups['training_seconds']:.0f} s",
             mib(groups["training_peak_mib"]),
         ],
@@ -232,14 +228,14 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "end-to-end": end_to_end,
     "plan-check": plan_check,
     "hardware-plans": hardware_plans,
-    "h100": lambda found: gpu_heads(found["points"]),
+    "h100": lambda result: gpu_heads(result["points"]),
     "h100-suite": gpu_suite,
     "load": load_figures,
     "faults": faults,
-    "calibration-band": lambda found: calibration.tables(found["training"])[0],
-    "calibration-outcome": lambda found: calibration.tables(found["training"])[1],
-    "calibration-one-step": lambda found: calibration.tables(found["training"])[2],
-    "calibration-overhead": lambda found: calibration.overhead_table(found["overhead"]),
+    "calibration-band": lambda result: calibration.tables(result["training"])[0],
+    "calibration-outcome": lambda result: calibration.tables(result["training"])[1],
+    "calibration-one-step": lambda result: calibration.tables(result["training"])[2],
+    "calibration-overhead": lambda result: calibration.overhead_table(result["overhead"]),
     **{f"reproduce-{name}-claims": results.verdicts for name in reproduce.NAMES},
     **{f"reproduce-{name}-runs": partial(results.numbers, load(name)) for name in reproduce.NAMES},
 }

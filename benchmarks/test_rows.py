@@ -1,7 +1,7 @@
 """The rows of `fastpref bench --quick` for pytest-benchmark: `pytest benchmarks`.
 
-Rounds here are pytest-benchmark's: one implementation after the other, not in turns. For numbers to
-compare, take `fastpref bench`.
+Rounds here are pytest-benchmark's: one implementation after the other, not in turns. Use
+`fastpref bench` for numbers to compare.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS = [
     ids=[f"{problem.op}-{problem.head}-{peer.name}".replace(" ", "_") for problem, peer in ROWS],
 )
 def test_row(benchmark: BenchmarkFixture, problem: Problem, implementation: Implementation) -> None:
-    if why := contestants.obstacle(implementation, problem, DEVICE):
+    if why := contestants.unavailable_reason(implementation, problem, DEVICE):
         pytest.skip(why)
     benchmark.group = f"{problem.op}, {problem.head}"
     run = contestants.prepare(implementation, problem, problems.make_inputs(problem, DEVICE))
@@ -45,7 +45,8 @@ def test_row(benchmark: BenchmarkFixture, problem: Problem, implementation: Impl
 @pytest.mark.parametrize(
     "problem", dict.fromkeys(p for p, _ in ROWS), ids=lambda problem: f"{problem.op}-{problem.head}"
 )
-def test_products(benchmark: BenchmarkFixture, problem: Problem) -> None:
+def test_gemm_baseline(benchmark: BenchmarkFixture, problem: Problem) -> None:
     benchmark.group = f"{problem.op}, {problem.head}"
-    run = contestants.products(problem, problems.make_inputs(problem, DEVICE), problem.products)
+    inputs = problems.make_inputs(problem, DEVICE)
+    run = contestants.gemm_baseline(problem, inputs, problem.gemms)
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

@@ -4,9 +4,9 @@
     python examples/plain_pytorch.py --loss stapo --steps 50     # or tdpo2, or bco
     python examples/plain_pytorch.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
 
-Generated pairs stand in for data: replace `pairs` by your own prompt, chosen and rejected texts.
-Objectives on single responses take pairs apart; those that are told more than that (kto, ti_dpo,
-and those on groups) need more arguments: see docs/integrations.md.
+The data are generated: replace `pairs` by your own prompt, chosen and rejected texts. For an
+objective on single responses the pairs are split. kto, ti_dpo and the objectives on groups need
+more arguments: see docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".spli
 
 
 def pairs(count: int) -> list[dict[str, str]]:
-    """Questions with two answers, of which the alphabetically first one is preferred."""
-    made = []
+    """Questions with two answers; the alphabetically first one is preferred."""
+    rows = []
     for i in range(count):
         first, second = sorted((WORDS[i % 10], WORDS[(3 * i + 1) % 10]))
         prompt = f"User: {second} or {first}?\nAssistant:"
-        made.append({"prompt": prompt, "chosen": f" {first}", "rejected": f" {second}, please"})
-    return made
+        rows.append({"prompt": prompt, "chosen": f" {first}", "rejected": f" {second}, please"})
+    return rows
 
 
 def load(path: str | None) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; without a path, tiny ones made on the spot."""
+    """A causal language model and its tokenizer; without a path, tiny random ones."""
     if path is not None:
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -53,7 +53,7 @@ def load(path: str | None) -> tuple[Any, Any]:
 
 
 def collate(batch: Sequence[dict[str, str]], tokenizer: Any) -> dict[str, torch.Tensor]:
-    """All chosen and then all rejected sequences, padded; labels of the responses alone."""
+    """All chosen and then all rejected sequences, padded; only responses have labels."""
     ids, labels = [], []
     for response in ("chosen", "rejected"):
         for pair in batch:

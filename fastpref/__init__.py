@@ -1,7 +1,7 @@
-"""fastpref: preference training of language models, fast and in little memory.
+"""fastpref: fast, memory-efficient preference training of language models.
 
-`fastpref.ops` holds the fused operations, `fastpref.losses` the objectives, and `fastpref train`
-the trainer built on both. Nothing heavy is imported until it is used.
+`fastpref.ops` has the fused operations, `fastpref.losses` the objectives, and `fastpref train`
+runs the trainer built on both. Heavy modules are imported on first use.
 """
 
 from fastpref.utils.version import __version__

@@ -1,4 +1,4 @@
-"""`python -m fastpref …` is `fastpref …`; `torchrun -m fastpref` needs this form."""
+"""Entry point of `python -m fastpref` and `torchrun -m fastpref`; same as `fastpref`."""
 
 from fastpref.cli import main
 

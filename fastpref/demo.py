@@ -1,8 +1,8 @@
-"""`fastpref demo`: a small language model learns to speak, then learns preferences two ways.
+"""`fastpref demo`: an SFT warm-up of a small language model, then DPO and PMO from its weights.
 
-Pure-semantic pairs with known target probabilities show what an objective does to a model: DPO
-drives the log-probs of a pair apart until beta times their distance matches the target, so the
-policy's own probabilities collapse; PMO's (alpha + beta) near 1 leaves them near the target
+Pure-semantic pairs with known target probabilities show the effect of an objective on a model: DPO
+drives the log-probs of a pair apart until beta times their difference matches the target, so the
+policy's own probabilities collapse; PMO with alpha + beta near 1 leaves them near the target
 (preference matching optimization, Proposition 4.2).
 """
 
@@ -40,7 +40,7 @@ _LLAMA = {
 
 
 def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The three configs, by stage; each runs alone with `fastpref train`."""
+    """The three configs, by stage; `fastpref train` runs each of them alone."""
     data = {
         "train": str(out / "data" / "train.jsonl"),
         "eval": str(out / "data" / "test.jsonl"),
@@ -67,7 +67,7 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
             "training": {**training, **extra, "output_dir": str(out / name)},
         }
 
-    speaks = {"path": str(out / "sft" / "model")}
+    sft_model = {"path": str(out / "sft" / "model")}
     return {
         "sft": stage(
             "sft",
@@ -77,10 +77,10 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
             steps=60,
             eval_every=12,
         ),
-        "dpo": stage("dpo", speaks, {"name": "dpo", "beta": 0.1}, 5e-4, steps=60, eval_every=12),
+        "dpo": stage("dpo", sft_model, {"name": "dpo", "beta": 0.1}, 5e-4, steps=60, eval_every=12),
         "pmo": stage(
             "pmo",
-            speaks,
+            sft_model,
             {"name": "pmo", "alpha": 0.9, "beta": 0.1},
             5e-4,
             steps=60,
@@ -90,12 +90,12 @@ def stage_configs(out: Path, seed: int = 0) -> dict[str, dict[str, Any]]:
 
 
 def run(out: Path, seed: int, display: Display) -> None:
-    """Make the data, train the three stages, and leave a table, a picture and the models."""
+    """Generate the data, train the three stages, and write a table, a picture and the models."""
     started = time.monotonic()
-    # A second thread gains little on products this small, and beside another busy process the two
-    # wait for each other: ten times slower.
+    # A second thread gains little on GEMMs this small, and next to another busy process the two
+    # threads wait for each other, which is ten times slower.
     torch.set_num_threads(1)
-    _make_room(out)
+    _prepare_folder(out)
     display.note(
         f"1. data: pairs that differ in one word, with a target probability, in {out}/data"
     )
@@ -126,7 +126,7 @@ def run(out: Path, seed: int, display: Display) -> None:
 
 def evaluations(run_folder: Path) -> list[dict[str, Any]]:
     """The evaluation records of a run, in order."""
-    records = metrics.read(run_folder / "metrics.jsonl")
+    records = metrics.read_records(run_folder / "metrics.jsonl")
     return [record for record in records if "eval_loss" in record]
 
 
@@ -143,13 +143,13 @@ def result(curve: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> Table:
-    """Held-out pairs: words never compared in training."""
-    made = Table(title="held-out pairs (nats; log-prob change since the stage began)")
-    made.add_column("")
+    """Results on held-out pairs, whose words are never compared in training."""
+    table = Table(title="held-out pairs (nats; log-prob change since the stage began)")
+    table.add_column("")
     for heading in ("accuracy ↑", "mean KL to p ↓", "PCI ↑", "Δ chosen", "Δ rejected"):
-        made.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     for name, values in results.items():
-        made.add_row(
+        table.add_row(
             name.upper(),
             f"{values['accuracy']:.3f}",
             f"{values['mean_kl']:.3f}",
@@ -157,17 +157,17 @@ def table(results: dict[str, dict[str, float]]) -> Table:
             f"{values['chosen_change']:+.2f}",
             f"{values['rejected_change']:+.2f}",
         )
-    return made
+    return table
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], target_pci: float, path: Path) -> Path:
-    """Four panels over the steps of each stage: accuracy, KL, PCI and log-probs."""
+    """Draw accuracy, KL, PCI and log-probs over the steps of each stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"sft": "#7f7f7f", "dpo": "#d1495b", "pmo": "#00798c"}
+    colors = {"sft": "#7f7f7f", "dpo": "#d1495b", "pmo": "#00798c"}
     panels = {
         "eval_preference/accuracy": "accuracy (share of pairs)",
         "eval_preference/mean_kl": "mean KL to the target p (nats)",
@@ -177,7 +177,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], target_pci: float, path: Path)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=False):
         for name, curve in curves.items():
             steps = [record["step"] for record in curve]
-            axis.plot(steps, [record[key] for record in curve], color=colours[name], label=name)
+            axis.plot(steps, [record[key] for record in curve], color=colors[name], label=name)
         axis.set_title(title, fontsize=11)
     axes.flat[2].axhline(target_pci, color="black", lw=1, ls=":", label="target p")
     axis = axes.flat[3]
@@ -186,23 +186,23 @@ def draw(curves: dict[str, list[dict[str, Any]]], target_pci: float, path: Path)
         for key, style in (("eval_logps/chosen", "-"), ("eval_logps/rejected", "--")):
             change = [record[key] - curve[0][key] for record in curve]
             side = key.removeprefix("eval_logps/")
-            axis.plot(steps, change, style, color=colours[name], label=f"{name} {side}")
+            axis.plot(steps, change, style, color=colors[name], label=f"{name} {side}")
     axis.set_title("change of summed log-prob (nats)", fontsize=11)
     for axis in axes.flat:
         axis.set_xlabel("optimizer steps of the stage")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    # Between SFT's line, which stays at the top of this panel, and the others.
+    # The legend lies between SFT's line, which stays at the top of this panel, and the others.
     axes.flat[3].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.88))
-    figure.suptitle("Held-out pure-semantic pairs: learning to speak (SFT), then to prefer")
+    figure.suptitle("Held-out pure-semantic pairs: SFT warm-up, then preference training")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
 
-def _make_room(out: Path) -> None:
-    """An earlier demo is replaced; a folder that holds anything else is left alone."""
+def _prepare_folder(out: Path) -> None:
+    """Delete an earlier demo; raise UserError for a folder with other contents."""
     if (out / _MARKER).exists():
         shutil.rmtree(out)
     elif out.exists() and any(out.iterdir()):

@@ -1,9 +1,9 @@
-"""The processes of a run: who am I, sums over all of us, and who goes first.
+"""Ranks of a run: process group, rank numbers, collectives and barriers.
 
-`torchrun` starts them and says so in the environment; one process alone needs nothing of it, and
-every function here is then what it would be in a world of one. A collective must be called by all
-ranks at the same point. Those of training come once per step or more seldom; what the sharded model
-sends in between is FSDP's.
+`torchrun` starts the ranks and sets their environment. In a single process without it, every
+function behaves as with a world size of 1. All ranks must call a collective at the same point.
+Training calls these collectives at most once per step; the communication of a sharded model within
+a step is FSDP's.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from torch import Tensor
 
 from fastpref.utils.errors import UserError, first_line
 
-# What gloo, NCCL and the store say of a process that is no longer there.
+# Messages of gloo, NCCL and the store about a process that has ended.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection was likely closed",
     "remote process exited",
 )
-TIMEOUT = timedelta(minutes=30)  # the longest that ranks wait, e.g. while the first one tokenises
+# Longest wait for another rank, e.g. while the first one tokenizes.
+TIMEOUT = timedelta(minutes=30)
 
 
 class LostRank(UserError):
-    """Another process of the run has ended before its time."""
+    """Another rank of the run has ended unexpectedly."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within, the processes that torchrun started belong together; alone, nothing changes."""
-    if _told("WORLD_SIZE", 1) == 1:
+    """Initialize the process group when launched by torchrun; no-op for one process."""
+    if _environment_int("WORLD_SIZE", 1) == 1:
         yield
         return
-    own, _, _ = map(_told, ("RANK", "LOCAL_RANK", "MASTER_PORT"))
+    this_rank, _, _ = map(_environment_int, ("RANK", "LOCAL_RANK", "MASTER_PORT"))
     device = None
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    # Tensors on CPU have a backend of their own: with it, ranks agree without a GPU waiting.
+    # CPU tensors use gloo, so that their collectives do not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device else "gloo"
     store: dist.Store | None = None
     try:
@@ -54,35 +55,35 @@ def process_group() -> Iterator[None]:
     except (UserError, RuntimeError) as error:
         if any(words in str(error) for words in _LOST):
             raise LostRank(
-                f"rank {own}: lost the connection to another rank; torchrun names the "
+                f"rank {this_rank}: lost the connection to another rank; torchrun names the "
                 "one that ended first"
             ) from None
         if store is None and isinstance(error, dist.DistError):
-            meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
-                f"rank {own}: cannot meet the others at {meeting}: {first_line(error)}; "
-                "give torchrun another --master-addr or --master-port"
+                f"rank {this_rank}: cannot connect to the other ranks at {address}: "
+                f"{first_line(error)}; use another --master-addr or --master-port of torchrun"
             ) from None
         if store is not None and isinstance(error, UserError):
-            error.is_news = _says_first(store, error)
+            error.should_print = _reports_first(store, error)
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _says_first(store: dist.Store, error: UserError) -> bool:
-    """Whether no other rank has said the same; true where nobody can tell any more."""
+def _reports_first(store: dist.Store, error: UserError) -> bool:
+    """Whether this rank is the first to report an error; True if the store is gone."""
     text = f"rank {rank()} says: {error}"
     try:
-        said: bytes = store.compare_set(str(error), "", text)
-    except RuntimeError:  # the process that held the store is gone
+        stored: bytes = store.compare_set(str(error), "", text)
+    except RuntimeError:  # the process that serves the store has ended
         return True
-    return said.decode() == text
+    return stored.decode() == text
 
 
-def _told(name: str, default: int | None = None) -> int:
-    """A number that torchrun says in the environment."""
+def _environment_int(name: str, default: int | None = None) -> int:
+    """Integer from the environment of torchrun."""
     value = os.environ.get(name, default)
     try:
         return int(value)  # type: ignore[arg-type]
@@ -104,23 +105,24 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Number of this rank on its machine, from 0."""
-    return _told("LOCAL_RANK", 0)
+    """Number of this rank on its node, from 0."""
+    return _environment_int("LOCAL_RANK", 0)
 
 
 def is_main_process() -> bool:
+    """Whether this is rank 0."""
     return rank() == 0
 
 
 def all_reduce_sum_(values: Tensor) -> Tensor:
-    """Add up a tensor over all ranks, in place; returns it. The same bits on each."""
+    """Sum a tensor over all ranks in place and return it, bit-identical on all ranks."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_sum_coalesced_(tensors: Iterable[Tensor]) -> None:
-    """`all_reduce_sum_` of many tensors of one dtype, in place and in a single collective."""
+    """Apply `all_reduce_sum_` to many tensors of one dtype in a single collective."""
     parts = list(tensors)
     if world_size() == 1 or not parts:
         return
@@ -130,15 +132,16 @@ def all_reduce_sum_coalesced_(tensors: Iterable[Tensor]) -> None:
 
 
 def all_reduce_max(value: float) -> float:
-    """The largest of all ranks' values."""
+    """Maximum of the values of all ranks."""
     if world_size() == 1:
         return value
-    dist.all_reduce(found := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
-    return found.item()
+    maximum = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return maximum.item()
 
 
 def all_ranks(value: bool) -> bool:
-    """Whether it is so on every rank."""
+    """Whether `value` is True on all ranks."""
     return all_reduce_max(float(not value)) == 0.0
 
 
@@ -148,7 +151,7 @@ def all_equal(value: float) -> bool:
 
 
 def gather(values: Tensor) -> Tensor:
-    """The values (N,) of all ranks, in the order of the ranks; N may differ."""
+    """Concatenate the values (N,) of all ranks in rank order; N may differ between ranks."""
     if world_size() == 1:
         return values
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=values.device)
@@ -162,16 +165,16 @@ def gather(values: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks have called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first rank of each machine does what is within, then the others.
+    """Run the block on local rank 0 first, then on the other ranks of the node.
 
-    What it leaves on disk, they find. An error is raised on all ranks that run into it.
+    The other ranks can read the files that it writes. Each rank raises its own errors.
     """
     if local_rank() > 0:
         barrier()

@@ -1,8 +1,8 @@
-"""Sequence log-probabilities: what the model produces and every objective consumes.
+"""Sequence log-probabilities: the output of models and the input of objectives.
 
 All values are natural logs in nats, summed over the tokens of the response unless a name ends in
-`_mean`. B is the number of preference pairs, S that of single responses, G that of prompts, T that
-of response tokens.
+`_mean`. B is the number of preference pairs, S of single responses, G of prompts and T of response
+tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SequenceLogps:
     chosen, rejected: (B,) float32 or float64, nats.
     chosen_lengths, rejected_lengths: (B,) number of response tokens behind each sum.
     preference: (B,) in [0, 1], the probability that `chosen` is the better response (a soft
-        label), or None where the label is hard, which means 1.
+        label), or None for hard labels (p = 1).
     """
 
     chosen: Tensor
@@ -68,7 +68,7 @@ class SequenceLogps:
 
     @classmethod
     def cat(cls, parts: Iterable[SequenceLogps]) -> SequenceLogps:
-        """The pairs of all parts in order; either every part has a preference or none."""
+        """Concatenate pairs in order; either all parts have a preference or none."""
         parts = list(parts)
         soft = [part.preference for part in parts if part.preference is not None]
         if soft and len(soft) != len(parts):
@@ -82,26 +82,26 @@ class SequenceLogps:
         )
 
     def swapped(self) -> SequenceLogps:
-        """The same pairs with the roles of chosen and rejected exchanged; p becomes 1 - p."""
+        """The same pairs with chosen and rejected exchanged; p becomes 1 - p."""
         preference = None if self.preference is None else 1 - self.preference
         return SequenceLogps(
             self.rejected, self.chosen, self.rejected_lengths, self.chosen_lengths, preference
         )
 
     def detach(self) -> SequenceLogps:
-        """The same values, cut off from the autograd graph."""
+        """The same values, detached from the autograd graph."""
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
 
 @dataclass(frozen=True, eq=False)
 class UnpairedLogps:
-    """Summed response log-probs of S labelled responses under one model.
+    """Summed response log-probs of S labeled responses under one model.
 
     logps: (S,) float32 or float64, nats.
     lengths: (S,) number of response tokens behind each sum.
-    desirable: (S,) bool, whether the response is one to learn from or one to unlearn.
+    desirable: (S,) bool, whether the response is desirable or undesirable.
 
-    Raises ValueError when a dtype is another or a shape does not match `logps`.
+    Raises ValueError if a dtype differs or a shape does not match `logps`.
     """
 
     logps: Tensor
@@ -119,7 +119,7 @@ class UnpairedLogps:
 
     @classmethod
     def cat(cls, parts: Iterable[UnpairedLogps]) -> UnpairedLogps:
-        """The responses of all parts in order."""
+        """Concatenate responses in order."""
         parts = list(parts)
         return cls(
             torch.cat([part.logps for part in parts]),
@@ -128,7 +128,7 @@ class UnpairedLogps:
         )
 
     def detach(self) -> UnpairedLogps:
-        """The same values, cut off from the autograd graph."""
+        """The same values, detached from the autograd graph."""
         return replace(self, logps=self.logps.detach())
 
 
@@ -138,12 +138,12 @@ class GroupedLogps:
 
     logps: (S,) float32 or float64, nats.
     lengths: (S,) number of response tokens behind each sum.
-    cu_groups: (G + 1,) int32 or int64 offsets, 0 first, S last and never falling: group g owns
-        the responses cu_groups[g] to cu_groups[g + 1] - 1, any number of them. The values are not
-        checked, which would wait for the device.
-    scores: (S,) floating point, the larger the better; comparable within a group.
+    cu_groups: (G + 1,) int32 or int64 offsets, non-decreasing from 0 to S: group g has the
+        responses cu_groups[g] to cu_groups[g + 1] - 1, possibly none. The values are not checked,
+        since that would require a host sync.
+    scores: (S,) floating point, larger is better; comparable within a group.
 
-    Raises ValueError when a dtype is another or a shape does not match `logps`.
+    Raises ValueError if a dtype differs or a shape does not match `logps`.
     """
 
     logps: Tensor
@@ -169,7 +169,7 @@ class GroupedLogps:
 
     @classmethod
     def cat(cls, parts: Iterable[GroupedLogps]) -> GroupedLogps:
-        """The groups of all parts in order."""
+        """Concatenate groups in order."""
         parts = list(parts)
         sizes = torch.cat([part.cu_groups.diff() for part in parts])
         return cls(
@@ -180,11 +180,11 @@ class GroupedLogps:
         )
 
     def detach(self) -> GroupedLogps:
-        """The same values, cut off from the autograd graph."""
+        """The same values, detached from the autograd graph."""
         return replace(self, logps=self.logps.detach())
 
 
-# What a token can have besides its log-prob.
+# Optional columns of TokenLogps with one value per token.
 _TOKEN_COLUMNS = ("weights", "kl", "importance", "collision_entropy")
 
 
@@ -193,20 +193,20 @@ class TokenLogps:
     """Log-probs of the response tokens of B preference pairs under one model.
 
     logps: (T,) float32 or float64, nats.
-    cu_seqlens: (2B + 1,) int32 or int64 offsets, 0 first, T last and never falling, of the
-        responses chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1}. The values are not checked,
-        which would wait for the device.
+    cu_seqlens: (2B + 1,) int32 or int64 offsets, non-decreasing from 0 to T, of the responses
+        chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1}. The values are not checked, since that
+        would require a host sync.
     preference: (B,) in [0, 1], as in `SequenceLogps`.
-    weights: (T,) >= 0, by which the data weighs the log-ratio of each token; None means 1.
+    weights: (T,) >= 0, weight from the data of each token's log-ratio; None means 1.
     kl: (T,) KL(reference || policy) of the distribution of each token (`ops.linear_kl`), nats,
         differentiable in the policy.
-    importance: (T,) >= 0, how much each response token matters. By gradient attribution this is
-        I_t = ||dM/dE_t||_1, with E_t the input embedding of token t itself, not of the one before
-        it that predicts it, and M the largest logit at the last position of its sequence.
+    importance: (T,) >= 0, importance of each response token. By gradient attribution this is
+        I_t = ||dM/dE_t||_1, with E_t the input embedding of token t itself (not of the token that
+        predicts it) and M the largest logit at the last position of its sequence.
     collision_entropy: (T,) >= 0, -log sum_v p_v^2 of the distribution of each token, nats.
 
-    The columns after `cu_seqlens` may be None; each objective says which it needs. Raises
-    ValueError when a dtype is another or a shape does not match.
+    The columns after `cu_seqlens` may be None; each objective documents which it needs. Raises
+    ValueError if a dtype differs or a shape does not match.
     """
 
     logps: Tensor
@@ -244,7 +244,7 @@ class TokenLogps:
 
     @property
     def pairs(self) -> int:
-        """B."""
+        """Number of pairs B."""
         return self.cu_seqlens.numel() // 2
 
     @property
@@ -253,10 +253,10 @@ class TokenLogps:
         return self.cu_seqlens.diff()
 
     def sequences(self, weights: Tensor | None = None) -> SequenceLogps:
-        """The pairs with their log-probs summed, each token times its weight (T,), if any.
+        """Sum the log-probs of each response, with tokens weighted by `weights` (T,) if given.
 
-        The weights are those of the argument only, so that policy and reference can share them;
-        lengths count tokens whatever their weight.
+        `self.weights` is not applied, so that policy and reference can share the argument. Lengths
+        count tokens regardless of their weight.
         """
         logps = self.logps if weights is None else weights * self.logps
         return SequenceLogps.from_sequences(
@@ -265,7 +265,7 @@ class TokenLogps:
 
     @classmethod
     def cat(cls, parts: Iterable[TokenLogps]) -> TokenLogps:
-        """The pairs of all parts in order; a column stands in every part or in none."""
+        """Concatenate pairs in order; each column must be set in all parts or in none."""
         parts = list(parts)
         rejected = [
             segment_positions(part.cu_seqlens, part.logps.numel())[0] >= part.pairs
@@ -277,12 +277,12 @@ class TokenLogps:
         sizes = torch.cat(lengths)
         columns: dict[str, Tensor] = {}
         for name in ("preference", *_TOKEN_COLUMNS):
-            given = [getattr(part, name) for part in parts if getattr(part, name) is not None]
-            if given and len(given) != len(parts):
+            values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            if values and len(values) != len(parts):
                 raise ValueError(f"{name}: expected for every part or for none, got a mixture")
-            if given:
-                joined = torch.cat(given)
-                columns[name] = joined if name == "preference" else joined[order]
+            if values:
+                column = torch.cat(values)
+                columns[name] = column if name == "preference" else column[order]
         return cls(
             torch.cat([part.logps for part in parts])[order],
             torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=sizes.dtype)]),
@@ -290,7 +290,7 @@ class TokenLogps:
         )
 
     def detach(self) -> TokenLogps:
-        """The same values, cut off from the autograd graph."""
+        """The same values, detached from the autograd graph."""
         kl = None if self.kl is None else self.kl.detach()
         return replace(self, logps=self.logps.detach(), kl=kl)
 
@@ -301,11 +301,11 @@ def segment_sum(
 ) -> Tensor:  # (S,)
     """Sum of `values[cu_seqlens[s] : cu_seqlens[s + 1]]` for each s; an empty segment gives 0.
 
-    `cu_seqlens` never falls and lies in 0 .. T; values outside its range count nowhere.
-    Differentiable in `values`, in their dtype. Accumulated in fp64 in a fixed order: in fp32 the
-    sum over a long response would lose more than its tokens' log-probs are worth.
+    `cu_seqlens` is non-decreasing with values in 0 .. T; tokens outside its range are not summed.
+    Differentiable in `values`; the result has their dtype. The sum is accumulated in fp64 in a
+    fixed order, because fp32 would lose whole log-probs of tokens in a long response.
     """
-    # segment_reduce does not bound its reads, and checking the offsets here would be a host sync.
+    # segment_reduce does not check bounds, and checking the offsets here would be a host sync.
     offsets = cu_seqlens.clamp(0, len(values))
     sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True)
     return sums.to(values.dtype)
@@ -315,14 +315,23 @@ def segment_positions(
     cu_seqlens: Tensor,  # (S + 1,)
     tokens: int,
 ) -> tuple[Tensor, Tensor]:  # (T,), (T,)
-    """The segment that owns each token, and the token's position in it from 0, both int64."""
+    """Segment id of each token and its position in the segment from 0, both int64."""
     index = torch.arange(tokens, device=cu_seqlens.device)
-    owners = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
-    return owners, index - cu_seqlens.long()[owners]
+    segment_ids = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+    return segment_ids, index - cu_seqlens.long()[segment_ids]
+
+
+def segment_mask(
+    cu_seqlens: Tensor,  # (S + 1,)
+    tokens: int,
+) -> Tensor:  # (S, T) bool
+    """Whether each token belongs to each segment."""
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    return (cu_seqlens[:-1, None] <= index) & (index < cu_seqlens[1:, None])
 
 
 def mean_logps(logps: Tensor, lengths: Tensor) -> Tensor:
-    """Log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient for an empty response."""
+    """Mean log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient if a length is 0."""
     return torch.where(lengths > 0, logps / lengths.clamp(min=1), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The demo's parts; the whole of it is `make demo`."""
+"""Parts of the demo; `make demo` runs all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks agree on; alone, and as two processes."""
+"""Collectives and errors of ranks, in one process and in two."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_alone_nothing_changes() -> None:
 def of_two(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    news: list[bool] = []
+    printed: list[bool] = []
     try:
         with distributed.process_group():
             whole = torch.tensor([1.0 + rank]), torch.full((2, 2), 10.0 * rank)
@@ -49,15 +49,15 @@ def of_two(rank: int, port: int, folder: Path) -> None:
                 file.write(f"{rank}\n")
             raise UserError("the same on both")
     except UserError as error:
-        news.append(error.is_news)
-    (folder / f"news-{rank}").write_text(str(news))
+        printed.append(error.should_print)
+    (folder / f"printed-{rank}").write_text(str(printed))
 
 
 def test_two_processes(tmp_path: Path) -> None:
     rank_processes.start(of_two, 2, tmp_path)
     assert (tmp_path / "order.txt").read_text() == "0\n1\n"
-    told = sorted((tmp_path / f"news-{rank}").read_text() for rank in range(2))
-    assert told == ["[False]", "[True]"], "one of them says it"
+    printed = sorted((tmp_path / f"printed-{rank}").read_text() for rank in range(2))
+    assert printed == ["[False]", "[True]"], "one of them prints it"
 
 
 @pytest.mark.parametrize("words", distributed._LOST)
@@ -86,21 +86,21 @@ def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words:
         raise RuntimeError("something else")
 
 
-def test_what_a_rank_says_is_news_where_the_one_that_would_know_is_gone() -> None:
+def test_a_rank_prints_its_error_when_the_store_is_gone() -> None:
     class Gone:
         def compare_set(self, *words: str) -> bytes:
             raise RuntimeError("Failed to recv, got 0 bytes")
 
-    assert distributed._says_first(Gone(), UserError("the disk is full"))
+    assert distributed._reports_first(Gone(), UserError("the disk is full"))
 
 
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The environment of the second of two ranks; returns the port that the first has to take."""
+    """Set the environment of the second of two ranks and return the port of the first."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
-    told = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**told, "MASTER_PORT": str(port)}.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**variables, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     return port
 
@@ -121,10 +121,10 @@ def test_a_port_that_is_taken_is_one_line(
     second_of_two: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    said = "rank 0: cannot meet the others at 127.0.0.1:.*address already in use; give torchrun "
+    message = "rank 0: cannot connect to the other ranks at 127.0.0.1:.*address already in use; "
     with (
         socket.create_server(("127.0.0.1", second_of_two)),
-        pytest.raises(UserError, match=said),
+        pytest.raises(UserError, match=message),
         distributed.process_group(),
     ):
         pass

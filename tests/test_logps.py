@@ -90,7 +90,7 @@ def test_fields_cannot_be_assigned():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mean_logps_of_an_empty_response_is_zero_with_zero_gradient(dtype):
-    # -7 with length 0 cannot come from a sum of tokens: it shows that the value is not read.
+    # A sum over no tokens cannot be -7: the value shows that it is not read.
     logps = torch.tensor([-6.0, -7.0, -5.0], dtype=dtype, requires_grad=True)
     mean = mean_logps(logps, torch.tensor([3, 0, 1]))
     mean.sum().backward()
@@ -202,7 +202,7 @@ def test_tokens_sum_to_sequences():
     assert pairs.chosen.tolist() == [-1, 0] and pairs.rejected.tolist() == [-5, -4]
     assert pairs.chosen_lengths.tolist() == [1, 0] and pairs.rejected_lengths.tolist() == [2, 1]
     assert pairs.preference is label
-    # Weights of the argument count, those of the data are the caller's to pass.
+    # Only the weights of the argument apply; the caller passes those of the data.
     weighted = tokens(1, 0, 2, 1, weights=torch.ones(4)).sequences(torch.tensor([2.0, 0, 1, 3]))
     assert weighted.chosen.tolist() == [-2, 0] and weighted.rejected.tolist() == [-3, -12]
     assert weighted.rejected_lengths.tolist() == [2, 1]
@@ -267,7 +267,7 @@ def test_cat_and_detach_of_tokens_keep_and_drop_the_graph():
 
 @pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
 def test_segment_positions_count_from_the_start_of_each_segment(offsets):
-    owners, places = segment_positions(torch.tensor([0, 2, 2, 5], dtype=offsets), 5)
-    assert owners.tolist() == [0, 0, 2, 2, 2] and places.tolist() == [0, 1, 0, 1, 2]
-    owners, places = segment_positions(torch.tensor([0], dtype=offsets), 0)
-    assert owners.shape == places.shape == (0,)
+    segment_ids, positions = segment_positions(torch.tensor([0, 2, 2, 5], dtype=offsets), 5)
+    assert segment_ids.tolist() == [0, 0, 2, 2, 2] and positions.tolist() == [0, 1, 0, 1, 2]
+    segment_ids, positions = segment_positions(torch.tensor([0], dtype=offsets), 0)
+    assert segment_ids.shape == positions.shape == (0,)

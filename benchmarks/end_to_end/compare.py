@@ -1,20 +1,21 @@
-"""Whole training steps beside TRL's: time, memory, and that both train the same.
+"""Compare whole training steps with TRL's: time, memory, and losses.
 
     python -m benchmarks.end_to_end.compare --preset cpu --data PAIRS.jsonl  twenty minutes at most
     python -m benchmarks.end_to_end.compare --preset lora-8b  on a GPU, less than nine
     python -m benchmarks.end_to_end.compare --dry-run  all presets, tiny, no GPU
 
-DPO with the same model, pairs, order, precision, AdamW and clipping in every trainer; what else
-there is to choose is its own default, or what the contestant's name or the preset says. Each runs
-in a process of its own. On a CPU they take turns of a few steps, so that whatever slows the machine
-for a while slows all of them; a GPU does not hold them side by side, and they run one after the
-other.
+Every trainer runs DPO with the same model, pairs, order, precision, AdamW and clipping; other
+options are the trainer's defaults, unless the contestant's name or the preset says otherwise. Each
+contestant runs in a process of its own. On a CPU they take turns of a few steps, so that anything
+that slows the machine for a while slows all of them; a GPU cannot hold all of them at once, so
+there they run one after the other.
 
 The order is that of fastpref's plan: TRL gets the pairs in this order and reads them sequentially.
-Before the first step, both report the token ids of each step's pairs, as they reach the model;
-a contestant whose pairs differ is out. Memory counts from where the policy and the data are loaded:
-on a CPU resident memory, on a GPU what torch has allocated. Times of fastpref are of training
-steps; its reference pass is reported beside them (for TRL, with the set-up it is a part of).
+Before the first step, every contestant reports the token ids of each step's pairs, as they reach
+the model; a contestant whose pairs differ is excluded. Memory counts from the moment when the
+policy and the data are loaded: resident memory on a CPU, allocations of torch on a GPU. Times of
+fastpref are those of training steps; its reference pass is reported separately (for TRL, it is part
+of the setup).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def main() -> None:
     contestants = exact if len(names) > 1 else [c for c in CONTESTANTS if c.name.startswith(names)]
     if not contestants:
         parser.error(f"--only: expected some of {', '.join(c.name for c in CONTESTANTS)}")
-    # A forked contestant starts at once, but the pages of its libraries come back in its memory.
+    # A forked contestant starts at once, but the pages of its libraries count as its memory.
     context = multiprocessing.get_context("forkserver" if options.dry_run else "spawn")
     if options.dry_run:
         context.set_forkserver_preload(
@@ -123,13 +124,13 @@ def compare(
 
 
 def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Values:
-    """Write pairs, tokenizer and model; returns the pairs and tokens of each step."""
+    """Write pairs, tokenizer and model; return the pairs and tokens of each step."""
     from fastpref.data import bpe
     from fastpref.data.batch_plan import Plan
     from fastpref.data.dataset import load_groups
-    from fastpref.plan.devices import named
-    from fastpref.plan.predict import Predictor
-    from fastpref.plan.workload import Sizes
+    from fastpref.plan.devices import find_device
+    from fastpref.plan.predict import Predictor, Setup
+    from fastpref.plan.workload import GroupLengths
 
     rows = list(synthetic(preset)) if data is None else real(data, preset.pairs)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,8 +150,10 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
     steps = [[groups[i] for part in step for i in part] for step in plan.epoch()]
     ordered = [rows[group.row - 1] for step in steps for group in step]
     (folder / "ordered.json").write_text(json.dumps(ordered))
-    device = named("cpu" if preset.device == "cpu" else "h100", getattr(torch, preset.dtype))
-    predicted = Predictor(device, len(tokenizer))(parse(config), Sizes.of(groups), 1)
+    name = "cpu" if preset.device == "cpu" else "h100"
+    device = find_device(name, getattr(torch, preset.dtype))
+    setup = Setup(parse(config), GroupLengths.of(groups), 1)
+    predicted = Predictor(device, len(tokenizer))(setup)
     return {
         "vocabulary": len(tokenizer),
         "predicted": {"peak_bytes": predicted.parts.total, "step_seconds": predicted.seconds},
@@ -161,7 +164,7 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
 
 
 def run(context: BaseContext, function: Any, *arguments: Any) -> None:
-    """In a process of its own, which takes its memory with it."""
+    """Call a function in a process of its own, which frees its memory at the end."""
     process = context.Process(target=function, args=arguments)  # type: ignore[attr-defined]
     process.start()
     process.join()
@@ -172,7 +175,7 @@ def run(context: BaseContext, function: Any, *arguments: Any) -> None:
 def enter(
     preset: Preset, contestants: Iterable[Contestant], folder: Path, pairs: list[list[str]]
 ) -> tuple[dict[str, Job], dict[str, Row]]:
-    """Jobs of the contestants by name, and rows of those whose config is not accepted."""
+    """Jobs of the contestants by name, and result rows of contestants with an invalid config."""
     ordered = json.loads((folder / "ordered.json").read_text())
     jobs: dict[str, Job] = {}
     refused: dict[str, Row] = {}
@@ -197,7 +200,7 @@ def enter(
 def take_turns(
     jobs: dict[str, Job], pairs: list[list[str]], context: Any, deadline: float
 ) -> dict[str, Row]:
-    """Rows of the contestants: all are started, then each takes a block of steps in turn."""
+    """Start all contestants, let them take blocks of steps in turn, and return their rows."""
     players = [Player(name, job, context, deadline) for name, job in jobs.items()]
     for player in players:
         player.prepare(pairs)
@@ -211,7 +214,7 @@ def take_turns(
 
 
 class Player:
-    """A contestant's process, seen from here; `row` is what has come of it."""
+    """Handle of a contestant's process; `row` is its result so far."""
 
     def __init__(self, name: str, job: Job, context: Any, deadline: float) -> None:
         self.name, self.row = name, dict[str, Any](seconds=[])
@@ -227,11 +230,11 @@ class Player:
         self._process.start()
         theirs.close()
         message = self._receive()
-        found = message.pop("pairs", None)
+        reported = message.pop("pairs", None)
         self.row |= message
-        wanted = pairs[: self._job.steps]
-        if self.plays and found != wanted:
-            step = next(k for k, pair in enumerate(wanted) if found[k : k + 1] != [pair])
+        expected = pairs[: self._job.steps]
+        if self.plays and reported != expected:
+            step = next(k for k, pair in enumerate(expected) if reported[k : k + 1] != [pair])
             self._fail(f"the token ids of step {step} are not those of the other trainers")
 
     def turn(self) -> None:

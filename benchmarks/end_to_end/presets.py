@@ -1,7 +1,7 @@
-"""What `end_to_end.py` trains: models, lengths of data, and who takes part.
+"""Models, lengths of data and contestants of the comparison.
 
-Data of the presets for GPUs is words drawn uniformly, one token each, in prompts and responses of
-log-normal lengths; times depend on lengths alone.
+Presets for GPUs draw words uniformly, one token each, in prompts and responses of log-normal
+lengths; times depend on the lengths only.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class Lengths:
     response: tuple[float, float]
 
     def draw(self, pairs: int, longest: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Lengths of prompt, chosen and rejected, (pairs, 3); no prompt is over 3/4 of `longest`,
-        so that none is left without a response."""
+        """Draw lengths of prompt, chosen and rejected, (pairs, 3).
+
+        A prompt has at most 3/4 of `longest` tokens, which leaves room for a response.
+        """
         normal = np.random.default_rng(seed).standard_normal((pairs, 3))
         medians, spreads = zip(self.prompt, self.response, self.response, strict=True)
         drawn = np.exp(np.log(medians) + np.array(spreads) * normal).round().astype(np.int64)
@@ -44,8 +46,8 @@ LONG = Lengths((1500, 0.4), (200, 0.6))  # as with retrieved text or long conver
 class Preset:
     """One comparison: every contestant trains the same model on the same pairs in the same steps.
 
-    All contestants take `steps` optimizer steps, those with a curve `curve_steps`; both count the
-    first `warm_up`, whose times are left out. They take turns of `block` steps.
+    All contestants take `steps` optimizer steps, or `curve_steps` with a loss curve; both include
+    the first `warm_up` steps, which are not timed. They take turns of `block` steps.
     """
 
     name: str
@@ -53,17 +55,17 @@ class Preset:
     max_length: int
     device: str
     dtype: str
-    lengths: Lengths | None  # None: real text, tokenised with a BPE trained on it
+    lengths: Lengths | None  # None: real text, tokenized with a BPE trained on it
     steps: int
     curve_steps: int
     block: int
     batch_size: int  # pairs of an optimizer step
-    micro_batch: int  # pairs of a forward pass of TRL, which is told; fastpref finds its own
+    micro_batch: int  # pairs of a forward pass of TRL; fastpref fills `micro_batch_tokens`
     minutes: float
     lr: float
     adapter: Values | None = None
     warm_up: int = 1
-    ours: Values = field(default_factory=dict)  # fastpref's `training`, where not its defaults
+    ours: Values = field(default_factory=dict)  # fields of fastpref's `training`
 
     @property
     def pairs(self) -> int:
@@ -72,7 +74,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A trainer and what it is told beyond the preset."""
+    """A trainer and its options in addition to the preset."""
 
     name: str
     trainer: str  # fastpref, trl, or trl with fastpref's loss
@@ -81,7 +83,7 @@ class Contestant:
 
 
 OURS, PEER = "fastpref", "TRL"
-# The most wanted first, for where time runs out.
+# Ordered by importance, since time can run out.
 CONTESTANTS = (
     Contestant(OURS, "fastpref", curve=True),
     Contestant(PEER, "trl", curve=True),
@@ -127,7 +129,7 @@ _CPU = Preset(
     micro_batch=4,
     minutes=20,
     lr=1e-5,
-    # A CPU computes pair by pair: with room for one or two there is nothing to recompute.
+    # A CPU computes pair by pair, so recomputation saves nothing for one or two pairs.
     ours={"micro_batch_tokens": 2048, "activation_checkpointing": "off"},
 )
 _LORA = Preset(
@@ -146,9 +148,9 @@ _LORA = Preset(
     lr=5e-6,
     adapter={"name": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"},
     warm_up=2,
-    ours={"micro_batch_tokens": 4096},  # as many as the longest pair may have: the least memory
+    ours={"micro_batch_tokens": 4096},  # tokens of the longest possible pair: least memory
 )
-# The same path in a minute: to see that it works before an hour is spent.
+# The same path in a minute, as a check before a run of an hour.
 _SMALL = replace(
     _LORA, name="small", model=_llama(1024, 2816, 4, (8, 4)), steps=4, curve_steps=4, minutes=3
 )
@@ -179,7 +181,7 @@ PRESETS = {
 
 
 def tiny(preset: Preset) -> Preset:
-    """The same path in seconds on a CPU."""
+    """A preset with the same path that takes seconds on a CPU."""
     lengths = preset.lengths or SHORT
     (prompt, a), (response, b) = lengths.prompt, lengths.response
     small = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -200,17 +202,17 @@ def tiny(preset: Preset) -> Preset:
 
 
 def synthetic(preset: Preset, seed: int = 0) -> Iterator[Row]:
-    """Pairs of words `w0`, `w1`, … one for each token that is not special."""
+    """Generate pairs of words `w0`, `w1`, …, one for each token that is not special."""
     assert preset.lengths is not None
-    chance = np.random.default_rng(seed + 1)
+    generator = np.random.default_rng(seed + 1)
     words = preset.model["vocab_size"] - len(SPECIAL)
     for lengths in preset.lengths.draw(preset.pairs, preset.max_length, seed):
-        parts = [" ".join(f"w{k}" for k in chance.integers(words, size=n)) for n in lengths]
+        parts = [" ".join(f"w{k}" for k in generator.integers(words, size=n)) for n in lengths]
         yield dict(zip(TEXTS, (parts[0], f" {parts[1]}", f" {parts[2]}"), strict=True))
 
 
 def real(path: Path, count: int) -> list[Row]:
-    """The first pairs of a JSONL file, without soft labels."""
+    """Read the first pairs of a JSONL file, without soft labels."""
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
     return [{name: row[name] for name in TEXTS} for row in rows]
@@ -220,7 +222,7 @@ SPECIAL = ("<s>", "</s>", "<pad>")
 
 
 def word_tokenizer(size: int) -> Any:
-    """One token for each word of `synthetic`, as a Hugging Face tokenizer of `size` tokens."""
+    """Make a Hugging Face tokenizer of `size` tokens, one for each word of `synthetic`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -234,11 +236,14 @@ def word_tokenizer(size: int) -> Any:
 
 
 def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps: int) -> Values:
-    """The config of a run on `folder`'s model and pairs; adapter options may be unknown to it."""
+    """The config of a run on the model and pairs in `folder`.
+
+    fastpref may refuse adapter options of the preset.
+    """
     optim = {"lr": preset.lr, "weight_decay": 0.0, "max_grad_norm": 1.0}
     training = {"batch_size": preset.batch_size, "steps": steps, "seed": 0, "device": preset.device}
     training |= {"checkpoint_every": None, "output_dir": str(folder / contestant.name)}
-    return {
+    config: Values = {
         "model": {"path": str(folder / "model"), "dtype": preset.dtype},
         "data": {
             "train": str(folder / "pairs.jsonl"),
@@ -248,12 +253,14 @@ def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps:
         "loss": {"name": "dpo", "beta": 0.1},
         "optim": optim,
         "training": {**training, **preset.ours, **contestant.options},
-        **({} if preset.adapter is None else {"adapter": preset.adapter}),
     }
+    if preset.adapter is not None:
+        config["adapter"] = preset.adapter
+    return config
 
 
 def trl_config(preset: Preset, contestant: Contestant, folder: Path, steps: int) -> Values:
-    """Arguments of DPOConfig; what is not here is TRL's default."""
+    """Arguments of DPOConfig; all others keep TRL's defaults."""
     return {
         "output_dir": str(folder / contestant.name),
         "max_steps": steps,
@@ -268,7 +275,7 @@ def trl_config(preset: Preset, contestant: Contestant, folder: Path, steps: int)
         "max_grad_norm": 1.0,
         "bf16": preset.dtype == "bfloat16",
         "use_cpu": preset.device == "cpu",
-        "logging_steps": 1,  # costs it nothing: it works all metrics out in every step
+        "logging_steps": 1,  # free: TRL computes all metrics in every step anyway
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

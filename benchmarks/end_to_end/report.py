@@ -1,37 +1,38 @@
-"""What `end_to_end.py` says of its contestants: speeds, memory, loss curves, a table, a file."""
+"""Report of the comparison: speeds, memory, loss curves, a table, a file."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 from benchmarks.end_to_end.presets import OURS, PEER, Preset, Row, Values
+from fastpref.utils import result_json
 from fastpref.utils.atomic_files import replacing
 
-TARGETS = {"cpu": (4.0, 0.40), "cuda": (2.0, 0.60)}  # times TRL's pairs/s, of its peak memory
+# Factor on TRL's pairs/s, and share of its peak memory.
+TARGETS = {"cpu": (4.0, 0.40), "cuda": (2.0, 0.60)}
 SAME_CURVE = 1e-3  # largest difference of the losses of a step
 
 
 def summary(preset: Preset, rows: dict[str, Row], response_tokens: list[int]) -> Values:
-    """Speed and memory of each contestant that came to its end, and fastpref's beside TRL's.
+    """Speed and memory of each contestant that finished, and of fastpref relative to TRL.
 
-    Speeds are of the steps after `warm_up` that all of them took, so that they are of the same
-    pairs: pairs and response tokens over the median step. `times` is the median over these steps of
-    TRL's seconds over the contestant's. Memory is that of the process, and `net` what came on top
-    of libraries, policy and data.
+    Speeds cover the steps after `warm_up` that all contestants took, and so the same pairs: pairs
+    and response tokens over the median step. `times` is the median over these steps of TRL's
+    seconds over the contestant's. Memory is that of the process; `net` excludes libraries, policy
+    and data.
     """
-    ended = {name: row for name, row in rows.items() if "peak_bytes" in row}
-    if not ended:
+    finished = {name: row for name, row in rows.items() if "peak_bytes" in row}
+    if not finished:
         return {"summary": {}}
-    common = slice(preset.warm_up, min(len(row["seconds"]) for row in ended.values()))
+    common = slice(preset.warm_up, min(len(row["seconds"]) for row in finished.values()))
     tokens = statistics.fmean(response_tokens[common])
-    peer = ended.get(PEER)
-    found: dict[str, Values] = {}
-    for name, row in ended.items():
+    peer = finished.get(PEER)
+    speeds: dict[str, Values] = {}
+    for name, row in finished.items():
         seconds = row["seconds"][common]
         median = statistics.median(seconds)
-        found[name] = {
+        speeds[name] = {
             "seconds": [median, min(seconds), max(seconds)],
             "pairs_per_second": preset.batch_size / median,
             "response_tokens_per_second": tokens / median,
@@ -40,22 +41,22 @@ def summary(preset: Preset, rows: dict[str, Row], response_tokens: list[int]) ->
             "setup_seconds": row["setup_seconds"],
         }
         if peer is not None:
-            beside = zip(peer["seconds"][common], seconds, strict=True)
-            found[name]["times"] = statistics.median(theirs / own for theirs, own in beside)
-    report: Values = {"summary": found, "timed_steps": [common.start, common.stop]}
-    if peer is not None and OURS in ended:
-        report["against_trl"] = _against(preset, ended[OURS], peer, found)
+            steps = zip(peer["seconds"][common], seconds, strict=True)
+            speeds[name]["times"] = statistics.median(trl / ours for trl, ours in steps)
+    report: Values = {"summary": speeds, "timed_steps": [common.start, common.stop]}
+    if peer is not None and OURS in finished:
+        report["against_trl"] = _against(preset, finished[OURS], peer, speeds)
     return report
 
 
-def _against(preset: Preset, ours: Row, peer: Row, found: dict[str, Values]) -> Values:
+def _against(preset: Preset, ours: Row, peer: Row, speeds: dict[str, Values]) -> Values:
     speed, memory = TARGETS[preset.device]
     gaps = [abs(a - b) for a, b in zip(ours["loss"], peer["loss"], strict=False)]
-    peak = found[OURS]["peak_mib"] / found[PEER]["peak_mib"]
+    peak = speeds[OURS]["peak_mib"] / speeds[PEER]["peak_mib"]
     return {
-        "times_its_pairs_per_second": found[OURS]["times"],
+        "times_its_pairs_per_second": speeds[OURS]["times"],
         "share_of_its_peak": peak,
-        "share_of_its_net_peak": found[OURS]["net_mib"] / found[PEER]["net_mib"],
+        "share_of_its_net_peak": speeds[OURS]["net_mib"] / speeds[PEER]["net_mib"],
         "largest_difference_of_losses": max(gaps),
         "steps_compared": len(gaps),
         "rewards_of_the_first_step": {
@@ -63,7 +64,7 @@ def _against(preset: Preset, ours: Row, peer: Row, found: dict[str, Values]) -> 
             for name, row in ((OURS, ours), (PEER, peer))
         },
         "targets": {
-            f"{speed:g} times its pairs per second": found[OURS]["times"] >= speed,
+            f"{speed:g} times its pairs per second": speeds[OURS]["times"] >= speed,
             f"{memory:.0%} of its peak": peak <= memory,
             f"losses within {SAME_CURVE:g}": max(gaps) <= SAME_CURVE,
         },
@@ -93,4 +94,4 @@ def table(report: Values) -> list[str]:
 
 def write(path: Path, report: Values) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(result_json.dumps(report))

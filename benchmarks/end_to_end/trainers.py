@@ -1,7 +1,7 @@
-"""One contestant of `end_to_end.py` in a process of its own.
+"""One contestant of the comparison, in a process of its own.
 
-A step's time is all that passes from the end of one optimizer step to the end of the next: reading
-and collating included, waiting for one's turn not.
+The time of a step runs from the end of one optimizer step to the end of the next. It includes
+reading and collating, and excludes waiting for a turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a contestant is told; `rows` and `folder` are the same pairs and the same model."""
+    """Input of a contestant's process; `rows` and `folder` are equal for all contestants."""
 
     trainer: str
     config: Values  # fastpref's, or the arguments of DPOConfig
@@ -44,14 +44,14 @@ class Job:
 
 
 def play(job: Job, connection: Connection) -> None:
-    """Prepare, report, train in turns, report: in messages that are parts of a result's row."""
+    """Prepare, report, train in turns, report; messages are parts of a result's row."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(job.threads)
     trainers: dict[str, Callable[[Job, Turns], None]] = {"fastpref": _fastpref}
     try:
         trainers.get(job.trainer, _trl)(job, Turns(job, connection))
     except Exception as error:
-        traceback.print_exc()  # the report has its first line alone
+        traceback.print_exc()  # the report has its first line only
         connection.send({"failed": reason(error)})
 
 
@@ -69,7 +69,7 @@ def build(config: Values, folder: Path, device: str) -> None:
 
 
 class Turns:
-    """Where a training loop waits for its turn, times its steps and measures its memory."""
+    """Lets a training loop wait for its turn, times its steps and measures its memory."""
 
     def __init__(self, job: Job, connection: Connection) -> None:
         self._job, self._connection = job, connection
@@ -78,18 +78,18 @@ class Turns:
         self._baseline: int | None = None
 
     def loaded(self) -> None:
-        """The policy and the data are in memory: what comes on top is the trainer's. Only the first
-        call counts."""
+        """Take the baseline of memory: policy and data are loaded. Only the first call counts."""
         if self._baseline is None:
             gc.collect()
             self._baseline = memory_now(self._job.device)
             self._started = time.perf_counter()
 
     def ready(self, pairs: Iterator[str]) -> None:
-        """Report the pairs, in the order of the steps, and the set-up's time; `wait` next."""
+        """Report the pairs, in the order of the steps, and the setup time; `wait` next."""
         setup = time.perf_counter() - self._started
         size = self._job.batch_size
-        order = [sorted(step) for step in _chunks(list(pairs), size)]  # within a step it is free
+        # Sorted, since the order inside a step does not matter.
+        order = [sorted(step) for step in _chunks(list(pairs), size)]
         self._connection.send({"setup_seconds": setup, "pairs": order[: self._job.steps]})
 
     def wait(self) -> None:
@@ -97,7 +97,7 @@ class Turns:
         self._marks = [self._mark()]
 
     def step(self) -> None:
-        """An optimizer step is done."""
+        """Record the end of an optimizer step."""
         self._marks.append(self._mark())
         self._done += 1
         last = self._done == self._job.steps
@@ -127,7 +127,7 @@ class Turns:
         return event
 
     def _seconds(self) -> list[float]:
-        """Of the steps of this turn."""
+        """Seconds of the steps of this turn."""
         steps = zip(self._marks, self._marks[1:], strict=False)
         if self._job.device == "cpu":
             return [b - a for a, b in steps]
@@ -145,7 +145,7 @@ def _fastpref(job: Job, turns: Turns) -> None:
     from fastpref.utils.progress import Display
 
     class Watch(Display):
-        """The trainer's one window to the outside; a step's sums are read from its own window."""
+        """Sees the trainer's progress; reads a step's sums from the trainer's window."""
 
         trainer: Trainer | None = None
 
@@ -160,13 +160,13 @@ def _fastpref(job: Job, turns: Turns) -> None:
 
         def advance(self, done: int) -> None:
             if self.trainer is not None:
-                sums = self.trainer.window.state()[1][-1, 1:]
+                sums = self.trainer.window.state_dict()[1][-1, 1:]
                 self.lines.append(metrics.means(sums.view(2, -1), NAMES))
                 turns.step()
 
     watch = Watch()
     trainer = Trainer(parse(job.config), watch)
-    turns.loaded()  # where the reference was on disk
+    turns.loaded()  # for a reference that was cached
     groups = trainer.run.train.groups
     order = [groups[i] for step in trainer.plan.epoch() for part in step for i in part]
     turns.ready(pair_id(g.prompt, *g.responses) for g in order)
@@ -245,7 +245,7 @@ def _trl(job: Job, turns: Turns) -> None:
 
 
 def _pairs(batch: dict[str, torch.Tensor]) -> Iterator[str]:
-    """The pairs of a batch as TRL's collator makes it: all chosen, then all rejected."""
+    """Ids of the pairs of a TRL batch: all chosen, then all rejected."""
     names = ("input_ids", "attention_mask", "completion_mask")
     for rows in zip(*(half for name in names for half in batch[name].chunk(2)), strict=True):
         chosen, rejected = (
@@ -272,7 +272,8 @@ def memory_now(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with suppress(OSError):  # where it may not be written, the peak is that of loading too
+    # Without write permission, the peak includes that of loading.
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
@@ -283,6 +284,6 @@ def memory_peak(device: str) -> int:
 
 def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024

@@ -1,16 +1,16 @@
-"""End trainings at random places, resume them until they are done, compare with an unbroken one.
+"""Kill trainings at random places, resume them to the end, compare with an uninterrupted one.
 
     python -m benchmarks.faults.kills --kills 1000
     python -m benchmarks.faults.kills --kills 100 --ranks 2
     python -m benchmarks.faults.kills --kills 20 --ranks 2 --how SIGKILL --place checkpoint
 
-Every life of a training ends by SIGKILL, SIGTERM or Ctrl-C twice: at a random place of
-`lives.PLACES` or, one in five, at a random moment from outside; of several ranks one, any of
-them. The next life resumes with `resume=auto`. At the end the rows of every step, all lines of
-metrics, the exported weights and the last checkpoint must be those of a training that nobody ended.
-A training is a fork of this process, which has imported everything: a life costs its own work only.
-`--out` writes the result, or the part of it that is of these options; exit code 1 if anything
-differs.
+A training has several lives, each a process. A life is ended by SIGKILL, SIGTERM or Ctrl-C twice:
+at a random place of `lives.PLACES` or, one time in five, at a random moment from outside; with
+several ranks, one random rank is ended. The next life resumes with `resume=auto`. At the end the
+rows of every step, all lines of metrics, the exported weights and the last checkpoint must equal
+those of an uninterrupted training. A life is a fork of this process, which has imported everything,
+so it costs its own work only. `--out` writes the result, or the part of it for these options; the
+exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from benchmarks.end_to_end.presets import word_tokenizer
 from benchmarks.faults.lives import HOW, PLACES, End, live, send
 from fastpref import metrics
 from fastpref.training import checkpoint_files
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 
 STEPS, PAIRS, WORDS = 8, 16, 64
-PATIENCE = 300.0  # seconds that a life may last; what lasts longer hangs
-GRACE = 10.0  # seconds in which a rank notices that its partner has gone, once they have met
+PATIENCE = 300.0  # seconds after which a life counts as hanging
+GRACE = 10.0  # seconds in which a connected rank notices that its partner has ended
 OUTSIDE = "any moment, from outside"
 ENDED = (
     -signal.SIGKILL,
@@ -57,20 +57,20 @@ ENDED = (
     128 + signal.SIGTERM,
     128 + signal.SIGINT,
 )
-LOST_ANOTHER = 2  # exit code of a rank that has lost another one
-HANGS = 1000  # of one that had to be killed in the end
+LOST_ANOTHER = 2  # exit code of a rank that lost another one
+HANGS = 1000  # code for a rank that hung and was killed
 Sleep = float  # seconds after which a life ends from outside
 
 
 @dataclass
-class Found:
-    """What all trainings came to."""
+class Result:
+    """Counts over all trainings; the fields are keys of the result file."""
 
     trainings: int = 0
     ended_by: Counter[str] = field(default_factory=Counter)
     ended_at: Counter[str] = field(default_factory=Counter)
-    steps_made_again: int = 0  # after the newest complete checkpoint: what an end costs
-    steps_lost: int = 0  # before it
+    steps_made_again: int = 0  # steps after the newest complete checkpoint: the cost of a kill
+    steps_lost: int = 0  # steps before it
     rows_replayed: int = 0
     rows_skipped: int = 0
     differing_lines: int = 0
@@ -82,7 +82,7 @@ class Found:
         return self.ended_by.total()
 
     def wrong(self, exact: bool) -> bool:
-        """exact: whether bits count."""
+        """Whether anything is wrong; exact: differing bits count."""
         bits = self.differing_lines + self.differing_bits if exact else 0
         return self.steps_lost + self.rows_replayed + self.rows_skipped + bits > 0 or bool(
             self.failures
@@ -96,85 +96,92 @@ def main() -> None:
     parser.add_argument("--how", choices=HOW, action="append", help="default: all of them")
     parser.add_argument("--place", default="", help="only those that begin so: step, checkpoint, …")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=None, help="kept, with all runs in it")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder for all runs; not deleted"
+    )
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     began = time.monotonic()
     ends = Ends(random.Random(options.seed), tuple(options.how or HOW), options.place)
-    found = torment(folder, options.kills, options.ranks, ends)
+    result = kill_trainings(folder, options.kills, options.ranks, ends)
     seconds = round(time.monotonic() - began)
     if options.out is not None:
         only = [*(options.how or ()), *([options.place] if options.place else ())]
-        write(options.out, ", ".join([f"ranks {options.ranks}", *only]), found, seconds)
+        write(options.out, ", ".join([f"ranks {options.ranks}", *only]), result, seconds)
     if options.folder is None:
         shutil.rmtree(folder)
     print(
-        f"{found.kills} kills of {found.trainings} trainings, ranks {options.ranks}, {seconds} s: "
-        f"{found.steps_lost} steps lost, {found.rows_replayed} rows replayed, {found.rows_skipped} "
-        f"rows skipped, {found.differing_lines} lines and {found.differing_bits} bits differ, "
-        f"{len(found.failures)} failures"
+        f"{result.kills} kills of {result.trainings} trainings, ranks {options.ranks}, "
+        f"{seconds} s: {result.steps_lost} steps lost, {result.rows_replayed} rows replayed, "
+        f"{result.rows_skipped} rows skipped, {result.differing_lines} lines and "
+        f"{result.differing_bits} bits differ, {len(result.failures)} failures"
     )
-    print(*found.failures, sep="\n")
-    sys.exit(found.wrong(exact=options.ranks == 1))
+    print(*result.failures, sep="\n")
+    sys.exit(result.wrong(exact=options.ranks == 1))
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What lives end by, and where: one in five from outside, unless places are asked for."""
+    """Random ends of lives: one in five from outside, unless `place` restricts them."""
 
-    chance: random.Random
+    rng: random.Random
     how: tuple[str, ...]
-    place: str  # how their names begin
+    place: str  # prefix of the names of places
 
     def draw(self, lasts: float) -> tuple[str, End | Sleep]:
-        """lasts: seconds of a life that nobody ends."""
-        how = self.chance.choice(self.how)
-        if not self.place and self.chance.random() < 0.2:
-            return how, self.chance.uniform(0, lasts)
-        place = self.chance.choice([name for name in PLACES if name.startswith(self.place)])
-        # Entered and left count; steps come often, what is before and after them once.
-        return how, End(how, place, self.chance.randint(1, 12 if place.startswith("step") else 4))
+        """Draw an end; lasts: seconds of an uninterrupted life."""
+        how = self.rng.choice(self.how)
+        if not self.place and self.rng.random() < 0.2:
+            return how, self.rng.uniform(0, lasts)
+        place = self.rng.choice([name for name in PLACES if name.startswith(self.place)])
+        # Entering and leaving count. Steps come often, the places before and after them once.
+        return how, End(how, place, self.rng.randint(1, 12 if place.startswith("step") else 4))
 
 
-def write(path: Path, name: str, found: Found, seconds: int) -> None:
+def write(path: Path, name: str, result: Result, seconds: int) -> None:
     report = json.loads(path.read_text()) if path.exists() else {"benchmark": "faults"}
-    part = {**environment.describe("cpu"), "seconds": seconds, "kills": found.kills, **vars(found)}
+    part = {
+        **environment.describe("cpu"),
+        "seconds": seconds,
+        "kills": result.kills,
+        **vars(result),
+    }
     for counts in ("ended_by", "ended_at"):
         part[counts] = dict(sorted(part[counts].items()))
     report[name] = part
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(result_json.dumps(report))
 
 
-def torment(folder: Path, kills: int, ranks: int, ends: Ends) -> Found:
-    """Trainings, each to its end, until so many lives have been ended."""
+def kill_trainings(folder: Path, kills: int, ranks: int, ends: Ends) -> Result:
+    """Run trainings to their end until `kills` lives have been ended."""
     config = write_config(folder)
-    found, lasts = Found(), 0.0
+    result, lasts = Result(), 0.0
     for name in ("cold", "whole"):
-        whole, began = Training(config, folder / name, ranks), time.monotonic()
-        whole.live(None, 0, found)
+        uninterrupted, began = Training(config, folder / name, ranks), time.monotonic()
+        uninterrupted.live(None, 0, result)
         lasts = time.monotonic() - began
-        assert whole.done, found.failures
+        assert uninterrupted.done, result.failures
         if name == "cold":
-            warm_up(whole.folder)
-    while found.kills < kills and not found.failures:
-        training = Training(config, folder / f"training-{found.trainings}", ranks)
-        while not training.done and not found.failures:
-            end = ends.draw(lasts) if found.kills < kills else None
-            training.live(end, ends.chance.randrange(ranks), found)
-        found.trainings += 1
+            warm_up(uninterrupted.folder)
+    while result.kills < kills and not result.failures:
+        training = Training(config, folder / f"training-{result.trainings}", ranks)
+        while not training.done and not result.failures:
+            end = ends.draw(lasts) if result.kills < kills else None
+            training.live(end, ends.rng.randrange(ranks), result)
+        result.trainings += 1
         if training.done:
-            compare(training, whole, found)
-        if not found.wrong(exact=ranks == 1):
+            compare(training, uninterrupted, result)
+        if not result.wrong(exact=ranks == 1):
             shutil.rmtree(training.folder)
-        print(f"{found.kills} kills of {found.trainings} trainings", flush=True)
+        print(f"{result.kills} kills of {result.trainings} trainings", flush=True)
     gc.unfreeze()
-    return found
+    return result
 
 
 def warm_up(folder: Path) -> None:
-    """Do here once what every life would do again: imports, transformers' tables of models."""
+    """Do once what every life would repeat: imports, transformers' tables of models."""
     for name in (folder / "life-1-0.modules").read_text().split():
         with suppress(Exception):  # some cannot be imported by themselves
             importlib.import_module(name)
@@ -184,7 +191,7 @@ def warm_up(folder: Path) -> None:
 
 
 class Training:
-    """A run directory with a cache of its own, and what its lives have trained on so far."""
+    """A run directory with its own cache, and the rows that its lives have trained on so far."""
 
     def __init__(self, config: Path, folder: Path, ranks: int) -> None:
         self.folder, self.run, self.ranks = folder, folder / "run", ranks
@@ -193,49 +200,51 @@ class Training:
             f"training.output_dir={self.run}",
             f"data.cache={folder / 'cache'}",
         ]
-        self.rows: list[list[int]] = []  # of the steps that the newest weights have taken
+        self.rows: list[list[int]] = []  # rows of each step that led to the newest weights
         self.done = False
         self._lives = 0
         folder.mkdir(parents=True)
 
-    def live(self, end: tuple[str, End | Sleep] | None, victim: int, found: Found) -> None:
-        """One life, and what it says about the ones before."""
+    def live(self, end: tuple[str, End | Sleep] | None, victim: int, result: Result) -> None:
+        """Run one life, and count what it reveals about earlier ones."""
         self._lives += 1
         begins_at = self._newest()
         codes = self._run(end, victim)
         self.done = codes == [0] * self.ranks
         if end is not None and not self.done:
             how, where = end
-            found.ended_by[how] += 1
-            found.ended_at[where.place if isinstance(where, End) else OUTSIDE] += 1
+            result.ended_by[how] += 1
+            result.ended_at[where.place if isinstance(where, End) else OUTSIDE] += 1
         for rank, code in enumerate(codes):
             lost = code == LOST_ANOTHER and self.ranks > 1 and rank != victim
             if not (lost or code == 0 or (end is not None and code in ENDED)):
-                found.failures.append(f"{self._record(rank)}: exit code {code}, {end}")
+                result.failures.append(f"{self._record(rank)}: exit code {code}, {end}")
         steps = self._steps()
         if steps:
             first = min(steps)
-            found.steps_lost += max(0, begins_at + 1 - first)
-            found.steps_made_again += max(0, len(self.rows) - begins_at)
+            result.steps_lost += max(0, begins_at + 1 - first)
+            result.steps_made_again += max(0, len(self.rows) - begins_at)
             if (
                 sorted(steps) != list(range(first, first + len(steps)))
                 or first > len(self.rows) + 1
             ):
-                found.failures.append(f"{self._record(0)}: steps {sorted(steps)}")
+                result.failures.append(f"{self._record(0)}: steps {sorted(steps)}")
             self.rows[first - 1 :] = [steps[step] for step in sorted(steps)]
 
     def _run(self, end: tuple[str, End | Sleep] | None, victim: int) -> list[int]:
-        """Exit codes of the ranks; minus the signal that ended one."""
+        """Run the ranks, and return their exit codes; a negative code is a signal."""
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"WORLD_SIZE": str(self.ranks), "HF_HUB_OFFLINE": "1"}
         pids = []
         for rank in range(self.ranks):
             pid = os.fork()
             if pid == 0:
-                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environ = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 place = end[1] if end is not None and rank == victim else None
                 command = [*self.command, "resume=auto"]
-                live(command, self._record(rank), own, place if isinstance(place, End) else None)
+                live(
+                    command, self._record(rank), environ, place if isinstance(place, End) else None
+                )
             pids.append(pid)
         if end is not None and not isinstance(end[1], End):
             time.sleep(end[1])
@@ -246,21 +255,21 @@ class Training:
         return self.folder / f"life-{self._lives}-{rank}.jsonl"
 
     def _steps(self) -> dict[int, list[int]]:
-        """Rows of each step that the last life has completed, of all ranks."""
-        found: dict[int, list[int]] = {}
+        """Rows of each step that the last life completed, over all ranks."""
+        rows: dict[int, list[int]] = {}
         for rank in range(self.ranks):
-            for line in metrics.read(self._record(rank)):
-                found[line["step"]] = sorted(found.get(line["step"], []) + line["rows"])
-        return found
+            for line in metrics.read_records(self._record(rank)):
+                rows[line["step"]] = sorted(rows.get(line["step"], []) + line["rows"])
+        return rows
 
     def _newest(self) -> int:
-        return max(checkpoint_files.complete(self.run / "checkpoints"), default=0)
+        return max(checkpoint_files.complete_steps(self.run / "checkpoints"), default=0)
 
 
 def wait(pids: list[int]) -> list[int]:
-    """Until all have ended; those that do not in time are killed, with a code of their own.
+    """Wait for all processes and return their exit codes; late ones are killed and get `HANGS`.
 
-    A rank whose partner has gone before they met waits for it. As torchrun does, it is ended.
+    A rank whose partner ended before they were connected waits for it. It is ended, as by torchrun.
     """
     codes: dict[int, int] = {}
     deadline = time.monotonic() + PATIENCE
@@ -286,32 +295,32 @@ def free_port() -> int:
     return port
 
 
-def compare(training: Training, whole: Training, found: Found) -> None:
-    """Rows, metrics, export and last checkpoint of a training beside the one that nobody ended."""
+def compare(training: Training, uninterrupted: Training, result: Result) -> None:
+    """Compare rows, metrics, export and last checkpoint with those of an uninterrupted training."""
     nothing: list[int] = []
-    for rows, expected in zip_longest(training.rows, whole.rows, fillvalue=nothing):
-        found.rows_replayed += (Counter(rows) - Counter(expected)).total()
-        found.rows_skipped += (Counter(expected) - Counter(rows)).total()
-    lines = zip_longest(untimed(training.run), untimed(whole.run))
-    found.differing_lines += sum(line != expected for line, expected in lines)
+    for rows, expected in zip_longest(training.rows, uninterrupted.rows, fillvalue=nothing):
+        result.rows_replayed += (Counter(rows) - Counter(expected)).total()
+        result.rows_skipped += (Counter(expected) - Counter(rows)).total()
+    lines = zip_longest(untimed(training.run), untimed(uninterrupted.run))
+    result.differing_lines += sum(line != expected for line, expected in lines)
     last = f"checkpoints/step-{STEPS}"
     for pattern in ("model/*.safetensors", f"{last}/*.safetensors"):
-        for path in whole.run.glob(pattern):
-            ours = training.run / path.relative_to(whole.run)
-            found.differing_bits += differing_bits(ours, path)
-    states = [(each.run / last / "state.json").read_text() for each in (training, whole)]
-    found.differing_lines += states[0] != states[1]
+        for path in uninterrupted.run.glob(pattern):
+            ours = training.run / path.relative_to(uninterrupted.run)
+            result.differing_bits += differing_bits(ours, path)
+    states = [(run.run / last / "state.json").read_text() for run in (training, uninterrupted)]
+    result.differing_lines += states[0] != states[1]
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
     return [
         {name: value for name, value in line.items() if name not in metrics.TIMING_METRICS}
-        for line in metrics.read(run / "metrics.jsonl")
+        for line in metrics.read_records(run / "metrics.jsonl")
     ]
 
 
 def differing_bits(path: Path, expected: Path) -> int:
-    """Bits of the tensors that differ; headers hold the same in any order."""
+    """Number of bits of the tensors that differ; headers may differ in order."""
     ours, theirs = load_file(path), load_file(expected)
     assert ours.keys() == theirs.keys(), path
     apart = [
@@ -322,15 +331,19 @@ def differing_bits(path: Path, expected: Path) -> int:
 
 
 def write_config(folder: Path) -> Path:
-    """A Llama of a few hundred weights on pairs of words: two micro-batches a step, a checkpoint
-    every second one, two epochs."""
+    """Write a config: a Llama of a few hundred weights, two epochs on pairs of words.
+
+    A step has two micro-batches, and every second step writes a checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer"
     word_tokenizer(WORDS).save_pretrained(tokenizer)
-    chance = random.Random(0)
+    generator = random.Random(0)
 
     def words() -> str:
-        return " ".join(f" w{chance.randrange(WORDS - 3)}" for _ in range(chance.randint(1, 6)))
+        return " ".join(
+            f" w{generator.randrange(WORDS - 3)}" for _ in range(generator.randint(1, 6))
+        )
 
     pairs = [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(PAIRS)]
     data = folder / "pairs.jsonl"

@@ -1,7 +1,8 @@
-"""One life of a training in a forked process: where it ends, and the rows that it trained on.
+"""One life of a training in a forked process: its end, and the rows that it trained on.
 
-A place is a function that training calls. The life ends as it is entered or left for the n-th time,
-and writes of a checkpoint half-way through; so that every place is tried, however short it lasts.
+A place is a function that training calls. The life ends when the function is entered or left for
+the n-th time, so that every place is tried, however short it lasts; a write of a checkpoint ends
+half-way.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from fastpref.model import export, reference_policy
 from fastpref.training import (
     checkpoint,
     checkpoint_files,
+    forward,
     model_card,
     setup,
     step_gradient,
     trainer,
 )
 
-# Where it may end: the namespace and the name that training finds the function under.
+# Places where a life may end: the namespace and the name of the function that training calls.
 PLACES: dict[str, tuple[Any, str]] = {
     "tokens: written": (dataset, "_write"),
     "model: loaded": (setup, "load_policy"),
-    "reference: taken in": (reference_policy._Known, "take_in"),
+    "reference: taken in": (reference_policy._PartialLogps, "merge"),
     "reference: written": (reference_policy, "save_file"),
-    "step: forward": (trainer.Trainer, "_forward"),
+    "step: forward": (forward.Forward, "__call__"),
     "step: backward": (step_gradient.Gradient, "backward"),
     "step: gradients complete": (step_gradient.Gradient, "finish"),
     "step: updated": (metrics.Window, "add"),
     "step: metrics written": (metrics.JsonLines, "log"),
     "checkpoint: begun": (checkpoint.Checkpoints, "save"),
     "checkpoint: staged": (DefaultStager, "stage"),
-    "checkpoint: half written": (checkpoint_files._Summed, "write"),
+    "checkpoint: half written": (checkpoint_files._ChecksumWriter, "write"),
     "checkpoint: index": (checkpoint_files.CheckpointWriter, "finish"),
     "checkpoint: renamed": (checkpoint, "replace"),
     "checkpoint: dropped": (checkpoint, "discard"),
@@ -64,7 +66,7 @@ HOW = ("SIGKILL", "SIGTERM", "Ctrl-C twice")
 
 @dataclass(frozen=True)
 class End:
-    """`how` a life ends, when `place` is entered or left for the `count`-th time."""
+    """End of a life by `how`, when `place` is entered or left for the `count`-th time."""
 
     how: str
     place: str
@@ -72,10 +74,10 @@ class End:
 
 
 def live(command: list[str], record: Path, ranks: dict[str, str], end: End | None) -> NoReturn:
-    """Run the command line in this process, which a harness has forked, and exit.
+    """Run the command line in this forked process, and exit.
 
-    record: is given the rows of each complete step; its output goes beside it. ranks: what torchrun
-    puts into the environment.
+    record: file for the rows of each complete step; the output goes to a file next to it. ranks:
+    the environment variables of torchrun.
     """
     output = os.open(record.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -101,14 +103,15 @@ def live(command: list[str], record: Path, ranks: dict[str, str], end: End | Non
 
 
 def _record_rows(path: Path) -> None:
-    """Write a line for every step that is complete: its number, and the rows it was made of."""
+    """Write a line for every complete step: its number and its rows."""
     seen: list[int] = []
-    batches, step = setup.DataView.batches, trainer.Trainer._train_step
+    micro_batches, step = setup.DataView.micro_batches, trainer.Trainer._train_step
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def noting(self: Any, policy: Any, indices: list[int]) -> Any:
-        seen.extend(self.groups[index].row for index in indices)
-        return batches(self, policy, indices)
+    def noting(self: Any, policy: Any, number: int) -> Any:
+        for micro_batch in micro_batches(self, policy, number):
+            seen.extend(self.groups[index].row for index in micro_batch.groups)
+            yield micro_batch
 
     def recording(self: Any, with_entropy: bool) -> Any:
         seen.clear()
@@ -116,7 +119,7 @@ def _record_rows(path: Path) -> None:
         os.write(descriptor, (json.dumps({"step": self.step, "rows": seen}) + "\n").encode())
         return tally
 
-    setup.DataView.batches = noting  # type: ignore[method-assign]
+    setup.DataView.micro_batches = noting  # type: ignore[method-assign, assignment]
     trainer.Trainer._train_step = recording  # type: ignore[method-assign]
 
 
@@ -143,7 +146,7 @@ def _end_at(end: End) -> None:
 
 
 def _half(write: Callable[..., int], file: Any, data: bytes) -> tuple[Any, bytes]:
-    """Write half of it; what is left is for lives that go on for a while after a signal."""
+    """Write half of the data; a life that goes on after a signal writes the rest."""
     write(file, data[: len(data) // 2])
     file.flush()
     return file, data[len(data) // 2 :]
@@ -157,4 +160,4 @@ def send(how: str, pid: int | None = None) -> None:
             signal.raise_signal(number)
             continue
         os.kill(pid or os.getpid(), number)
-        time.sleep(0.01)  # signals that come together are one
+        time.sleep(0.01)  # signals at the same moment arrive as one

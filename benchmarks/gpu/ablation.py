@@ -1,7 +1,7 @@
-"""What the parts of an op cost, and each tile shape of configs.py; a section of gpu/suite.py.
+"""Time of each part of an op and of each tile shape of configs.py; a section of gpu/suite.py.
 
-Every row is timed by the one timer of `fastpref bench`. Promote a candidate by moving it to the
-front of its table in kernels/fastpref_kernels/common/configs.py.
+Every row is timed by the timer of `fastpref bench`. Promote a candidate by moving it to the front
+of its table in kernels/fastpref_kernels/common/configs.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def ablation(device: str, dry: bool) -> Iterator[Check]:
-    """What an op's parts take, tile shapes, rows a chunk, and cuBLAS alone beside each."""
+    """Kernels of an op, tile shapes and rows a chunk, each next to the plain cuBLAS GEMMs."""
     dtype = "float32" if dry else problems.DTYPE[device]
     shapes = (DRY_SHAPE,) if dry else (SHAPE, *OTHER_SHAPES)
     frozen, trained, forward, kl = (
@@ -45,7 +45,7 @@ def ablation(device: str, dry: bool) -> Iterator[Check]:
     for problem, table in ((forward, "gemm"), (frozen, "gemm"), (trained, "gemm"), (kl, "pair")):
         part = {"part": f"{problem.op}, {problem.head}: tiles"}
         yield part, partial(_tiles, problem, table, device)
-    yield {"part": "the first product of one chunk"}, partial(_first_product, frozen, device)
+    yield {"part": "the first GEMM of one chunk"}, partial(_first_gemm, frozen, device)
     for shape in shapes:
         problem = Problem("linear_logps", "frozen", *shape, dtype)
         part = {"part": f"linear_logps, frozen, T {shape[0]}, D {shape[1]}, V {shape[2]}: rows"}
@@ -60,16 +60,16 @@ def _profile(problem: Problem, device: str) -> dict[str, Any]:
     with torch.profiler.profile() as profiler:
         run()
         timer.release(device)
-    found: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
     spans = [e.time_range for e in profiler.events() if e.device_type.name == "CUDA"]
     for event in profiler.events():
         if event.device_type.name == "CUDA":
-            found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us() / 1000
+            elapsed = event.time_range.elapsed_us() / 1000
+            milliseconds[event.name] = milliseconds.get(event.name, 0.0) + elapsed
     if spans:
-        found["from first to last"] = (
-            max(s.end for s in spans) - min(s.start for s in spans)
-        ) / 1e3
-    return {"kernels": dict(sorted(found.items(), key=lambda item: -item[1])[:16])}
+        first, last = min(s.start for s in spans), max(s.end for s in spans)
+        milliseconds["from first to last"] = (last - first) / 1e3
+    return {"kernels": dict(sorted(milliseconds.items(), key=lambda item: -item[1])[:16])}
 
 
 def _tiles(problem: Problem, table: str, device: str) -> dict[str, Any]:
@@ -80,30 +80,31 @@ def _tiles(problem: Problem, table: str, device: str) -> dict[str, Any]:
         config: partial(with_candidate, table, index, problem.dtype, device, ours)
         for index, config in candidates(table, problem.dtype, device)
     }
-    return _beside(problem, inputs, runs, device)
+    return _with_gemms(problem, inputs, runs, device)
 
 
 def _chunks(problem: Problem, device: str) -> dict[str, Any]:
-    """Numbers of rows whose delta is alive at a time, up to MOST_MIB of it."""
+    """Numbers of rows in a chunk of dlogits, up to MOST_MIB."""
     most = MOST_MIB * MIB // (problem.V * getattr(torch, problem.dtype).itemsize)
     inputs = problems.make_inputs(problem, device)
     ours = _ours(problem, inputs)
 
     def run(count: int) -> torch.Tensor:
-        # The budget's unit is one row of all words, in multiples of 128 rows.
+        # A chunk holds whole rows of the vocabulary, in multiples of 128 rows.
         budget = count * problem.V * inputs.weight.element_size()
         with contestants.setting(MODULE, "CHUNK_BYTES", budget):
             return ours()
 
     counts = range(512, min(most, problem.T) + 1, 128) if device == "cuda" else (16,)
     runs: dict[str, timer.Run] = {f"{count} rows": partial(run, count) for count in counts}
-    return _beside(problem, inputs, runs, device)
+    return _with_gemms(problem, inputs, runs, device)
 
 
-def _first_product(problem: Problem, device: str) -> dict[str, Any]:
-    """hidden @ weight.T of as many rows as the op takes at a time, and what is made of it."""
+def _first_gemm(problem: Problem, device: str) -> dict[str, Any]:
+    """hidden @ weight.T for the rows of one chunk, alone and inside the kernels that use it."""
+    from fastpref.ops.backend import Head
     from fastpref_kernels.common.launch import aligned_rows
-    from fastpref_kernels.dlogits import label_logits, softmax_delta
+    from fastpref_kernels.dlogits import label_logits, softmax_dlogits
     from fastpref_kernels.linear_logps import rows_per_chunk
     from fastpref_kernels.softmax_stats import linear_softmax_fwd
 
@@ -112,32 +113,33 @@ def _first_product(problem: Problem, device: str) -> dict[str, Any]:
     hidden = hidden[: rows_per_chunk(problem.V, weight.element_size())]
     labels = inputs.labels[: len(hidden)]
     out = aligned_rows(len(hidden), problem.V, weight)
-    factor = hidden.new_empty(len(hidden), dtype=torch.float32)
-    head = (hidden, weight, labels, None, 1.0, None)
+    row_scale = hidden.new_empty(len(hidden), dtype=torch.float32)
+    head = Head(weight)
     runs: dict[str, timer.Run] = {
         "gemm": lambda: torch.mm(hidden, weight.T, out=out),
-        "the other product": lambda: torch.mm(out, weight),
-        "statistics": lambda: linear_softmax_fwd(*head, full=False),
-        "statistics and delta": lambda: softmax_delta(*head, out, factor),
-        "logits of the labels": lambda: label_logits(*head),
+        "the other GEMM": lambda: torch.mm(out, weight),
+        "statistics": lambda: linear_softmax_fwd(hidden, head, labels, full=False),
+        "statistics and dlogits": lambda: softmax_dlogits(hidden, head, labels, out, row_scale),
+        "logits of the labels": lambda: label_logits(hidden, head, labels),
     }
     flops = 2 * len(hidden) * problem.D * problem.V
     return _timed(runs, flops, device)
 
 
-def _beside(
+def _with_gemms(
     problem: Problem, inputs: Inputs, runs: dict[str, timer.Run], device: str
 ) -> dict[str, Any]:
-    gemm = contestants.products(problem, inputs, problem.products)
+    gemm = contestants.gemm_baseline(problem, inputs, problem.gemms)
     return _timed({"gemm": gemm, **runs}, problem.flops, device)
 
 
 def _timed(runs: dict[str, timer.Run], flops: float, device: str) -> dict[str, Any]:
-    """Seconds and speed of runs that take turns."""
+    """Seconds and speed of interleaved runs."""
     times, failures = timer.interleave(runs, device, timer.MIN_ROUNDS, "gemm")
-    found = {name: timer.summary(seconds) for name, seconds in times.items()}
-    speeds = {name: flops / seconds["median"] / 1e12 for name, seconds in found.items()}
-    return {"seconds": found, "tflops": speeds, **({"broken": failures} if failures else {})}
+    summaries = {name: timer.summary(seconds) for name, seconds in times.items()}
+    speeds = {name: flops / seconds["median"] / 1e12 for name, seconds in summaries.items()}
+    row = {"seconds": summaries, "tflops": speeds}
+    return row | {"broken": failures} if failures else row
 
 
 def _ours(problem: Problem, inputs: Inputs) -> timer.Run:
@@ -156,7 +158,7 @@ def _tables(name: str, dtype: str) -> dict[int, Any]:
 
 
 def candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
-    """Places in the table of this device, and what stands there; the interpreter has one."""
+    """Indices and names of this device's tile shapes; the interpreter has one."""
     if device != "cuda":
         return [(0, "interpreter")]
     from fastpref_kernels.common.configs import table_arch
@@ -166,7 +168,7 @@ def candidates(name: str, dtype: str, device: str) -> list[tuple[int, str]]:
 
 
 def with_candidate(name: str, index: int, dtype: str, device: str, run: Callable[[], T]) -> T:
-    """What `run` returns while one candidate is in use."""
+    """Result of `run` with one candidate in use."""
     if device != "cuda":
         return run()
     with _first(name, index, dtype):
@@ -175,14 +177,14 @@ def with_candidate(name: str, index: int, dtype: str, device: str, run: Callable
 
 @contextmanager
 def _first(name: str, index: int, dtype: str) -> Iterator[None]:
-    """Put one candidate at the front of its table, which is the one that is used."""
+    """Context manager that moves one candidate to the front of its table, where it is used."""
     from fastpref_kernels.common.configs import table_arch
 
     table = _tables(name, dtype)
     arch = table_arch(torch.cuda.get_device_capability())
-    kept = table[arch]
-    table[arch] = (kept[index], *kept[:index], *kept[index + 1 :])
+    configs = table[arch]
+    table[arch] = (configs[index], *configs[:index], *configs[index + 1 :])
     try:
         yield
     finally:
-        table[arch] = kept
+        table[arch] = configs

@@ -1,13 +1,12 @@
-"""The Triton ops against fp64 on the device itself, at odd shapes; a section of gpu/suite.py.
+"""The Triton ops against fp64 on the GPU, at odd shapes; a section of gpu/suite.py.
 
     value:      err(ours) <= 2 err(PyTorch in fp32 on the same inputs) + eps   nats, the largest
     gradient:   err(ours) <= 2 err(PyTorch in the same dtype) + eps            relative, in the norm
 
-PyTorch in fp32 has the products of the tensor cores, (hidden @ weight.T) to fp32, where that is
-worse than products of fp32: a tensor core cuts every sum of 16 products off, which at 4104 columns
-is three times the error of fp32 arithmetic. PyTorch in the same dtype rounds the logits to it, as a
-plain training loop does. The eps of a gradient is one rounding to that dtype, which delta may have
-more.
+PyTorch in fp32 is the worse of two: fp32 GEMMs, and tensor-core GEMMs with fp32 results. A tensor
+core truncates every sum of 16 products, which at 4104 columns is three times the error of fp32
+arithmetic. PyTorch in the same dtype rounds the logits to it, as a plain training loop does. The
+eps of a gradient is one rounding to that dtype: dlogits may be rounded once more.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 VALUE_EPS = 1e-5  # a logit of 60 is held in fp32 to 2e-6, and a log-prob is a difference of two
 Results = dict[str, Tensor]
-Check = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # what a row is, and what comes of it
+Check = tuple[dict[str, Any], Callable[[], dict[str, Any]]]  # identity of a row, its check
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes that no tile divides, and what a head may have beside its weight."""
+    """Shapes that no tile divides, and the options of the head."""
 
     T: int
     D: int
@@ -51,7 +50,7 @@ CASES = (
     Case(1, 64, 256000),
     Case(1000, 64, 151936, bias=True, ignored=True),
 )
-# Sizes divisible by 16, as in training: code of its own, and the ablation finds it compiled.
+# Sizes divisible by 16, as in training, on which Triton specializes; the ablation reuses the code.
 EVEN_CASE = Case(1024, 512, 8192)
 DRY_CASES = (
     Case(9, 16, 33),
@@ -61,7 +60,7 @@ DRY_CASES = (
 
 
 class Inputs(dict[str, Tensor]):
-    """Tensors by name; `cast` makes leaves of another dtype from the same numbers."""
+    """Tensors by name; `cast` returns leaves of another dtype with the same numbers."""
 
     @classmethod
     def of(cls, case: Case, dtype: torch.dtype, device: str) -> Inputs:
@@ -74,14 +73,15 @@ class Inputs(dict[str, Tensor]):
         }
         if case.bias:
             tensors["bias"] = normal(case.V)
-        made = cls({name: x.to(dtype) for name, x in tensors.items()})
-        made["labels"] = torch.randint(case.V, (case.T,), generator=draw, device=device)
+        inputs = cls({name: x.to(dtype) for name, x in tensors.items()})
+        inputs["labels"] = torch.randint(case.V, (case.T,), generator=draw, device=device)
         if case.ignored:
-            made["labels"][::3] = -100
-        made["upstream"] = normal(case.T)
-        ends = [0, -(-case.T // 2), case.T]  # one pair; of one token, the other response is empty
-        made["cu_seqlens"] = torch.tensor(ends, device=device)
-        return made
+            inputs["labels"][::3] = -100
+        inputs["upstream"] = normal(case.T)
+        # One pair; with a single token its rejected response is empty.
+        ends = [0, -(-case.T // 2), case.T]
+        inputs["cu_seqlens"] = torch.tensor(ends, device=device)
+        return inputs
 
     def cast(self, dtype: torch.dtype) -> Inputs:
         leaves = ("hidden", "weight", "bias", "ref_hidden")
@@ -96,25 +96,25 @@ class Inputs(dict[str, Tensor]):
 
 
 def logps(x: Inputs, case: Case, impl: str) -> Results:
-    made = ops.linear_logps(
-        x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), impl=impl, **_head(case)
+    logps = ops.linear_logps(
+        x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), impl=impl, **_options(case)
     )
-    return {"logps": made, **_gradients(made, x, ("hidden", "weight", "bias"))}
+    return {"logps": logps, **_gradients(logps, x, ("hidden", "weight", "bias"))}
 
 
 def logps_frozen(x: Inputs, case: Case, impl: str) -> Results:
-    """Their bits must be those that a reference is scored with."""
-    head = x["hidden"], x["weight"].detach(), x["labels"]
-    made = ops.linear_logps(*head, impl=impl, **_head(case))
+    """Log-probs with a frozen head; they must equal those without gradient bit for bit."""
+    hidden, weight, labels, options = x["hidden"], x["weight"].detach(), x["labels"], _options(case)
+    logps = ops.linear_logps(hidden, weight, labels, impl=impl, **options)
     if impl == "triton":
-        for stats in (
-            ops.token_stats(*head, impl=impl, **_head(case)).logps,
-            ops.linear_logps(x["hidden"].detach(), *head[1:], impl=impl, **_head(case)),
+        for scored in (
+            ops.token_stats(hidden, weight, labels, impl=impl, **options).logps,
+            ops.linear_logps(hidden.detach(), weight, labels, impl=impl, **options),
         ):
-            if not torch.equal(stats, made.detach()):
-                gap = float((stats - made.detach()).abs().max())
+            if not torch.equal(scored, logps.detach()):
+                gap = float((scored - logps.detach()).abs().max())
                 raise RuntimeError(f"log-probs of training and of scoring differ by {gap:.1e}")
-    return {"logps": made, **_gradients(made, x, ("hidden",))}
+    return {"logps": logps, **_gradients(logps, x, ("hidden",))}
 
 
 def logps_without_cache(x: Inputs, case: Case, impl: str) -> Results:
@@ -124,24 +124,24 @@ def logps_without_cache(x: Inputs, case: Case, impl: str) -> Results:
 
 
 def token_stats(x: Inputs, case: Case, impl: str) -> Results:
-    made = ops.token_stats(
-        x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), impl=impl, **_head(case)
+    stats = ops.token_stats(
+        x["hidden"], x["weight"], x["labels"], bias=x.get("bias"), impl=impl, **_options(case)
     )
-    return {"logps": made.logps, "lse": made.lse, "entropy": made.entropy}
+    return {"logps": stats.logps, "lse": stats.lse, "entropy": stats.entropy}
 
 
 def linear_kl(x: Inputs, case: Case, impl: str) -> Results:
-    made = ops.linear_kl(
-        x["hidden"], x["weight"], x["ref_hidden"], x["weight"].detach(), impl=impl, **_head(case)
+    kl = ops.linear_kl(
+        x["hidden"], x["weight"], x["ref_hidden"], x["weight"].detach(), impl=impl, **_options(case)
     )
-    return {"kl": made, **_gradients(made, x, ("hidden", "weight"))}
+    return {"kl": kl, **_gradients(kl, x, ("hidden", "weight"))}
 
 
 def score_geometry(x: Inputs, case: Case, impl: str) -> Results:
-    made = ops.score_geometry(
-        x["hidden"], x["weight"], x["labels"], x["cu_seqlens"], impl=impl, **_head(case)
+    geometry = ops.score_geometry(
+        x["hidden"], x["weight"], x["labels"], x["cu_seqlens"], impl=impl, **_options(case)
     )
-    return {"grad of the scores": torch.stack(made)}
+    return {"grad of the scores": torch.stack(geometry)}
 
 
 OPS: dict[str, Callable[[Inputs, Case, str], Results]] = {
@@ -177,13 +177,13 @@ def _candidates(device: str, dry: bool) -> Iterator[Check]:
 
 
 def check(op: str, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Errors of the Triton implementation, what is allowed, and whether it keeps to that."""
+    """Errors of the Triton implementation, the allowed errors, and whether they are met."""
     inputs = Inputs.of(case, dtype, device)
     ours = OPS[op](inputs.cast(dtype), case, "triton")
     true = OPS[op](inputs.cast(torch.float64), case, "reference")
     fp32 = [OPS[op](inputs.cast(dtype), case, "reference")]
     if device == "cuda" and dtype != torch.float32:
-        fp32.append(OPS[op](inputs.cast(dtype), case, "chunked"))  # products of the tensor cores
+        fp32.append(OPS[op](inputs.cast(dtype), case, "chunked"))  # tensor-core GEMMs
     plain = _plain(op, inputs.cast(dtype), case)
     errors = {}
     for name, value in true.items():
@@ -235,19 +235,19 @@ def _plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, case: Cas
     return raw if case.softcap is None else case.softcap * torch.tanh(raw / case.softcap)
 
 
-def _head(case: Case) -> dict[str, Any]:
+def _options(case: Case) -> dict[str, Any]:
     return {"logit_scale": case.logit_scale, "softcap": case.softcap}
 
 
 def _gradients(result: Tensor, x: Inputs, names: tuple[str, ...]) -> Results:
-    wanted = [name for name in names if name in x and x[name].requires_grad]
+    trained = [name for name in names if name in x and x[name].requires_grad]
     objective = result @ x["upstream"].to(result.dtype)
-    grads = torch.autograd.grad(objective, [x[n] for n in wanted], allow_unused=True)
-    return {f"grad {n}": g for n, g in zip(wanted, grads, strict=True) if g is not None}
+    grads = torch.autograd.grad(objective, [x[n] for n in trained], allow_unused=True)
+    return {f"grad {n}": g for n, g in zip(trained, grads, strict=True) if g is not None}
 
 
 def _losses(device: str) -> Iterator[Check]:
-    """Fused objectives of pairs, where the kernels have them, against autograd in fp64."""
+    """Fused objectives of pairs, if the kernels are installed, against autograd in fp64."""
     try:
         from fastpref_kernels import losses as kernels
     except ImportError as error:
@@ -272,6 +272,7 @@ def _check_loss(name: str, device: str) -> dict[str, Any]:
     z, r = (-60 * torch.rand(2, B, generator=draw, device=device) - 1 for _ in range(2))
     lengths = torch.randint(1, 200, (2, B), generator=draw, device=device)
     objective = losses.build(name)
+    assert isinstance(objective, losses.PairwiseLoss)
     names = kernels.PAIR_OBJECTIVES[name].hyperparameters
     parameters = {parameter: getattr(objective, parameter) for parameter in names}
 
@@ -285,9 +286,9 @@ def _check_loss(name: str, device: str) -> dict[str, Any]:
     true, torch32 = autograd(torch.float64), autograd(torch.float32)
     errors = {}
     for key, value in true.items():
-        # The error of a sum of terms is that of its largest term, here at most its largest value.
+        # A sum of terms has the error of its largest term, here at most its largest value.
         eps = 8 * 2**-24 * max(1.0, float(value.abs().max()))
         allowed = 2 * float((torch32[key].double() - value).abs().max()) + eps
-        found = float((getattr(ours, key).double() - value).abs().max())
-        errors[key] = {"error": found, "allowed": allowed}
+        error = float((getattr(ours, key).double() - value).abs().max())
+        errors[key] = {"error": error, "allowed": allowed}
     return {"errors": errors, "met": all(e["error"] <= e["allowed"] for e in errors.values())}

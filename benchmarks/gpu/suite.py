@@ -1,17 +1,17 @@
-"""Everything that only a GPU can tell, in one command of less than ten minutes.
+"""All checks and measurements that need a GPU, in one command of less than ten minutes.
 
     python -m benchmarks.gpu.suite [--out benchmarks/results] [--minutes 9]
     TRITON_INTERPRET=1 python -m benchmarks.gpu.suite --dry-run --out DIR      no GPU, tiny shapes
 
     correctness    every Triton op, bf16, fp16 and fp32, at odd shapes, against fp64
-    targets        the rows of `fastpref bench --device cuda`, beside whatever peers are installed
+    targets        the rows of `fastpref bench --device cuda`, with all installed libraries
     ablation       tile shapes, chunk sizes, and cuBLAS alone
 
-Needs torch and triton; fastpref itself need not be installed. A section runs in a process of its
-own, since an illegal access to memory is the end of a CUDA process, the checks in several, since
-most of their time is compilation. None starts a row when the section's share of time is used up.
-OUT/<device>-<date>.json is written again after each section, and by a section after each row, so
-that a run that is cut short keeps what it has.
+Needs torch and triton; fastpref itself need not be installed. Each section runs in a process of its
+own, since an illegal memory access ends a CUDA process; the checks run in several processes, since
+compilation takes most of their time. No row starts after the section's share of time.
+OUT/<device>-<date>.json is written after each section, and a section writes a part after each row,
+so an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from fastpref.bench import contestants, report, timer  # noqa: E402
 from fastpref.bench import problems as rows  # noqa: E402
 from fastpref.bench.problems import Problem  # noqa: E402
 from fastpref.bench.runner import Bench  # noqa: E402
-from fastpref.utils import environment  # noqa: E402
+from fastpref.utils import environment, result_json  # noqa: E402
 
 Row = dict[str, Any]
-Check = tuple[Row, Callable[[], Any]]  # what a row is, and what comes of it
+Check = tuple[Row, Callable[[], Any]]  # a description, and a function that returns the results
 
-SHARES = {"correctness": 0.4, "targets": 0.8, "ablation": 1.0}  # of the time, by the end of each
-WORKERS = {"correctness": 8}  # processes at a time, where not 1
+# Share of the time that is used by the end of each section.
+SHARES = {"correctness": 0.4, "targets": 0.8, "ablation": 1.0}
+WORKERS = {"correctness": 8}  # processes at a time; others have 1
 DEVICE_LOST = 3  # exit code
 LOST = "CUDA error|illegal memory access|unspecified launch failure"
 OURS = "fastpref triton"
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on a CPU as well")
     parser.add_argument("--sections", default=",".join(SHARES), help="comma-separated")
-    parser.add_argument("--section", nargs=5, help=argparse.SUPPRESS)  # as in_processes gives it
+    parser.add_argument("--section", nargs=5, help=argparse.SUPPRESS)  # used by in_processes
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.section:
@@ -82,26 +83,27 @@ def suite(out: Path, seconds: float, sections: list[str], device: str, dry: bool
     described = environment.describe(device)
     slug = re.sub(r"\W+", "-", described["device"].lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{'dry-run-' * dry}{slug}-{datetime.date.today()}.json"
+    prefix = "dry-run-" if dry else ""
+    path = out / f"{prefix}{slug}-{datetime.date.today()}.json"
     header = {"benchmark": "gpu_suite", **described, "peers": contestants.versions(FAMILIES)}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in sections:
         deadline = started + SHARES[name] * seconds
         ended, lines = in_processes(name, path, deadline, dry)
-        found[name] = {"ended": ended, "rows": lines}
-        measurements = found.get("targets", {}).get("rows", ())
+        results[name] = {"ended": ended, "rows": lines}
+        measurements = results.get("targets", {}).get("rows", ())
         points = [p for row in measurements for p in row.get("points", ())]
-        reached = targets(points, found.get("correctness", {}).get("rows", []), dry)
-        took = {"seconds": round(time.time() - started, 1)}
-        write(path, {**header, **took, "targets": reached, "sections": found})
-    print("\n".join(summary(found, reached)))
+        reached = targets(points, results.get("correctness", {}).get("rows", []), dry)
+        elapsed = round(time.time() - started, 1)
+        write(path, {**header, "seconds": elapsed, "targets": reached, "sections": results})
+    print("\n".join(summary(results, reached)))
     print(f"{path}, {time.time() - started:.0f} s")
-    met = [row.get("met") for row in found.get("correctness", {}).get("rows", ())]
+    met = [row.get("met") for row in results.get("correctness", {}).get("rows", ())]
     return 1 if False in met else 0
 
 
 def in_processes(name: str, path: Path, deadline: float, dry: bool) -> tuple[str, list[Row]]:
-    """How a section ended, "complete" or by what, and its rows."""
+    """Run a section; return "complete" or the reason why it ended early, and its rows."""
     count = 1 if dry else WORKERS.get(name, 1)
     parts = [path.with_suffix(f".{name}-{index}.json") for index in range(count)]
     commands = []
@@ -122,7 +124,7 @@ def in_processes(name: str, path: Path, deadline: float, dry: bool) -> tuple[str
     ends = set()
     for worker, command in zip(workers, commands, strict=True):
         while (end := ended(worker, deadline + 20)) == f"exit code {DEVICE_LOST}":
-            worker = subprocess.Popen(command)  # goes on after the rows that are written down
+            worker = subprocess.Popen(command)  # continues after the rows in its part
         ends |= {end} - {"complete"}
     shares = [json.loads(part.read_text()) for part in parts]
     for part in parts:
@@ -132,7 +134,7 @@ def in_processes(name: str, path: Path, deadline: float, dry: bool) -> tuple[str
 
 
 def ended(worker: subprocess.Popen[bytes], deadline: float) -> str:
-    """Wait for a worker, no longer than until the deadline; "complete", or what ended it."""
+    """Wait for a worker until the deadline; return "complete", or the reason why it ended."""
     try:
         code = worker.wait(timeout=max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
@@ -143,10 +145,10 @@ def ended(worker: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def section(checks: Iterable[Check], part: Path, deadline: float, device: str) -> None:
-    """Run rows in this process until the deadline, and write each down before the next.
+    """Run rows in this process until the deadline, and write each to `part` before the next.
 
-    Those that `part` has are not run again. Exits with DEVICE_LOST after an error that no later
-    call to CUDA in this process would survive.
+    Rows that `part` has are not run again. Exits with DEVICE_LOST after an error after which every
+    call to CUDA in this process fails.
     """
     done: list[Row] = json.loads(part.read_text())
     for row, check in islice(checks, len(done), None):
@@ -166,19 +168,19 @@ def section(checks: Iterable[Check], part: Path, deadline: float, device: str) -
 
 
 def write(path: Path, document: Any) -> None:
-    """Whole or not at all: a worker may be killed while it writes."""
+    """Write a file atomically, since a worker may be killed while it writes."""
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.write_text(result_json.dumps(document))
     draft.replace(path)
 
 
 def measured(device: str, dry: bool) -> Iterator[Check]:
-    """The rows of `fastpref bench` on CUDA, a problem a row."""
+    """The rows of `fastpref bench` on CUDA, one for each problem."""
     if dry:
         problems = rows.shape_problems((DRY_SHAPE,), device)
     else:
         shapes = rows.shape_problems(rows.CUDA_SHAPES[:1], device)
-        shapes += rows.sweeps(device, quick=False)[:4]  # the targets need no others
+        shapes += rows.sweeps(device, quick=False)[:4]  # first the rows that the targets need
         problems = list(dict.fromkeys([*shapes, *rows.problems(device, quick=False)]))
     with Bench(device, FAMILIES, timer.MIN_ROUNDS) as bench:
         for problem in problems:
@@ -199,15 +201,15 @@ CHECKS: dict[str, Callable[[str, bool], Iterator[Check]]] = {
 
 
 def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row]:
-    """Each target with the value reached and whether that meets it; None where not measured."""
+    """Each target, the value reached, and whether that meets it; None if it was not measured."""
     T, D, V = DRY_SHAPE if dry else rows.CUDA_SHAPES[0]
     logps, trained = "linear_logps frozen", "linear_logps trained"
 
     def point(row: str, name: str, **shape: int) -> Row:
-        wanted = {"T": T, "D": D, "V": V, **shape, "implementation": name}
+        values = {"T": T, "D": D, "V": V, **shape, "implementation": name}
         for p in points:
-            fits = all(p[key] == value for key, value in wanted.items())
-            if fits and f"{p['op']} {p['head']}" == row:
+            matches = all(p[key] == value for key, value in values.items())
+            if matches and f"{p['op']} {p['head']}" == row:
                 return p
         return {}
 
@@ -218,14 +220,14 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
         return (point(row, name).get("over_yardstick") or {}).get("median")
 
     def extra(**shape: int) -> float | None:
-        found = point(logps, OURS, **shape).get("extra_bytes")
-        return None if found is None else found / 1e6
+        size = point(logps, OURS, **shape).get("extra_bytes")
+        return None if size is None else size / 1e6
 
     swept = rows.sweeps("cuda", quick=False)[0]
     few, many = (extra(T=swept.T, D=swept.D, V=V) for V in (swept.V, 8 * swept.V))
     exact = [row["met"] for row in checks if row.get("dtype") == "bfloat16" and "met" in row]
     padded = "dpo_padded frozen"
-    found = [
+    table = [
         ("head frozen: time over its 2 products", over(logps), "<=", 1.20),
         ("head frozen: extra memory, MB", extra(), "<=", 600),
         ("DPO, padded batch: liger's time over ours", _ratio(seconds(padded, "liger DPO") or
@@ -250,7 +252,7 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
             "limit": f"{sign} {limit}",
             "met": _met(value, sign, limit),
         }
-        for name, value, sign, limit in found
+        for name, value, sign, limit in table
     ]
 
 
@@ -264,17 +266,17 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-def summary(found: dict[str, Any], reached: list[Row]) -> list[str]:
-    """The last lines of the output, the most wanted last."""
+def summary(results: dict[str, Any], reached: list[Row]) -> list[str]:
+    """The last lines of the output, the most important ones last."""
     lines = ["", "failed:"]
-    for name, part in found.items():
+    for name, part in results.items():
         lines += [f"  {name}: {line}"[:200] for row in part["rows"] if (line := failure(row))]
-    for name, part in found.items():
+    for name, part in results.items():
         skipped = sum("skipped" in row for row in part["rows"])
         lines.append(
             f"{name}: {len(part['rows'])} rows, {skipped} of them skipped, {part['ended']}"
         )
-    lines += [line for row in found.get("ablation", {}).get("rows", ()) for line in tuning(row)]
+    lines += [line for row in results.get("ablation", {}).get("rows", ()) for line in tuning(row)]
     lines += ["", f"{'target':58} {'value':>8} {'limit':>8}"]
     for row in reached:
         value = "-" if row["value"] is None else f"{row['value']:.3g}"
@@ -284,21 +286,22 @@ def summary(found: dict[str, Any], reached: list[Row]) -> list[str]:
 
 
 def failure(row: Row) -> str:
-    """What a row is and why it failed; empty if it did not."""
+    """Description of a row and the reason why it failed; empty if it did not."""
     why = row.get("failed", "")
     if row.get("met") is False:
         bad = {k: e for k, e in row["errors"].items() if not e["error"] <= e["allowed"]}
         why = ", ".join(f"{k} {e['error']:.1e} > {e['allowed']:.1e}" for k, e in bad.items())
-    told = [str(v) for k, v in row.items() if k not in ("errors", "met", "took", "failed")]
-    return f"{' '.join(told)}: {why}" if why else ""
+    outcomes = ("errors", "met", "took", "failed")
+    description = " ".join(str(v) for k, v in row.items() if k not in outcomes)
+    return f"{description}: {why}" if why else ""
 
 
 def tuning(row: Row) -> list[str]:
-    """The lines of a row of the ablation."""
+    """Lines for a row of the ablation."""
     lines = [f"  {name[:76]:76} {ms:8.3f}" for name, ms in row.get("kernels", {}).items()]
     lines += [
-        f"  {name:44} {found['median'] * 1000:8.2f} ms {row['tflops'][name]:7.1f} TFLOP/s"
-        for name, found in row.get("seconds", {}).items()
+        f"  {name:44} {seconds['median'] * 1000:8.2f} ms {row['tflops'][name]:7.1f} TFLOP/s"
+        for name, seconds in row.get("seconds", {}).items()
     ]
     return [row["part"], *lines] if lines else []
 

@@ -1,10 +1,10 @@
-"""What the configs of docs/hardware.md will need, by `fastpref plan`.
+"""Predictions of `fastpref plan` for the configs of docs/hardware.md.
 
     python -m benchmarks.plans.by_hardware        # two minutes on a CPU
 
-Runs every plan on that page, with the shapes of its models from here, so that nothing is
-downloaded, and writes benchmarks/results/plans-by-hardware.json, of which `tables.py` makes the
-table on the page.
+Runs every plan on that page and writes benchmarks/results/plans-by-hardware.json, from which
+`tables.py` makes the table on the page. The shapes of the models are defined here, so nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "hardware.md"
@@ -61,13 +61,13 @@ SHAPES: dict[str, Values] = {
 
 
 def configs() -> dict[str, str]:
-    """The page's configs, by the file name in their first line."""
+    """Configs on the page, by the file name in their first line."""
     blocks = re.findall(r"^```yaml\n(# (\S+)\n.+?)^```", PAGE.read_text(), re.M | re.S)
     return {name: text for text, name in blocks}
 
 
 def commands() -> dict[str, list[str]]:
-    """Arguments of the page's `fastpref plan` commands, by config."""
+    """Arguments of the `fastpref plan` commands on the page, by config."""
     lines = re.findall(r"^fastpref plan (.+)$", PAGE.read_text(), re.M)
     return {name: options for name, *options in map(shlex.split, lines)}
 
@@ -76,11 +76,11 @@ def main() -> None:
     texts = configs()
     plans = [plan(name, texts[name], options) for name, options in commands().items()]
     result = {"benchmark": "hardware-plans", **environment.describe(), "plans": plans}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(result_json.dumps(result))
 
 
 def plan(name: str, text: str, options: list[str]) -> Values:
-    """One plan in full, and what it was made from."""
+    """Run one plan, and return its prediction with its config and options."""
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         path, out, model = Path(folder) / name, Path(folder) / "plan.json", Path(folder) / "model"
         path.write_text(text)

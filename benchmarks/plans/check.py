@@ -1,12 +1,12 @@
-"""What `fastpref plan` predicts beside what training takes: peak memory, on this CPU or on a GPU.
+"""Compare the peak memory that `fastpref plan` predicts with that of training, on CPU or GPU.
 
     python -m benchmarks.plans.check                              # five configs on a CPU, 3 minutes
     python -m benchmarks.plans.check --check lora-8b qlora-8b full-1.5b   # on a GPU
 
-A child process trains each config for two steps. On a CPU its peak resident memory counts from
-after its imports and a tiny run of the same kind, and glibc is told to give freed blocks back at
-once; on CUDA it is what torch's allocator handed out. Exit code 1 if a prediction is more than 15 %
-off.
+A child process trains each config for two steps. On a CPU the measure is its peak resident memory
+beyond that after imports and a tiny run of the same kind, with glibc set to return freed blocks at
+once; on CUDA it is the peak of torch's allocator. The exit code is 1 if a prediction is more than
+15 % off.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from benchmarks.end_to_end.trainers import memory_now, memory_peak
 from fastpref import config as configs
 from fastpref.data.dataset import load_groups
 from fastpref.data.tokenizers import load_tokenizer
-from fastpref.plan.devices import named
-from fastpref.plan.predict import Prediction, Predictor
-from fastpref.plan.workload import Sizes
+from fastpref.plan.devices import find_device
+from fastpref.plan.predict import Prediction, Predictor, Setup
+from fastpref.plan.workload import GroupLengths
 from fastpref.training.trainer import Trainer
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 from fastpref.utils.progress import Display
 
 TOLERANCE = 0.15
@@ -110,16 +110,16 @@ def main() -> None:
             rows.append(row(name, Path(folder)))
     if options.out is not None:
         result = {"environment": environment.describe(), "rows": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(result_json.dumps(result))
     sys.exit(any(abs(row["error"]) > TOLERANCE for row in rows))
 
 
 def row(name: str, folder: Path) -> Values:
-    """Predict one check, measure it, and say both."""
+    """Predict one check, measure it, and print both."""
     config = write(name, folder)
     predicted = predict(config)
-    # Freed blocks go back to the system at once, whatever their size: what is left is in use.
-    calm = {
+    # Freed blocks of any size go back to the system at once, so resident memory is in use.
+    malloc = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
         "MALLOC_ARENA_MAX": "1",
@@ -137,7 +137,7 @@ def row(name: str, folder: Path) -> Values:
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, **calm},
+        env={**os.environ, **malloc},
     )
     if done.returncode:
         sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
@@ -165,19 +165,20 @@ def predict(config: configs.Config) -> Prediction:
     tokenizer = load_tokenizer(config.model)
     assert tokenizer is not None
     groups = load_groups(config.data.train, tokenizer, config.data, "pairwise")
-    device = named("cpu" if config.training.device == "cpu" else "h100", torch.float32)
-    return Predictor(device, len(tokenizer))(config, Sizes.of(groups), 1)
+    device = find_device("cpu" if config.training.device == "cpu" else "h100", torch.float32)
+    return Predictor(device, len(tokenizer))(Setup(config, GroupLengths.of(groups), 1))
 
 
 def write(name: str, folder: Path) -> configs.Config:
-    """The data and the tokenizer of a check, and its config."""
+    """Write the data and the tokenizer of a check, and return its config."""
     check = CHECKS[name]
     vocabulary = check["model"]["vocab_size"]
-    chance = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     with (folder / "pairs.jsonl").open("w") as file:
         for lengths in check["lengths"].draw(check["training"]["batch_size"], 2048, 0):
             words = [
-                " ".join(f"w{k}" for k in chance.integers(vocabulary - 3, size=n)) for n in lengths
+                " ".join(f"w{k}" for k in generator.integers(vocabulary - 3, size=n))
+                for n in lengths
             ]
             texts = (words[0], f" {words[1]}", f" {words[2]}")
             file.write(json.dumps(dict(zip(TEXTS, texts, strict=True))) + "\n")
@@ -211,7 +212,7 @@ def config_of(name: str, folder: Path, model: Values, output: str = "run") -> co
 
 
 def measure(name: str, folder: Path) -> Values:
-    """Train a tiny model, then that of the check; bytes of the second at its peak."""
+    """Train a tiny model, then that of the check; return the peak bytes of the second."""
     if name in CPU_CHECKS:
         tiny = {**CHECKS[name]["model"], "hidden_size": 64, "intermediate_size": 64}
         tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -229,7 +230,7 @@ def measure(name: str, folder: Path) -> Values:
 
 
 def train(config: configs.Config) -> float:
-    """Run a config without its export; the mean time of a step."""
+    """Train a config without exporting it, and return the mean time of a step."""
     trainer = Trainer(config, Display(Console(quiet=True)))
     start = time.perf_counter()
     trainer.loop([])

@@ -1,15 +1,15 @@
-// The row passes between the products of a language-model head, for fp32 logits on a CPU.
+// The row passes between the GEMMs of a language-model head, for fp32 logits on a CPU.
 //
-// fastpref_score_rows: with m = max_v z[v], e[v] = exp(z[v] - m), S = sum_v e[v], y the row's label,
+// fastpref_score_rows: m = max_v z[v], e[v] = exp(z[v] - m), S = sum_v e[v], y the row's label,
 //     logp = z[y] - m - log S      lse = m + log S      entropy = log S - sum_v e[v] (z[v] - m) / S
-// and, where asked, in place       z[v] <- gain * ([v == y] - e[v] / S).
+// and, with a scale, in place      z[v] <- scale * ([v == y] - e[v] / S).
 // fastpref_delta_rows: the same for a panel of the vocabulary and rows whose lse is known,
-//     z[v] <- gain * ([v == y] - exp(z[v] - lse)).
+//     z[v] <- scale * ([v == y] - exp(z[v] - lse)).
 //
-// A row comes from memory once; its later passes find it in the cache. One thread computes a whole
-// row, in one order whatever is asked of it, so results depend on the row alone. NaN in a row makes
-// its results NaN; -inf is a word of probability zero. Both need a compiler that keeps IEEE
-// comparisons (no -ffast-math); contraction to fused multiply-add is welcome.
+// A row is read from memory once; later passes over it hit the cache. One thread computes a whole
+// row, in the same order whichever outputs are requested, so results depend on the row alone. NaN
+// in a row makes its results NaN; -inf is a vocabulary entry of probability zero. Both need a
+// compiler that keeps IEEE comparisons (no -ffast-math); contraction to fused multiply-add is fine.
 
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int WIDTH = 16;        // an AVX-512 register; compilers split it for narrower machines
 constexpr int64_t BLOCK = 2048;  // fp32 sums have BLOCK / WIDTH / 2 terms, sums of those are fp64
-constexpr float SMALLEST = -87.0f;  // exp of less is below the smallest normal number: 0
+constexpr float SMALLEST = -87.0f;  // below it exp is less than the smallest normal number: 0
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
@@ -49,7 +49,7 @@ INLINE void store(float* p, int64_t n, const Floats& x) {
     std::memcpy(p, &x, n * sizeof(float));
 }
 
-// Calls f(k, v, n) for the vectors of n floats at v = start, start + WIDTH .. stop; k counts 0, 1.
+// Call f(k, v, n) for each vector of n floats at v = start, start + WIDTH .. stop; k is 0, 1, 0, ..
 template <class Function>
 INLINE void each_vector(int64_t start, int64_t stop, Function f) {
   int64_t v = start;
@@ -61,8 +61,8 @@ INLINE void each_vector(int64_t start, int64_t stop, Function f) {
 }
 
 // exp(x) = 2^n exp(r) with |r| <= ln(2) / 2: ln 2 is subtracted in two parts, the polynomial is a
-// Chebyshev fit (relative error 8e-9). Good to 2 ulp up to x = 88, which larger values are taken
-// for. The last product, unlike an addition to the exponent's bits, keeps NaN.
+// Chebyshev fit (relative error 8e-9). Good to 2 ulp; larger x are clamped to 88. The last product,
+// unlike an addition to the exponent's bits, keeps NaN.
 INLINE Floats exponential(Floats x) {
   const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   x = x > 88.0f ? fill(88.0f) : x;
@@ -84,7 +84,8 @@ INLINE double sum(const Floats& x) {
   return total;
 }
 
-INLINE float largest(const float* z, int64_t columns) {  // passes over NaN
+// Largest element of a row; NaN is skipped.
+INLINE float largest(const float* z, int64_t columns) {
   Floats best[2] = {fill(-INFINITY), fill(-INFINITY)};
   each_vector(0, columns, [&](int k, int64_t v, int64_t n) __attribute__((always_inline)) {
     const Floats x = load(z + v, n);
@@ -97,7 +98,7 @@ INLINE float largest(const float* z, int64_t columns) {  // passes over NaN
 }
 
 struct Sums {
-  double e, products;  // of e[v] and of e[v] (z[v] - m)
+  double e, products;  // sums of e[v] and of e[v] (z[v] - m)
 };
 
 template <bool WITH_ENTROPY, bool KEEP>
@@ -107,10 +108,10 @@ INLINE Sums exponentiate(float* z, int64_t columns, float m) {
     const int64_t stop = columns - start < BLOCK ? columns : start + BLOCK;
     Floats e[2] = {}, products[2] = {};
     each_vector(start, stop, [&](int k, int64_t v, int64_t n) __attribute__((always_inline)) {
-      const Floats below = load(z + v, n) - m, term = exponential(below);
+      const Floats shifted = load(z + v, n) - m, term = exponential(shifted);
       e[k] += term;
       // Where e[v] is 0, z[v] - m may be -inf and their product NaN.
-      if (WITH_ENTROPY) products[k] += term * (below < SMALLEST ? fill(SMALLEST) : below);
+      if (WITH_ENTROPY) products[k] += term * (shifted < SMALLEST ? fill(SMALLEST) : shifted);
       if (KEEP) store(z + v, n, term);
     });
     sums.e += sum(e[0] + e[1]);
@@ -119,41 +120,41 @@ INLINE Sums exponentiate(float* z, int64_t columns, float m) {
   return sums;
 }
 
-INLINE void score(float* z, int64_t columns, int64_t label, bool entropy, const float* gain,
+INLINE void score(float* z, int64_t columns, int64_t label, bool entropy, const float* scale,
                   Statistics* out) {
   const float m = largest(z, columns), target = z[label];
-  const Sums sums = entropy ? gain ? exponentiate<true, true>(z, columns, m)
+  const Sums sums = entropy ? scale ? exponentiate<true, true>(z, columns, m)
                                    : exponentiate<true, false>(z, columns, m)
-                            : gain ? exponentiate<false, true>(z, columns, m)
+                            : scale ? exponentiate<false, true>(z, columns, m)
                                    : exponentiate<false, false>(z, columns, m);
   const double log_sum = std::log(sums.e);
   out->logp = float((double(target) - m) - log_sum);
   out->lse = float(m + log_sum);
   out->entropy = entropy ? float(log_sum - sums.products / sums.e) : 0.0f;
   out->top1 = target >= m && sums.e == sums.e;
-  if (!gain) return;
-  const float share = float(-*gain / sums.e);
+  if (!scale) return;
+  const float row_scale = float(-*scale / sums.e);
   each_vector(0, columns, [&](int, int64_t v, int64_t n) __attribute__((always_inline)) {
-    store(z + v, n, load(z + v, n) * share);
+    store(z + v, n, load(z + v, n) * row_scale);
   });
-  z[label] += *gain;
+  z[label] += *scale;
 }
 
-INLINE void delta(float* z, int64_t columns, int64_t label, float lse, float gain) {
+INLINE void dlogits(float* z, int64_t columns, int64_t label, float lse, float scale) {
   each_vector(0, columns, [&](int, int64_t v, int64_t n) __attribute__((always_inline)) {
-    store(z + v, n, exponential(load(z + v, n) - lse) * -gain);
+    store(z + v, n, exponential(load(z + v, n) - lse) * -scale);
   });
-  if (0 <= label && label < columns) z[label] += gain;
+  if (0 <= label && label < columns) z[label] += scale;
 }
 
-// One copy of the two row functions for each instruction set, chosen when they are called.
+// One copy of the two row functions for each instruction set; the call selects one.
 #define VARIANT(name, target)                                                                     \
   target void score_##name(float* z, int64_t columns, int64_t label, bool entropy,                \
-                           const float* gain, Statistics* out) {                                  \
-    score(z, columns, label, entropy, gain, out);                                                 \
+                           const float* scale, Statistics* out) {                                 \
+    score(z, columns, label, entropy, scale, out);                                                \
   }                                                                                               \
-  target void delta_##name(float* z, int64_t columns, int64_t label, float lse, float gain) {     \
-    delta(z, columns, label, lse, gain);                                                          \
+  target void dlogits_##name(float* z, int64_t columns, int64_t label, float lse, float scale) {  \
+    dlogits(z, columns, label, lse, scale);                                                       \
   }
 
 VARIANT(plain, )
@@ -173,38 +174,39 @@ VARIANT(avx512, __attribute__((target("avx512f"))))
 
 extern "C" {
 
-// What the caller must find here to trust the signatures below.
+// Version of the signatures below; callers compare it with theirs.
 int fastpref_rows_version() { return 1; }
 
-// z: rows x columns, `stride` floats from row to row. gain null: z is left as it is; entropy null:
-// not computed. Returns how many labels lie outside 0 .. columns - 1; their rows are left untouched.
+// z: rows x columns, `stride` floats from row to row. scale null: z is left as it is; entropy null:
+// not computed. Returns the number of labels outside 0 .. columns - 1; their rows stay unchanged.
 int64_t fastpref_score_rows(float* z, int64_t rows, int64_t columns, int64_t stride,
-                            const int64_t* labels, const float* gain, float* logps, float* lse,
+                            const int64_t* labels, const float* scale, float* logps, float* lse,
                             float* entropy, bool* top1, int threads) {
   const auto score_row = CHOOSE(score);
-  int64_t strangers = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : strangers)
+  int64_t out_of_range = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : out_of_range)
   for (int64_t t = 0; t < rows; t++) {
     if (labels[t] < 0 || labels[t] >= columns) {
-      strangers++;
+      out_of_range++;
       continue;
     }
     Statistics out;
-    score_row(z + t * stride, columns, labels[t], entropy != nullptr, gain, &out);
+    score_row(z + t * stride, columns, labels[t], entropy != nullptr, scale, &out);
     logps[t] = out.logp;
     lse[t] = out.lse;
     top1[t] = out.top1;
     if (entropy) entropy[t] = out.entropy;
   }
-  return strangers;
+  return out_of_range;
 }
 
-// labels: relative to the panel; those outside it have no column here. lse, gain: one per row.
+// labels: relative to the panel; a label outside it has no column here. lse, scale: one per row.
 void fastpref_delta_rows(float* z, int64_t rows, int64_t columns, int64_t stride,
-                         const int64_t* labels, const float* lse, const float* gain, int threads) {
-  const auto delta_row = CHOOSE(delta);
+                         const int64_t* labels, const float* lse, const float* scale, int threads) {
+  const auto dlogits_row = CHOOSE(dlogits);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t t = 0; t < rows; t++) delta_row(z + t * stride, columns, labels[t], lse[t], gain[t]);
+  for (int64_t t = 0; t < rows; t++)
+    dlogits_row(z + t * stride, columns, labels[t], lse[t], scale[t]);
 }
 
 }  // extern "C"

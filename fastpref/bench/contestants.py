@@ -1,9 +1,9 @@
-"""Who is measured: implementations as named callables of the same inputs.
+"""Implementations to compare: named callables of the same inputs.
 
-A callable takes `Inputs` and returns token log-probs (T,), their sum (), or what its op gives. It
-imports its library when it is called; `obstacle` says in one line what keeps it from running here.
-Where the result has a value per token, the uneven upstream gradient of the inputs goes backward
-through it; a sum can only take an even one.
+A callable takes `Inputs` and returns token log-probs (T,), their sum (), or the result of another
+op. It imports its library when it is called; `unavailable_reason` says in one line why it cannot
+run here. A result with a value per token gets the uneven `grad_logps` of the inputs as its upstream
+gradient; a sum can only have an even one.
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ Function = Callable[[Inputs], Tensor]
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> (T,)
 
 BETA = 0.1  # of DPO
-LEAST_CHUNK = 4 << 20  # of "least memory"; products of so few rows take longer
-_CACHES = {"cpu": "fastpref.ops.cpu", "triton": "fastpref_kernels.linear_logps"}  # have CACHE_BYTES
+# Bytes of a chunk for "least memory"; GEMMs of so few rows take longer.
+LEAST_CHUNK = 4 << 20
+# Modules with a CACHE_BYTES.
+_CACHES = {"cpu": "fastpref.ops.cpu", "triton": "fastpref_kernels.linear_logps"}
 PACKAGES = {"torch": "torch", "liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A callable per op it has; `products` are those of its yardstick where not the problem's.
+    """One callable for each op that it has.
 
-    `budgets`: (module, name, bytes) that hold while it runs, forward and backward.
+    gemms: of its GEMM baseline, if it differs from the problem's. budgets: (module, name, bytes)
+    to set while it runs, forward and backward.
     """
 
     name: str
     family: str  # fastpref, or a key of PACKAGES
     functions: dict[str, Function]
     heads: tuple[str, ...] = ("frozen", "trained")
-    products: str | None = None
+    gemms: str | None = None
     budgets: tuple[tuple[str, str, int], ...] = ()
 
     def serves(self, problem: Problem) -> bool:
@@ -54,19 +57,19 @@ class Implementation:
 
 
 def implementations(device: str, families: tuple[str, ...]) -> list[Implementation]:
-    """Those of fastpref for a device, then those of the named families, in a fixed order.
+    """Implementations of fastpref for a device, then of the named families, in a fixed order.
 
-    On a CPU the Triton kernels are among them only in the interpreter, whose speed says nothing.
+    On a CPU the Triton kernels are included only under the interpreter, whose speed says nothing.
     """
     names = ["triton", "chunked"] if device == "cuda" else ["cpu", "chunked"]
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         names.insert(0, "triton")
-    ours = [made for name in names for made in _ours(name)]
+    ours = [implementation for name in names for implementation in _ours(name)]
     return ours + [peer for peer in _peers(device) if peer.family in families]
 
 
 def check_families(names: str) -> tuple[str, ...]:
-    """The families of a comma-separated list; UserError for one that does not exist."""
+    """Split a comma-separated list of families; UserError for an unknown one."""
     families = tuple(name.strip() for name in names.split(",") if name.strip())
     for name in families:
         if name not in PACKAGES:
@@ -75,14 +78,14 @@ def check_families(names: str) -> tuple[str, ...]:
 
 
 def versions(families: tuple[str, ...]) -> dict[str, str]:
-    """Version of each family's package, or that it is not installed."""
+    """Version of each family's package, or "not installed"."""
     return {name: package_version(PACKAGES[name]) or "not installed" for name in families}
 
 
 def prepare(
     implementation: Implementation, problem: Problem, inputs: Inputs
 ) -> Callable[[], Tensor]:
-    """One forward and, where the op has one, backward pass, leaving gradients in the inputs."""
+    """A callable that runs forward and, if the op has one, backward; gradients go to the inputs."""
     function = implementation.functions[problem.op]
 
     def run() -> Tensor:
@@ -95,14 +98,14 @@ def prepare(
                 budgets.enter_context(setting(*budget))
             result = function(inputs)
             if problem.differentiable:
-                _objective(result, inputs).backward()
+                _scalar(result, inputs).backward()
         return result.detach()
 
     return run
 
 
-def obstacle(implementation: Implementation, problem: Problem, device: str) -> str:
-    """What keeps an implementation from an op here, imports included; empty if nothing does."""
+def unavailable_reason(implementation: Implementation, problem: Problem, device: str) -> str:
+    """Reason why an implementation cannot run an op here, imports included; empty if it can."""
     tiny = small(problem)
     try:
         prepare(implementation, tiny, make_inputs(tiny, device))()
@@ -120,8 +123,8 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"[:160]
 
 
-def products(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], None]:
-    """The yardstick: the plain products named by `letters`, on whole matrices made before."""
+def gemm_baseline(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], None]:
+    """A callable that runs the GEMMs named by `letters`, on full matrices allocated in advance."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     logits = hidden.new_empty(problem.T, problem.V)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -139,32 +142,32 @@ def products(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], Non
 
 
 def dpo(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean over pairs of -log sigmoid(beta * (log p of chosen - log p of rejected)), ()."""
+    """Mean over pairs of -log sigmoid(beta * (logp of chosen - logp of rejected)), ()."""
     chosen, rejected = ops.segment_sum(logps, cu_seqlens).chunk(2)
     return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 @contextmanager
 def setting(module: str, name: str, value: int | None) -> Iterator[None]:
-    """A byte budget of a module within the block; None leaves it, and the module, alone."""
+    """Context manager that sets a byte budget of a module; None changes and imports nothing."""
     if value is None:
         yield
         return
     owner = import_module(module)
-    kept = getattr(owner, name)
+    previous = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, kept)
+        setattr(owner, name, previous)
 
 
-def _objective(result: Tensor, inputs: Inputs) -> Tensor:
-    return result.to(inputs.upstream.dtype) @ inputs.upstream if result.dim() else result
+def _scalar(result: Tensor, inputs: Inputs) -> Tensor:
+    return result.to(inputs.grad_logps.dtype) @ inputs.grad_logps if result.dim() else result
 
 
 def _with_logps(logps: Logps) -> dict[str, Function]:
-    """The ops that token log-probs give; rows without a label are left out first."""
+    """Ops that follow from token log-probs; rows without a label are removed first."""
 
     def direct(x: Inputs) -> Tensor:
         return logps(x.hidden, x.weight, x.labels)
@@ -183,17 +186,17 @@ def _with_logps(logps: Logps) -> dict[str, Function]:
 
 def completions(x: Inputs) -> tuple[Tensor, Tensor]:
     """Rows that have a label, and the offsets of the sequences among them."""
-    kept = x.labels != IGNORE_INDEX
-    before = functional.pad(kept.cumsum(0), (1, 0))
-    return kept.nonzero().squeeze(1), before[x.cu_seqlens]
+    labeled = x.labels != IGNORE_INDEX
+    before = functional.pad(labeled.cumsum(0), (1, 0))
+    return labeled.nonzero().squeeze(1), before[x.cu_seqlens]
 
 
 def _ours(impl: str) -> list[Implementation]:
     def geometry(x: Inputs) -> Tensor:
-        made = ops.score_geometry(
+        scores = ops.score_geometry(
             x.hidden, x.weight, x.labels, x.cu_seqlens, per_pair=True, impl=impl
         )
-        return torch.cat(made)
+        return torch.cat(scores)
 
     logps = functools.partial(ops.linear_logps, impl=impl)
     functions: dict[str, Function] = {
@@ -206,7 +209,7 @@ def _ours(impl: str) -> list[Implementation]:
     statistics: dict[str, Function] = {
         "forward": lambda x: ops.token_stats(x.hidden, x.weight, x.labels, impl=impl).logps
     }
-    made = [
+    implementations = [
         Implementation(f"fastpref {impl}", "fastpref", functions),
         Implementation(f"fastpref {impl}, all statistics", "fastpref", statistics),
     ]
@@ -214,15 +217,15 @@ def _ours(impl: str) -> list[Implementation]:
     no_cache = (_CACHES.get(impl, ""), "CACHE_BYTES", 0)
     if impl in _CACHES:
         name = f"fastpref {impl}, no cache"
-        made.append(
+        implementations.append(
             Implementation(name, "fastpref", alone, ("trained",), "LHLW", budgets=(no_cache,))
         )
     if impl == "cpu":
         budgets = (no_cache, ("fastpref.ops.chunked", "CHUNK_BYTES", LEAST_CHUNK))
-        made.append(
+        implementations.append(
             Implementation("fastpref cpu, least memory", "fastpref", alone, budgets=budgets)
         )
-    return made
+    return implementations
 
 
 def _peers(device: str) -> list[Implementation]:
@@ -246,7 +249,7 @@ def _full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _full_padded(x: Inputs) -> Tensor:
-    """As a model's own head does it: logits of every row."""
+    """DPO as with a model's own head: logits of every row."""
     logps = _full_logits(x.hidden, x.weight, x.labels.clamp(min=0))
     return dpo(logps.float().masked_fill(x.labels == IGNORE_INDEX, 0.0), x.cu_seqlens)
 
@@ -270,7 +273,7 @@ def _torch_linear_cross_entropy(
 ) -> Tensor:
     if not hasattr(functional, "linear_cross_entropy"):
         raise UserError(f"torch {torch.__version__} has no functional.linear_cross_entropy")
-    # Without options it is full logits under another name.
+    # Without options it computes full logits.
     options = torch.nn.LinearCrossEntropyOptions()
     loss: Tensor = functional.linear_cross_entropy(
         hidden, weight, labels, reduction=reduction, options=options
@@ -307,7 +310,7 @@ def _liger_dpo(compiled: bool) -> dict[str, Function]:
 
 
 def _cce(filter_eps: str | None) -> Logps:
-    """Filter "auto" leaves small entries of the softmax out of the gradients; None keeps them."""
+    """Cut Cross-Entropy; filter "auto" drops small softmax entries from the gradients."""
 
     def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy

@@ -1,11 +1,11 @@
 """Extra memory of one forward and backward pass on a CPU (Linux).
 
 The peak resident memory of a process that does nothing else, minus its resident memory just before
-(libraries warmed up, inputs made), minus the outputs it has to return.
+(libraries warmed up, inputs allocated), minus its outputs.
 
-Imports take seconds, so one process does them, tries each implementation once on a small input and
-forks a child for each measurement: nothing of an earlier one is left in a child's allocator. Until
-then it computes on one thread, since a pool of threads does not survive a fork.
+Imports take seconds, so one server process imports everything, tries each implementation once on a
+small input and forks a child for each measurement: the child's allocator is free of earlier ones.
+The server computes on one thread, since a thread pool does not survive a fork.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class Children:
-    """The process that forks the children; `close` ends it."""
+    """The server process that forks a child for each measurement; `close` ends it."""
 
     def __init__(self, families: tuple[str, ...]) -> None:
         code = "from fastpref.bench.memory import serve; serve()"
@@ -50,7 +50,7 @@ class Children:
         self._server.communicate()
 
     def extra_bytes(self, problem: Problem, implementation: str) -> int:
-        """Raises UserError, saying why, where a child has no figure."""
+        """Measure one implementation; raises UserError with the reason if the child fails."""
         server = self._server
         assert server.stdin is not None and server.stdout is not None
         request = {
@@ -70,22 +70,22 @@ class Children:
 
 
 def output_bytes(inputs: Inputs, result: Tensor) -> int:
-    """What a caller asked for: the gradients and the result."""
+    """Bytes of the result and of the gradients."""
     return sum(x.nbytes for x in inputs.gradients) + result.nbytes
 
 
 def serve() -> None:
-    """Answer one line of JSON on stdout for each on stdin, from a forked child."""
+    """Answer each line of JSON on stdin with one on stdout, from a forked child."""
     torch.set_num_threads(1)
     tried: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
         problem = Problem(**request["problem"])
-        known = contestants.implementations("cpu", tuple(request["families"]))
-        (implementation,) = (x for x in known if x.name == request["implementation"])
+        candidates = contestants.implementations("cpu", tuple(request["families"]))
+        (implementation,) = (x for x in candidates if x.name == request["implementation"])
         if implementation.name not in tried:
             tried.add(implementation.name)
-            contestants.obstacle(implementation, problem, "cpu")
+            contestants.unavailable_reason(implementation, problem, "cpu")
         child = os.fork()
         if child == 0:
             torch.set_num_threads(request["threads"])
@@ -99,28 +99,30 @@ def serve() -> None:
 
 def _measure(implementation: Implementation, problem: Problem) -> dict[str, Any]:
     try:
-        # A fork leaves out the pages of libraries; they come back here, not in the figure.
-        contestants.obstacle(implementation, problem, "cpu")
+        # A fork drops the pages of libraries; this call brings them back before the measurement.
+        contestants.unavailable_reason(implementation, problem, "cpu")
         inputs = make_inputs(problem, "cpu")
         run = contestants.prepare(implementation, problem, inputs)
-        _forget_peak()
+        _reset_peak()
         before = _resident("VmRSS")
         result = run()
         extra = _resident("VmHWM") - before - output_bytes(inputs, result)
-        return {"bytes": max(0, extra)}  # small outputs fit into memory that was there
+        # Small outputs can fit into memory that the process has already, below 0 in total.
+        return {"bytes": max(0, extra)}
     except Exception as error:
         return {"failed": contestants.reason(error)}
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # then the peak is that since the fork: inputs are made without temporaries
+    except OSError:
+        # The peak then counts from the fork: no difference, as inputs are made without temporaries.
         return
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    if match is None:
         raise UserError(f"{_STATUS} has no {field}: memory is measured on Linux only")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024

@@ -1,21 +1,21 @@
-"""What is measured, as data: a row is a `Problem` and the name of an implementation.
+"""Ops and shapes to measure, as data: a row is a `Problem` and the name of an implementation.
 
-    op              what is timed                                          products it needs
+    op              what is timed                                          GEMMs it needs
     linear_logps    log-probs forward, gradients backward, head frozen     L H
                     the same, head trained                                 L H W
     forward         log-probs of the labels, no gradient                   L
     linear_kl       KL to a reference with the same head, and gradient     L L H
     dpo             DPO of equally long pairs, its gradient to hidden      L H
-    dpo_padded      the same of a padded batch with prompts                L H
+    dpo_padded      the same for a padded batch with prompts               L H
     score_geometry  norms and cosine of each pair's scores                 L and the Gram matrices
 
-    L: hidden @ weight.T      H: delta @ weight      W: delta.T @ hidden,     2 T D V FLOPs each
+    L: hidden @ weight.T      H: dlogits @ weight    W: dlogits.T @ hidden,   2 T D V FLOPs each
 
-Every token is one of a completion: rows that a prompt or padding would add are left out before
-they reach a head, so what peers lose on those is not in these figures. Only `dpo_padded` has them:
-its rows are those of a padded batch, whose lengths are drawn from log-normal distributions, and
-each implementation does with them what its trainer does; its yardstick is the products of all rows.
-No DPO has a reference pass: the reference log-probs are zeros.
+Every token belongs to a completion: rows of prompts and padding are removed before they reach a
+head, so these numbers leave out the time that other libraries spend on them. Only `dpo_padded`
+includes them: its rows are those of a padded batch with log-normal lengths, each implementation
+treats them as its trainer does, and its GEMM baseline covers all rows. No DPO has a reference pass:
+the reference log-probs are zeros.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch import Tensor
 
 from fastpref.ops.reference import IGNORE_INDEX
 
-PRODUCTS = {
+GEMMS = {
     ("linear_logps", "frozen"): "LH",
     ("linear_logps", "trained"): "LHW",
     ("forward", "frozen"): "L",
     ("linear_kl", "frozen"): "LLH",
     ("dpo", "frozen"): "LH",
     ("dpo_padded", "frozen"): "LH",
-    # The yardstick of the geometry is the head's forward and backward, which it accompanies.
+    # The geometry is compared with the head's forward and backward, which it accompanies.
     ("score_geometry", "frozen"): "LH",
 }
-OPS = tuple(dict.fromkeys(op for op, _ in PRODUCTS))
+OPS = tuple(dict.fromkeys(op for op, _ in GEMMS))
 PAIR_TOKENS = 2048  # of both responses together
 # Medians as in UltraFeedback, in tokens, and standard deviations of the logarithm.
 PROMPT, RESPONSE = (120, 0.8), (250, 0.6)
@@ -46,7 +46,7 @@ PROMPT, RESPONSE = (120, 0.8), (250, 0.6)
 
 @dataclass(frozen=True)
 class Problem:
-    """One op at one shape; `chunk_bytes` sets `chunked.CHUNK_BYTES`; None leaves it."""
+    """One op at one shape; `chunk_bytes` sets `chunked.CHUNK_BYTES` unless it is None."""
 
     op: str
     head: str  # frozen | trained
@@ -57,8 +57,8 @@ class Problem:
     chunk_bytes: int | None = None
 
     @property
-    def products(self) -> str:
-        return PRODUCTS[self.op, self.head]
+    def gemms(self) -> str:
+        return GEMMS[self.op, self.head]
 
     @property
     def differentiable(self) -> bool:
@@ -66,27 +66,27 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """Pairs of responses among the tokens, of PAIR_TOKENS each where there are as many."""
+        """Pairs of responses, of PAIR_TOKENS each if the problem has that many tokens."""
         return max(1, self.T // PAIR_TOKENS)
 
     @property
     def flops(self) -> float:
-        """Those no exact method can do without, if it looks at the logits once."""
+        """FLOPs that an exact method needs at least, if it computes the logits once."""
         one = 2 * self.T * self.D * self.V
         if self.op != "score_geometry":
-            return one * len(self.products)
+            return one * len(self.gemms)
         n = self.T / self.pairs / 2
         gram = 2 * 3 * n * n * (self.V + self.D)
         return one + self.pairs * min(gram, 4 * n * self.D * self.V)
 
 
 class Inputs(NamedTuple):
-    """Tensors of one problem; those that need a gradient require one."""
+    """Tensors of one problem."""
 
     hidden: Tensor  # (T, D)
     weight: Tensor  # (V, D)
-    labels: Tensor  # (T,); -100 where a row is of a prompt or padding
-    upstream: Tensor  # (T,) fp32, uneven
+    labels: Tensor  # (T,); -100 for rows of a prompt or padding
+    grad_logps: Tensor  # (T,) fp32, uneven
     ref_hidden: Tensor  # (T, D)
     cu_seqlens: Tensor  # (2 pairs + 1,)
 
@@ -115,17 +115,20 @@ def make_inputs(problem: Problem, device: str) -> Inputs:
         hidden=normal(T, D).requires_grad_(problem.differentiable),
         weight=normal(V, D, std=D**-0.5).requires_grad_(problem.head == "trained"),
         labels=labels,
-        upstream=normal(T, dtype=torch.float32),
+        grad_logps=normal(T, dtype=torch.float32),
         ref_hidden=normal(T, D),
         cu_seqlens=torch.arange(2 * problem.pairs + 1, device=device) * T // (2 * problem.pairs),
     )
 
 
 def _no_completion(sequences: int, T: int) -> Tensor:
-    """(T,) bool of equally many rows a sequence: prompt, completion, padding, cut on the right."""
-    draw = torch.Generator().manual_seed(0)
-    pairs = torch.randn(2, sequences // 2, generator=draw)  # a pair has one prompt
-    normals = torch.stack([pairs[0].repeat(2), torch.randn(sequences, generator=draw)])
+    """Mask of the rows outside completions, (T,) bool.
+
+    Each sequence has equally many rows: prompt, completion, padding, cut on the right.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(2, sequences // 2, generator=generator)  # a pair has one prompt
+    normals = torch.stack([pairs[0].repeat(2), torch.randn(sequences, generator=generator)])
     medians, spreads = torch.tensor([PROMPT, RESPONSE]).T
     prompt, response = (medians[:, None] * (spreads[:, None] * normals).exp()).long() + 1
     length = T // sequences
@@ -136,7 +139,7 @@ def _no_completion(sequences: int, T: int) -> Tensor:
 
 
 def small(problem: Problem) -> Problem:
-    """The same op at a size that costs nothing, to see whether an implementation runs at all."""
+    """The same op at a tiny size, to see whether an implementation runs at all."""
     T, D, V = min(64, problem.T), min(64, problem.D), min(512, problem.V)
     return Problem(problem.op, problem.head, T, D, V, problem.dtype)
 
@@ -153,7 +156,7 @@ DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def problems(device: str, quick: bool) -> list[Problem]:
-    """The rows of `fastpref bench` for a device: the shapes, then a sweep over V and one over T."""
+    """Problems of `fastpref bench` on a device: the shapes, then a sweep over V and one over T."""
     if quick:
         return shape_problems(QUICK_SHAPES[device], device) + sweeps(device, quick)
     if device == "cuda":
@@ -176,15 +179,15 @@ def shape_problems(
     return [
         Problem(op, head, *shape, DTYPE[device])
         for shape in shapes
-        for op, head in PRODUCTS
+        for op, head in GEMMS
         if op in ops
     ]
 
 
 def sweeps(device: str, quick: bool) -> list[Problem]:
-    """Head frozen: the vocabulary grows at one T, then T at the smallest vocabulary.
+    """Problems of growing V at one T, then of growing T at the smallest V; head frozen.
 
-    Head trained: the ends of the vocabulary, between which extra memory should not grow.
+    Head trained: the smallest and the largest V, between which extra memory should not grow.
     """
     T, D, V, chunk_bytes = {
         ("cpu", False): (1024, 128, 32768, 64 << 20),

@@ -1,14 +1,16 @@
-"""What is left of a run: a JSON file, a table for the terminal, a picture."""
+"""Output of a run: a JSON file, a table for the terminal, a picture."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.utils import result_json
+
 MIB = 2**20
-_COLOURS = {  # one for each implementation, in every picture
+# The same color in every picture.
+_COLORS = {
     "gemm": "#000000",
     "fastpref triton": "#00798c",
     "fastpref cpu": "#00798c",
@@ -25,8 +27,8 @@ Curve = list[tuple[int, float]]
 
 
 def write(path: Path, header: dict[str, Any], points: Sequence[dict[str, Any]]) -> None:
-    """The whole report, over what an earlier call has written."""
-    path.write_text(json.dumps({**header, "points": points}, indent=1) + "\n")
+    """Write the report; an earlier one is replaced."""
+    path.write_text(result_json.dumps({**header, "points": points}))
 
 
 def table(points: Sequence[dict[str, Any]]) -> list[str]:
@@ -43,7 +45,7 @@ def table(points: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Time and extra memory of the frozen head against V and against T, a line a name."""
+    """Plot time and extra memory of the frozen head against V and T, a line for each name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,7 +69,10 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def sweep(points: Iterable[dict[str, Any]], axis: str) -> tuple[str, list[dict[str, Any]]]:
-    """The measured points of the frozen head that differ most in one dimension and in no other."""
+    """The largest set of points of the frozen head that differ in one dimension only.
+
+    Also returns its other dimensions, as a label.
+    """
     others = [key for key in "TDV" if key != axis]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for p in points:
@@ -83,12 +88,12 @@ def sweep(points: Iterable[dict[str, Any]], axis: str) -> tuple[str, list[dict[s
 
 def curves(points: Iterable[dict[str, Any]], axis: str, unit: str) -> dict[str, Curve]:
     """(x, y) by implementation, in the order of x; y is seconds or MiB."""
-    found: dict[str, Curve] = {}
+    by_name: dict[str, Curve] = {}
     for p in points:
         y = p["seconds"]["median"] if unit == "seconds" else (p.get("extra_bytes") or 0) / MIB
         if y > 0:
-            found.setdefault(p["implementation"], []).append((p[axis], y))
-    return {name: sorted(curve) for name, curve in found.items()}
+            by_name.setdefault(p["implementation"], []).append((p[axis], y))
+    return {name: sorted(curve) for name, curve in by_name.items()}
 
 
 _PANELS = {"time": "seconds", "extra memory": "MiB"}
@@ -123,9 +128,10 @@ def _short(name: str) -> str:
 
 def _style(name: str) -> dict[str, Any]:
     ours = name.startswith("fastpref")
-    dashes = {"gemm": ":", "fastpref chunked": "--"}  # a curve below shows through
+    # Dashes let a curve below show through.
+    dashes = {"gemm": ":", "fastpref chunked": "--"}
     return {
-        "color": _COLOURS.get(_short(name), "#7f7f7f"),
+        "color": _COLORS.get(_short(name), "#7f7f7f"),
         "linestyle": dashes.get(_short(name), "-"),
         "linewidth": 2.2 if ours else 1.4,
         "marker": "o",

@@ -1,4 +1,4 @@
-"""`fastpref bench`, in order: choose the rows, measure each problem, write and show."""
+"""`fastpref bench`: choose the problems, measure each of them, write and show the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastpref.utils import environment
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
-Point = dict[str, Any]  # a row and what was measured of it, as in the JSON file
+Point = dict[str, Any]  # a row and its measurements, as in the JSON file
 
 
 def run(
@@ -34,10 +34,10 @@ def run(
     ops: Sequence[str] = (),
     rounds: int = timer.MIN_ROUNDS,
 ) -> Path:
-    """Measure, and leave `bench-<device>-<date>.json` and `.png` in `out`; returns the former.
+    """Measure, write `bench-<device>-<date>.json` and `.png` to `out`, and return the JSON's path.
 
     The file is written again after each problem. Raises UserError for a device that is not there,
-    an op or a shape that does not exist, and fewer than MIN_ROUNDS rounds.
+    an unknown op, an invalid shape, and fewer than MIN_ROUNDS rounds.
     """
     device = check_device(device)
     problems = choose(device, quick, shapes, ops)
@@ -51,7 +51,8 @@ def run(
         "peers": contestants.versions(families),
         "settings": {"quick": quick, "rounds": rounds, "sample": accuracy.SAMPLE},
     }
-    report.write(path, header, [])  # an unwritable folder shows before an hour of measuring
+    # An unwritable folder fails now, not after an hour of measuring.
+    report.write(path, header, [])
     points: list[Point] = []
     display.phase("bench", len(problems))
     with Bench(device, families, rounds) as bench:
@@ -67,14 +68,14 @@ def run(
 
 
 class Bench:
-    """Measures problems on one device: fastpref, the plain products, and peers of some families."""
+    """Measures problems on one device: fastpref, the GEMM baseline, and other libraries."""
 
     def __init__(self, device: str, families: tuple[str, ...], rounds: int) -> None:
         self.device, self.rounds = device, rounds
         self.implementations = contestants.implementations(device, families)
         self._families = families
         self._too_slow: list[tuple[str, Problem]] = []
-        self._obstacles: dict[tuple[str, Problem], str] = {}
+        self._unavailable_reasons: dict[tuple[str, Problem], str] = {}
         self._children: memory.Children | None = None
 
     def __enter__(self) -> Bench:
@@ -87,50 +88,55 @@ class Bench:
             self._children.close()
 
     def measure(self, problem: Problem) -> list[Point]:
-        """A point for each implementation that has the op, those that cannot run here included."""
+        """A point for each implementation that has the op, even if it cannot run here."""
         serving = [x for x in self.implementations if x.serves(problem)]
-        failures = {x.name: why for x in serving if (why := self._obstacle(x, problem))}
-        able = {x.name: x for x in serving if x.name not in failures}
+        failures = {x.name: why for x in serving if (why := self._unavailable_reason(x, problem))}
+        available = {x.name: x for x in serving if x.name not in failures}
         timer.release(self.device)
         inputs = make_inputs(problem, self.device)
-        runs = _products(problem, inputs, able.values())
-        runs |= {name: contestants.prepare(x, problem, inputs) for name, x in able.items()}
+        runs = _gemm_baselines(problem, inputs, available.values())
+        runs |= {name: contestants.prepare(x, problem, inputs) for name, x in available.items()}
         errors: dict[str, accuracy.Errors] = {}
-        judge = accuracy.judge(problem, inputs)
+        errors_of = accuracy.error_function(problem, inputs)
 
         def inspect(name: str, result: Tensor | None) -> None:
-            if result is not None:  # the products have no result
-                errors[name] = judge(result)
+            if result is not None:  # a GEMM baseline has no result
+                errors[name] = errors_of(result)
 
-        own = yardstick(problem.products)
-        times, broken = timer.interleave(runs, self.device, self.rounds, own, inspect)
+        times, failed = timer.interleave(
+            runs, self.device, self.rounds, gemm_baseline(problem.gemms), inspect
+        )
         points = []
         for name, seconds in times.items():
-            ruler = yardstick(able[name].products or problem.products) if name in able else name
-            point = _row(problem, name) | _speed(problem, seconds, times.get(ruler), ruler)
-            if name in able:
+            baseline = name
+            if name in available:
+                baseline = gemm_baseline(available[name].gemms or problem.gemms)
+            point = _row(problem, name) | _speed(problem, seconds, times.get(baseline), baseline)
+            if name in available:
                 point |= {"errors": errors[name]}
                 point |= self._memory(problem, name, runs[name], inputs, len(seconds))
             points.append(point)
         self._too_slow += [(name, problem) for name, t in times.items() if len(t) == 1]
-        failures |= broken
+        failures |= failed
         return points + [_row(problem, name) | {"failed": why} for name, why in failures.items()]
 
-    def _obstacle(self, implementation: Implementation, problem: Problem) -> str:
+    def _unavailable_reason(self, implementation: Implementation, problem: Problem) -> str:
         for name, slow in self._too_slow:
-            # More logits, or products that take less of the time, do not make it faster.
+            # Its time over that of the GEMMs does not fall with more logits or a smaller D.
             alike = (slow.op, slow.head, name) == (problem.op, problem.head, implementation.name)
             if alike and slow.D >= problem.D and slow.T * slow.V <= problem.T * problem.V:
-                return f"over {timer.TOO_SLOW} times the products at T {slow.T}, V {slow.V} already"
+                return f"over {timer.TOO_SLOW} times the GEMMs at T {slow.T}, V {slow.V} already"
         key = implementation.name, small(problem)
-        if key not in self._obstacles:
-            self._obstacles[key] = contestants.obstacle(implementation, problem, self.device)
-        return self._obstacles[key]
+        if key not in self._unavailable_reasons:
+            self._unavailable_reasons[key] = contestants.unavailable_reason(
+                implementation, problem, self.device
+            )
+        return self._unavailable_reasons[key]
 
     def _memory(
         self, problem: Problem, name: str, run: timer.Run, inputs: Inputs, rounds: int
     ) -> Point:
-        """`extra_bytes` of a row, or why there is no figure."""
+        """`extra_bytes` of a row, or the reason why it has none."""
         if rounds == 1:
             return {"extra_bytes": None, "memory_failed": "too slow to run again"}
         try:
@@ -143,24 +149,25 @@ class Bench:
             return {"extra_bytes": None, "memory_failed": contestants.reason(error)}
 
 
-def yardstick(letters: str) -> str:
-    """Name of the row of plain products, e.g. "gemm, 2 products"."""
-    return f"gemm, {len(letters)} product{'s' * (len(letters) > 1)}"
+def gemm_baseline(letters: str) -> str:
+    """Name of the row of a GEMM baseline, e.g. "gemm, 2 products"."""
+    plural = "s" if len(letters) > 1 else ""
+    return f"gemm, {len(letters)} product{plural}"
 
 
-def _products(
+def _gemm_baselines(
     problem: Problem, inputs: Inputs, implementations: Iterable[Implementation]
 ) -> dict[str, timer.Run]:
-    """The problem's yardstick, and those of implementations that have another, by name."""
-    wanted = [problem.products, *(x.products for x in implementations if x.products)]
+    """The problem's GEMM baseline, and those of implementations that have another, by name."""
+    baselines = [problem.gemms, *(x.gemms for x in implementations if x.gemms)]
     return {
-        yardstick(letters): contestants.products(problem, inputs, letters)
-        for letters in dict.fromkeys(wanted)
+        gemm_baseline(letters): contestants.gemm_baseline(problem, inputs, letters)
+        for letters in dict.fromkeys(baselines)
     }
 
 
 def check_device(device: str | None) -> str:
-    """The device asked for, or CUDA where there is one; UserError for one that is not there."""
+    """The given device, or by default CUDA if there is one; UserError for one that is not there."""
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -169,15 +176,15 @@ def check_device(device: str | None) -> str:
 
 
 def choose(device: str, quick: bool, shapes: Sequence[str], ops: Sequence[str]) -> list[Problem]:
-    """The rows of a command; UserError for an op or a shape that does not exist."""
+    """Problems of a command; UserError for an unknown op or an invalid shape."""
     for op in ops:
         if op not in rows.OPS:
             raise UserError(f"--only: expected one of {', '.join(rows.OPS)}, got {op!r}")
     if shapes:
-        found = rows.shape_problems(tuple(_shape(text) for text in shapes), device)
+        problems = rows.shape_problems(tuple(_shape(text) for text in shapes), device)
     else:
-        found = rows.problems(device, quick)
-    return [problem for problem in found if not ops or problem.op in ops]
+        problems = rows.problems(device, quick)
+    return [problem for problem in problems if not ops or problem.op in ops]
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -198,14 +205,17 @@ def _row(problem: Problem, implementation: str) -> Point:
 
 
 def _speed(
-    problem: Problem, seconds: list[float], ruler: list[float] | None, ruler_name: str
+    problem: Problem, seconds: list[float], baseline: list[float] | None, baseline_name: str
 ) -> Point:
-    found = timer.summary(seconds)
-    over = timer.summary(ruler) if ruler else None
+    summary = timer.summary(seconds)
+    ratios = None
+    if baseline:
+        gemms = timer.summary(baseline)
+        ratios = {key: summary[key] / gemms[key] for key in ("median", "min")}
     return {
         "rounds": len(seconds),
-        "seconds": found,
-        "tflops": problem.flops / found["median"] / 1e12,
-        "yardstick": ruler_name,
-        "over_yardstick": over and {key: found[key] / over[key] for key in ("median", "min")},
+        "seconds": summary,
+        "tflops": problem.flops / summary["median"] / 1e12,
+        "yardstick": baseline_name,
+        "over_yardstick": ratios,
     }

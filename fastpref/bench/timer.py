@@ -1,4 +1,4 @@
-"""Seconds of callables that take turns, and what one of them allocates on a GPU."""
+"""Seconds of callables that take turns, and memory that a callable allocates on a GPU."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ Run = Callable[[], Any]
 Clock = Callable[[Run], tuple[float, Any]]  # seconds and result of one call
 
 MIN_ROUNDS = 5
-TOO_SLOW = 10  # times the yardstick, and longer than
-PATIENCE = 1.0  # seconds: the warm-up is all there is
-WARM_UPS = {"cpu": 1, "cuda": 2}  # kernels are compiled in the first
+# A run longer than both limits is timed once, in its warm-up.
+TOO_SLOW = 10  # times the GEMM baseline
+PATIENCE = 1.0  # seconds
+WARM_UPS = {"cpu": 1, "cuda": 2}  # the first one compiles the kernels
 
 
 def clock(device: str) -> Clock:
-    """The one clock of a device: wall time on a CPU, events around the call on a GPU."""
+    """The clock of a device: wall time on a CPU, events around the call on a GPU."""
     return _cuda_clock() if device == "cuda" else _wall_clock
 
 
@@ -31,14 +32,16 @@ def interleave(
     runs: dict[str, Run],
     device: str,
     rounds: int,
-    yardstick: str,
+    baseline: str,
     inspect: Callable[[str, Any], None] = lambda name, result: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each run's counted calls by name, and by name why others have none.
+    """Time runs in turns: seconds of each run's calls, and the reason for each run that failed.
 
-    A warm-up of each comes first, whose result `inspect` sees; then `rounds` times one call of
-    each, so that whatever slows the machine for a while slows all of them, and in another order
-    each time: what runs after a long product finds a hot GPU with a lower clock.
+    baseline: the run that `TOO_SLOW` refers to.
+
+    Each run has a warm-up first, whose result is passed to `inspect`. Then each round calls every
+    run once, so that anything that slows the machine for a while slows all of them. Every round has
+    another order: a run that follows a long GEMM finds a hot GPU with a lower clock.
     """
     tick = clock(device)
     first: dict[str, float] = {}
@@ -51,9 +54,10 @@ def interleave(
             first[name] = seconds
         except Exception as error:
             failures[name] = reason(error)
-        if name in failures:  # only now does the error, with all that its frames hold, let go
+        # Outside the except block: the error's frames hold tensors until the block ends.
+        if name in failures:
             release(device)
-    limit = max(PATIENCE, TOO_SLOW * first.get(yardstick, float("inf")))
+    limit = max(PATIENCE, TOO_SLOW * first.get(baseline, float("inf")))
     times: dict[str, list[float]] = {name: [] for name in first if first[name] <= limit}
     order, shuffle = list(times), random.Random(0)
     for _ in range(rounds):
@@ -64,7 +68,7 @@ def interleave(
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {
         "median": statistics.median(seconds),
         "min": min(seconds),
@@ -73,7 +77,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def cuda_extra_bytes(run: Run, outputs: Callable[[Any], int]) -> int:
-    """Most that a run has allocated at a time, beyond what was there and its `outputs` bytes."""
+    """Peak bytes that a run allocates, without its `outputs` bytes."""
     release("cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -83,7 +87,7 @@ def cuda_extra_bytes(run: Run, outputs: Callable[[Any], int]) -> int:
 
 
 def release(device: str) -> None:
-    """Give a GPU's memory back that nothing refers to any more."""
+    """Free GPU memory that nothing refers to."""
     if device == "cuda":
         gc.collect()
         torch.cuda.synchronize()
@@ -97,7 +101,7 @@ def _wall_clock(run: Run) -> tuple[float, Any]:
 
 
 def _cuda_clock() -> Clock:
-    # Written before each call, so that no call finds its inputs in the L2 cache.
+    # Writing this before each call keeps the inputs out of the L2 cache.
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
     def tick(run: Run) -> tuple[float, Any]:

@@ -1,4 +1,4 @@
-"""The command line. What a user can cause is one line and exit code 2; a traceback is a bug."""
+"""The command line. An error of the user is one line and exit code 2; a traceback is a bug."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from fastpref.cli import evaluate, tools, train
 from fastpref.utils.errors import UserError, first_line
 from fastpref.utils.version import __version__
 
-# What torch and Python say of memory that is not there.
+# Names in the errors of torch and Python when memory runs out.
 _NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
 
 
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # wherever typer keeps it
+# The base class of all errors in arguments is in click or, since typer 0.26, in a private copy of
+# it; typer exports only its subclass BadParameter.
+_UsageError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError"
+)
 
 
 app = typer.Typer(
@@ -49,7 +53,7 @@ def main() -> None:
     try:
         sys.exit(_run())
     except UserError as error:
-        _exit(f"error: {error}" if error.is_news else "", 2)
+        _exit(f"error: {error}" if error.should_print else "", 2)
     except OSError as error:  # files that cannot be read or written, a full disk
         _exit(
             f"error: {error.filename or 'file'}: {error.strerror or error}; check path and disk", 2
@@ -61,13 +65,13 @@ def main() -> None:
 
 
 def _run() -> int | None:
-    """The exit code of the command; what other libraries raise for a user's sake is a UserError."""
+    """Run the command and return its exit code; errors of the user raise UserError."""
     try:
         return app(standalone_mode=False)
     except _UsageError as error:
-        used: Any = error
-        command = used.ctx.command_path if used.ctx else "fastpref"
-        message = used.format_message().rstrip(".")
+        usage: Any = error
+        command = usage.ctx.command_path if usage.ctx else "fastpref"
+        message = usage.format_message().rstrip(".")
         raise UserError(f"{message}; see {command} --help") from None
     except (RuntimeError, MemoryError) as error:
         if not any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY):

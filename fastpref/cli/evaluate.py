@@ -15,13 +15,14 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Default: the run directory; of several runs, report."),
+        typer.Option(metavar="DIR", help="Default: the run directory, or report for several runs."),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Write it again while the runs go on, until Ctrl-C.")
+        bool,
+        typer.Option("--watch", help="Rewrite the page while the runs continue, until Ctrl-C."),
     ] = False,
 ) -> None:
-    """Show runs as one page of pictures and tables: DIR/report.html."""
+    """Write a page of charts and tables about runs: DIR/report.html."""
     from fastpref.report import report as make
     from fastpref.utils.progress import Display
 
@@ -29,11 +30,11 @@ def report(
         make(runs, out, watch, display)
 
 
-# What the commands that draw from models share.
-_PROMPTS = typer.Option(metavar="FILE", help="Data with prompts, in any of the formats.")
+# Options of the commands that sample from models.
+_PROMPTS = typer.Option(metavar="FILE", help="Data with prompts, in any format of the trainer.")
 
 
-_DEVICE = typer.Option(metavar="auto|cpu|cuda", help="auto: cuda if there.")
+_DEVICE = typer.Option(metavar="auto|cpu|cuda", help="auto: cuda if torch finds a GPU.")
 
 
 _DTYPE = typer.Option(
@@ -51,7 +52,9 @@ def sample(
     ] = None,
     n: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Completions at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
@@ -65,7 +68,7 @@ def sample(
     device: Annotated[str, _DEVICE] = "auto",
     dtype: Annotated[str | None, _DTYPE] = None,
 ) -> None:
-    """Draw completions from a model, with their log-probs under it."""
+    """Sample completions from a model, with their log-probs."""
     from fastpref.evaluation.sample import run
     from fastpref.model.generate import Sampling
     from fastpref.utils.progress import Display, quiet_libraries
@@ -88,27 +91,29 @@ def sample(
 
 def did_entropy(
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="Folder or Hub name.")],
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="What it began from.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="The model before training.")
+    ],
     prompts: Annotated[str, _PROMPTS],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for pairs, the trained model and results.")
     ] = Path("runs/did-entropy"),
     held_out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Prompts for the entropy; default: those of --prompts."),
+        typer.Option(metavar="FILE", help="Prompts for the entropy; default: --prompts."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pairs for each prompt.")] = 1,
     responses: Annotated[
         int, typer.Option(min=2, help="Samples of the trained model for each prompt.")
     ] = 4,
-    temperature: Annotated[float, typer.Option(help="Of all samples.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of all samples.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of samples and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and training.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="key=value", help="Of the training, e.g. optim.lr=1e-5."),
+        typer.Option("--set", metavar="key=value", help="Override of the training config."),
     ] = None,
     device: Annotated[str, _DEVICE] = "auto",
     dtype: Annotated[str | None, _DTYPE] = None,
@@ -123,7 +128,7 @@ def did_entropy(
         reference,
         prompts,
         out,
-        # Not vllm: an entropy needs samples of the very distribution that scores them.
+        # The entropy needs samples from exactly the distribution that scores them, so no vllm.
         Sampling(responses, temperature, 1.0, max_new_tokens, batch_size, seed, "transformers"),
         pairs=samples,
         held_out=held_out,
@@ -143,23 +148,25 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or Hub name; or an adapter's folder.")
     ],
-    data: Annotated[str, typer.Option(metavar="FILE", help="Pairs, in any of the formats.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Pairs, in any format of the trainer.")],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The reference of changes and log-ratios.")
+        str | None, typer.Option(metavar="MODEL", help="Reference model of changes and log-ratios.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Default: the table alone.")
+        Path | None, typer.Option(metavar="FILE.json", help="Default: print the table only.")
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="As data.max_length; default: 2048, or what the model knows."),
+        typer.Option(
+            min=2, help="As data.max_length; default: 2048, or less if the model is shorter."
+        ),
     ] = None,
     truncation: Annotated[
         str, typer.Option(metavar="keep_start|keep_end", help="As data.truncation.")
     ] = "keep_start",
     add_eos: Annotated[bool, typer.Option("--eos/--no-eos", help="As data.add_eos.")] = True,
     cache: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder for tokenised data; safe to delete.")
+        str, typer.Option(metavar="DIR", help="Folder for tokenized data; safe to delete.")
     ] = "~/.cache/fastpref",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 16384,
     device: Annotated[str, _DEVICE] = "auto",

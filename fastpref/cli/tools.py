@@ -31,13 +31,14 @@ def bench(
         bool, typer.Option("--quick", help="Small shapes: a minute instead of an hour.")
     ] = False,
     against: Annotated[
-        str, typer.Option(metavar="NAME,…", help="Peers to measure beside fastpref; '' for none.")
+        str,
+        typer.Option(metavar="NAME,…", help="Peers to measure alongside fastpref; '' for none."),
     ] = "torch,liger,cce,trl",
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the picture.")] = Path(
         "bench"
     ),
     device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda where there is one.")
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda if torch finds a GPU.")
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -46,9 +47,9 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(metavar="OP", help="One op; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed calls of each, at least 5.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Timed calls per measurement, at least 5.")] = 5,
 ) -> None:
-    """Measure the ops beside plain matrix products and other libraries."""
+    """Benchmark the ops against GEMMs and other libraries."""
     from fastpref.bench.contestants import check_families
     from fastpref.bench.runner import run
     from fastpref.utils.progress import Display
@@ -90,7 +91,7 @@ def reproduce(
         Path | None, typer.Option(metavar="DIR", help="Keep the run directories there.")
     ] = None,
 ) -> None:
-    """Re-create the findings of a paper at a small size: a table, a picture and verdicts."""
+    """Reproduce the findings of a paper at small scale: a table, a picture and verdicts."""
     from fastpref.reproduce import run
     from fastpref.utils.progress import Display, quiet_libraries
 
@@ -118,12 +119,12 @@ def losses(
         return
     table = Table("name", "kind", "loss", "defaults", "reference", show_lines=True)
     table.caption = family.NOTATION
-    for known in family.names():
-        about = family.describe(known)
+    for objective in family.names():
+        about = family.describe(objective)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())
         kind = about.kind if about.level == "sequence" else f"{about.kind}, {about.level}"
         needs = "yes" if about.needs_reference else "no"
-        table.add_row(known, kind, about.formula, defaults, needs)
+        table.add_row(objective, kind, about.formula, defaults, needs)
     Console().print(table, markup=False)
 
 
@@ -131,10 +132,10 @@ def pure_semantic(
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl and test.jsonl.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probabilities and split.")] = 0,
     independent: Annotated[
-        bool, typer.Option(help="Draw p for each pair alone, as in the PMO paper.")
+        bool, typer.Option(help="Draw p independently for each pair, as in the PMO paper.")
     ] = False,
 ) -> None:
-    """Pairs that differ in one content word, with a target preference probability p."""
+    """Generate pairs that differ in one content word, with a target preference probability p."""
     from fastpref.data.synthetic import pure_semantic as generator
 
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ from rich.console import Console
 
 
 class TrainHelp(typer.core.TyperCommand):
-    """`--help` with every field of the config below the usual text."""
+    """Command whose `--help` lists every field of the config below the usual text."""
 
     def format_epilog(self, ctx: object, formatter: object) -> None:
         from fastpref.docgen.config import plain
@@ -35,7 +37,7 @@ def train(
     """Train a model on preference data. On several GPUs: torchrun … -m fastpref train …"""
     from fastpref.config import load
 
-    loaded = load(config, overrides)
+    loaded = load(config, overrides, _note)
     if dry_run:
         print(loaded.to_yaml(), end="")
         return
@@ -64,7 +66,7 @@ def precompute(
     from fastpref.training.setup import precompute as run
     from fastpref.utils.progress import Display, quiet_libraries
 
-    loaded = load(config, overrides)
+    loaded = load(config, overrides, _note)
     quiet_libraries()
     with (
         distributed.process_group(),
@@ -85,10 +87,12 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, help="Devices that train together.")] = 1,
     lengths: Annotated[
         str | None,
-        typer.Option(metavar="PROMPT,RESPONSE", help="Mean tokens, instead of reading the data."),
+        typer.Option(
+            metavar="PROMPT,RESPONSE", help="Mean numbers of tokens, instead of reading the data."
+        ),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the prediction there.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the prediction to this file.")
     ] = None,
 ) -> None:
     """Predict memory, time and fit of a run before it starts; exit code 1 if it does not fit."""
@@ -96,7 +100,13 @@ def plan(
     from fastpref.plan.command import run
     from fastpref.utils.progress import quiet_libraries
 
-    loaded = load(config, overrides)
+    loaded = load(config, overrides, _note)
     quiet_libraries()
     if not run(loaded, Console(), device, ranks, lengths, json):
         raise typer.Exit(1)
+
+
+def _note(text: str) -> None:
+    # Every rank reads the config before the process group exists; torchrun sets RANK.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)

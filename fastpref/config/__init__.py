@@ -1,20 +1,18 @@
 """The config of a run: its fields (`schema`), how it is read (`loading`), its errors."""
 
+from fastpref.config.errors import ConfigError
 from fastpref.config.fields import Section
-from fastpref.config.loading import load, parse
-from fastpref.config.messages import ConfigError
-from fastpref.config.schema import (
+from fastpref.config.loading import load, parse, parse_section
+from fastpref.config.schema import Config, ReferenceMode, inner_section, section_of
+from fastpref.config.sections import (
     Adapter,
     Calibration,
-    Config,
     Data,
     Model,
     Monitor,
     Optim,
     Parallel,
-    ReferenceMode,
     Training,
-    section_of,
 )
 
 __all__ = [
@@ -30,7 +28,9 @@ __all__ = [
     "ReferenceMode",
     "Section",
     "Training",
+    "inner_section",
     "load",
     "parse",
+    "parse_section",
     "section_of",
 ]

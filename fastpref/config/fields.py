@@ -1,4 +1,4 @@
-"""Types of config fields, and the base class of its sections."""
+"""Types of config fields, and the base class of sections."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import math
 import os
 from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fastpref.utils.errors import shown
 
@@ -29,12 +24,12 @@ def _countable(value: int) -> int:
 
 
 def _name(value: str) -> str:
-    """Of a file, a folder or a model: something that a path can be made of."""
+    """Validate the name of a file, a folder or a model, which has to be usable as a path."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"is not valid Unicode at character {error.start}, got {value!r}; mend it"
+            f"is not valid Unicode at character {error.start}, got {value!r}; fix it"
         ) from None
     if not value.strip() or "\0" in value:
         raise ValueError(f"must be a name, got {value!r}")
@@ -62,4 +57,6 @@ NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_countable)]
 
 
 class Section(BaseModel):
+    """Base class of sections: immutable, and unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from fastpref.config.messages import ConfigError, one_line
+from fastpref.config.errors import ConfigError
+from fastpref.config.fields import Section
+from fastpref.config.foreign import translation
+from fastpref.config.messages import one_line
+from fastpref.config.renamed import renamed
 from fastpref.config.schema import Config
 from fastpref.config.yaml_io import parse_yaml
 
+_Section = TypeVar("_Section", bound=Section)
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+
+def load(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    note: Callable[[str], object] | None = None,
+) -> Config:
     """Read a YAML config, apply `section.key=value` overrides, and validate.
+
+    note: called with one line for each key that the config sets under an earlier name.
 
     Raises ConfigError, one line, for a missing file, broken YAML, or the first invalid field.
     """
@@ -32,21 +43,36 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         values = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of many digits
         raise ConfigError(
-            f"{path}: not valid YAML; mend it: {' '.join(str(error).split())}"
+            f"{path}: not valid YAML; fix it: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold sections such as model, data and loss")
     for override in overrides or []:
         _apply_override(values, override)
-    return parse(values)
+    return parse(values, note)
 
 
-def parse(values: dict[str, Any]) -> Config:
-    """Validate nested dictionaries; raises ConfigError naming the first field at fault."""
+def parse(values: dict[str, Any], note: Callable[[str], object] | None = None) -> Config:
+    """Validate nested dictionaries; `note` as in `load`.
+
+    Raises ConfigError naming the first invalid field, or the keys of another trainer.
+    """
+    values, notes = renamed(values)
+    if note is not None:
+        for text in notes:
+            note(text)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(translation(values) or one_line(error)) from None
+
+
+def parse_section(name: str, kind: type[_Section], values: dict[str, Any]) -> _Section:
+    """Validate one section of a config alone; raises ConfigError as `parse` does."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, name)) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

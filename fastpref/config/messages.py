@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from fastpref.config.schema import section_of
-from fastpref.utils.errors import UserError, shown
-
-
-class ConfigError(UserError):
-    """A config that cannot be run, with the path of the field at fault."""
-
+from fastpref.config.schema import Config, inner_section, section_of
+from fastpref.utils.errors import shown
 
 _COMPARISONS = {
     "greater_than": (">", "gt"),
@@ -37,14 +31,18 @@ _KINDS = {
 }
 
 
-def one_line(error: ValidationError) -> str:
-    """`optim.lr: must be > 0, got -1`."""
+def one_line(error: ValidationError, section: str = "") -> str:
+    """Return the message of the first invalid field: `optim.lr: must be > 0, got -1`.
+
+    section: the name of the section that was validated alone; empty for a whole config.
+    """
     details = error.errors()
-    # Of a union's alternatives pydantic reports every failure: the deepest is the useful one.
+    # Pydantic reports every alternative of a union; an unknown key is the useful failure.
     first = max(details, key=lambda d: (d["type"] == "extra_forbidden", -details.index(d)))
     kind, got, context = first["type"], shown(first["input"]), first.get("ctx", {})
-    # A union's alternatives have places of their own, such as `list[str]`.
-    location = [
+    # The location includes names of a union's alternatives, such as `list[str]`.
+    location = [section] if section else []
+    location += [
         str(part)
         for part in first["loc"]
         if isinstance(part, int) or part.isidentifier() or kind == "extra_forbidden"
@@ -60,23 +58,36 @@ def one_line(error: ValidationError) -> str:
     if kind == "literal_error":
         return f"{path}: must be {context['expected']}, got {got}"
     if kind == "value_error":
-        message = str(context["error"])
-        option = message.split(":")[
-            0
-        ]  # "beta: must be …" about loss becomes "loss.beta: must be …"
-        given = first["input"] if isinstance(first["input"], dict) else ("name",)
-        joint = "." if option in given else ": "
-        if not path or re.match(rf"{path}[:\[]", message):  # "loss[1].weight: …" says it all
-            return message
-        return f"{path}{joint}{message}"
+        return _joined(path, str(context["error"]), first["input"])
     family = kind.split("_")[0]
     if family in _KINDS:
         return f"{path}: must be {_KINDS[family]}, got {got}"
     return f"{path}: {first['msg']}, got {got}"
 
 
+def _joined(path: str, message: str, value: Any) -> str:
+    """Return the message of a validator behind the path of the value that it refused.
+
+    "beta: must be …" about loss becomes "loss.beta: must be …"; "loss[1].weight: …" about loss,
+    and any message about the whole config, has its path already.
+    """
+    if not path or re.match(rf"{path}[:\[]", message):
+        return message
+    fields = value if isinstance(value, dict) else ("name",)
+    begins_with_field = message.split(":")[0] in fields
+    return f"{path}.{message}" if begins_with_field else f"{path}: {message}"
+
+
 def _nearest(location: list[str]) -> str:
-    known = list(section_of(location).model_fields)
-    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
-    guess = f"did you mean {close[0]}? " if close else ""
-    return f"{guess}known: {', '.join(known)}"
+    """Return the keys of the section, behind the one that was probably meant."""
+    key = location[-1]
+    names = list(section_of(location).model_fields)
+    matches = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not matches:
+        sections = {name: inner_section(field) for name, field in Config.model_fields.items()}
+        elsewhere = [
+            f"{n}.{key}" for n, inner in sections.items() if inner and key in inner.model_fields
+        ]
+        matches = elsewhere if len(elsewhere) == 1 else []
+    guess = f"did you mean {matches[0]}? " if matches else ""
+    return f"{guess}known: {', '.join(names)}"

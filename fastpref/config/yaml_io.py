@@ -1,4 +1,4 @@
-"""YAML in and out: numbers of version 1.2, no dates."""
+"""Read YAML with the numbers of version 1.2 and without dates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2 (`1e-5` is one) and without dates."""
+    """Loader with the numbers of YAML 1.2 (`1e-5` is a number) and without dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -26,10 +26,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
+    """Return the values of a YAML text."""
     return yaml.load(text, _Loader)  # noqa: S506 – it is a SafeLoader
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with keys such as `optim.lr`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None

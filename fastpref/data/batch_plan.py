@@ -1,7 +1,7 @@
-"""The deterministic plan of which groups meet in which optimizer step and micro-batch.
+"""Deterministic assignment of groups to optimizer steps and micro-batches.
 
-The groups of step k are a function of (data, batch_size, seed, k) alone: resuming needs no more
-than k, on any number of ranks.
+The groups of step k depend only on (data, batch_size, seed, k), so resuming needs nothing but k,
+on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastpref.data.dataset import UNITS, Groups, Lengths
 from fastpref.data.readers import DataError
 
 Indices = list[int]
-# How groups lie in a forward pass: in one row, each prompt once (shared) or for each of its
-# responses again (packed), or as one row for each response (padded).
+# Layout of the groups of a forward pass: one row with each prompt once (prefix_shared), one row
+# with a copy of the prompt for each response (packed), or one padded row per response (padded).
 Layout = Literal["prefix_shared", "packed", "padded"]
 
 
@@ -26,12 +26,12 @@ Layout = Literal["prefix_shared", "packed", "padded"]
 class Plan:
     """Optimizer steps of `batch_size` groups, each split into micro-batches of `max_tokens`.
 
-    costs: (N,) tokens that a group takes in a packed row; in padded rows those of one of its
-        responses, padded to the longest.
-    rows: (N,) how many such it has, or None where groups are packed.
-    seed: of the order, anew in each epoch; None is the order of the data.
-    unit: what a group is called in messages.
-    ranks: processes that share a step; `step` gives the micro-batches of `rank`.
+    costs: (N,) tokens of each group in a packed row; for padded rows, tokens of one row of the
+        group (prompt and longest response).
+    rows: (N,) number of padded rows of each group, or None for packed rows.
+    seed: shuffles the groups, differently in each epoch; None keeps the order of the data.
+    unit: name of a group in messages.
+    ranks: number of processes that share a step; `step` returns the micro-batches of `rank`.
     """
 
     costs: Lengths
@@ -73,50 +73,55 @@ class Plan:
 
     @property
     def shortest(self) -> int:
-        """A group for a rank that has none, where the others have."""
+        """Index of the cheapest group, which stands in on a rank that has run out of groups."""
         return int(self.costs.argmin())
 
     def groups(self, number: int) -> Indices:
-        """All groups of the optimizer step `number`, counted from 0 over all epochs."""
+        """All groups of optimizer step `number`, which counts from 0 over all epochs."""
         epoch, position = divmod(number, self.steps_per_epoch)
-        chosen = self._order(epoch)[position * self.batch_size :][: self.batch_size]
-        return [int(index) for index in chosen]
+        indices = self._order(epoch)[position * self.batch_size :][: self.batch_size]
+        return [int(index) for index in indices]
 
     def step(self, number: int) -> list[Indices]:
-        """Micro-batches of this rank in a step; all ranks have as many, some of them empty."""
+        """Micro-batches of this rank in a step; every rank has the same number, some are empty."""
         return self.parts(self.groups(number))
 
     def parts(self, indices: Indices) -> list[Indices]:
-        """Micro-batches of this rank, of groups that all ranks share."""
+        """Micro-batches of this rank, out of groups that are split over all ranks."""
         if self.ranks == 1:
             return self.pack(indices)
         return self.spread(indices)[self.rank :: self.ranks]
 
     def epoch(self, number: int = 0) -> Iterator[list[Indices]]:
-        """All steps of one epoch; every group comes exactly once."""
+        """All steps of one epoch; every group occurs exactly once."""
         first = number * self.steps_per_epoch
         return (self.step(first + k) for k in range(self.steps_per_epoch))
 
     def pack(self, indices: Iterable[int]) -> list[Indices]:
-        """Micro-batches within the budget: each group, longest first, into the first with room."""
+        """First-fit decreasing: each group, longest first, goes into the first bin with room."""
         bins: list[_Bin] = []
         for index in self._longest_first(indices):
             size = self._size(index)
-            found = next((each for each in bins if size <= each.room), None)
-            if found is None:
-                bins.append(found := self._bin_for(index))
-            found.take(index, size, self._load(index))
-        return [each.indices for each in bins]
+            target = next((candidate for candidate in bins if size <= candidate.room), None)
+            if target is None:
+                target = self._bin_for(index)
+                bins.append(target)
+            target.add(index, size, self._load(index))
+        return [filled.indices for filled in bins]
 
     def spread(self, indices: Indices) -> list[Indices]:
-        """Micro-batches within the budget for all ranks: a multiple of their number, as even as
-        longest first into the emptiest makes them, the heaviest first."""
+        """Micro-batches of all ranks, heaviest first; their number is a multiple of `ranks`.
+
+        Each group, longest first, goes into the bin with the smallest load, so that ranks have
+        similar work.
+        """
         count = -(-len(self.pack(indices)) // self.ranks) * self.ranks
-        while (bins := self._even(indices, count)) is None:
+        while (bins := self._balanced(indices, count)) is None:
             count += self.ranks
         return bins
 
-    def _even(self, indices: Indices, count: int) -> list[Indices] | None:
+    def _balanced(self, indices: Indices, count: int) -> list[Indices] | None:
+        """Groups spread evenly over `count` bins, or None if the bins have no room for a group."""
         bins: list[_Bin] = []
         for index in self._longest_first(indices):
             size = self._size(index)
@@ -125,22 +130,22 @@ class Plan:
             fitting = bins[-1:] if not bins[-1].indices else [b for b in bins if size <= b.room]
             if not fitting:
                 return None
-            min(fitting, key=lambda each: each.load).take(index, size, self._load(index))
-        bins.sort(key=lambda each: -each.load)
-        return [each.indices for each in bins] + [[] for _ in range(count - len(bins))]
+            min(fitting, key=lambda b: b.load).add(index, size, self._load(index))
+        bins.sort(key=lambda b: -b.load)
+        return [b.indices for b in bins] + [[] for _ in range(count - len(bins))]
 
     def _longest_first(self, indices: Iterable[int]) -> Indices:
         return sorted(indices, key=lambda i: (-self.costs[i], i))
 
     def _size(self, index: int) -> int:
-        """What a group takes of a micro-batch's room: tokens, or rows of padded ones."""
+        """Room that a group takes in a micro-batch: tokens, or rows if rows are padded."""
         return int(self.costs[index] if self.rows is None else self.rows[index])
 
     def _load(self, index: int) -> int:
         return int(self.costs[index] * (1 if self.rows is None else self.rows[index]))
 
     def _bin_for(self, index: int) -> _Bin:
-        """An empty micro-batch whose first group, and so its longest, is to be this one."""
+        """Empty bin whose first, and therefore longest, group will be `index`."""
         return _Bin(self.max_tokens // (1 if self.rows is None else int(self.costs[index])))
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -149,26 +154,27 @@ class Plan:
         return _permutation(self.seed, epoch, len(self.costs))
 
 
-@lru_cache(maxsize=1)  # all steps of an epoch ask for it
+# Cached because every step of an epoch reads it.
+@lru_cache(maxsize=1)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 class _Bin:
-    """A micro-batch while it is filled."""
+    """A micro-batch that is being filled."""
 
     def __init__(self, room: int) -> None:
         self.indices: Indices = []
         self.room, self.load = room, 0
 
-    def take(self, index: int, size: int, load: int) -> None:
+    def add(self, index: int, size: int, load: int) -> None:
         self.indices.append(index)
         self.room -= size
         self.load += load
 
 
 def tokens_of(groups: Groups, layout: Layout) -> Lengths:
-    """Tokens that each group takes in a layout, with padding if it is alone in its rows, (N,)."""
+    """Tokens of each group in a layout, (N,), including its own padding in padded rows."""
     responses = np.diff(groups.offsets)
     if layout == "padded":
         return groups.padded_lengths * responses

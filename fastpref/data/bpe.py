@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on the spot, for models that start from random weights."""
+"""Byte-level BPE tokenizer trained on the data, for models that start from random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST_VOCABULARY = 256 + 5  # every byte and the special tokens
 
 
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab_size` tokens, with BOS, EOS, padding and a ChatML template.
+    """Train a byte-level BPE of at most `vocab_size` tokens, with BOS, EOS, padding and ChatML.
 
     Raises ValueError if `vocab_size` cannot hold the bytes and the special tokens.
     """
@@ -49,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def texts_of(groups: Iterable[tuple[int, TextGroup]]) -> Iterator[str]:
-    """All text of the groups, prompts and every response, for training a tokenizer."""
+    """Texts of all prompts and responses of the groups, for training a tokenizer."""
     for _, group in groups:
         for part in (group.prompt, *group.responses):
             yield part if isinstance(part, str) else _contents(part)

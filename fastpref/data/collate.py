@@ -1,4 +1,4 @@
-"""The tensors of one forward pass over groups: pairs, labelled responses or several scored ones."""
+"""Collate groups (pairs, labeled responses or scored responses) into tensors of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpref.data.batch_plan import Layout
 from fastpref.data.dataset import Ids, TokenGroup
-from fastpref.data.packing import Packing, lay_out
+from fastpref.data.packing import Packing, pack_groups
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import Kind, Logps
 
@@ -21,40 +21,40 @@ from fastpref.losses import Kind, Logps
 class Batch:
     """G groups as S sequences, one for each response.
 
-    The responses of a group are next to each other, except that pairs come as chosen_0 …
-    chosen_{B-1}, rejected_0 … rejected_{B-1}. The sequences lie in R rows of L positions: each in
-    one of its own, padded on the right (a causal model needs no mask: no token sees what follows
-    it), or all packed in a single one.
+    The responses of a group are adjacent, except that pairs are ordered chosen_0 … chosen_{B-1},
+    rejected_0 … rejected_{B-1}. The sequences fill R rows of L positions: either one row per
+    sequence, padded on the right (a causal model needs no mask, since no token attends to later
+    ones), or a single row that packs all of them.
     """
 
     input_ids: Tensor  # (R, L) int64
-    positions: Tensor  # (T,) int64, flat positions in (R · L) whose hidden state predicts a label
+    predictor_positions: Tensor  # (T,) int64, flat positions in (R · L) that predict the labels
     labels: Tensor  # (T,) int64, the completion tokens of all sequences, in order
     label_positions: Tensor  # (T,) int64, flat positions in (R · L) of the labels themselves
-    cu_seqlens: Tensor  # (S + 1,) int64, sequence s owns labels[cu_seqlens[s]:cu_seqlens[s+1]]
+    cu_seqlens: Tensor  # (S + 1,) int64, labels of sequence s: [cu_seqlens[s], cu_seqlens[s + 1])
     lengths: Tensor  # (S,) int64, completion tokens of each sequence
     cu_groups: Tensor  # (G + 1,) int64, offsets of the groups' responses
     targets: Tensor | None  # fp64: p of each pair (B,) or None; label or score of responses (S,)
-    token_weights: Tensor | None  # (T,) fp32, how much each label counts; None: all alike
-    responses: Tensor  # (S,) int64, position of each sequence among all responses of the data
+    token_weights: Tensor | None  # (T,) fp32, weight of each label; None: all 1
+    responses: Tensor  # (S,) int64, index of each sequence among all responses of the data set
     kind: Kind
     tokens: int  # unpadded tokens of all sequences
     position_ids: Tensor | None = None  # (1, L) int64, positions in the sequences of a packed row
-    packing: Packing | None = None  # what a packed row is made of
+    packing: Packing | None = None  # segments of a packed row
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        # From pinned memory a copy waits for nothing.
+        # Copies from pinned memory are asynchronous.
         tensors = {
-            k: v.pin_memory().to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor)
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return Batch(**{**vars(self), **tensors})
 
     def view(self, logps: Tensor) -> Logps:
-        """Log-probs of the sequences, (S,), as objectives of this kind take them."""
+        """Wrap the sequence log-probs (S,) as the input of objectives of this kind."""
         if self.kind == "pairwise":
             return SequenceLogps.from_sequences(logps, self.lengths, self.targets)
         assert self.targets is not None
@@ -63,9 +63,9 @@ class Batch:
         return GroupedLogps(logps, self.lengths, self.cu_groups, self.targets)
 
     def token_view(self, logps: Tensor, **columns: Tensor | None) -> TokenLogps:
-        """Log-probs of the labels of pairs, (T,), and further columns, for token-level objectives.
+        """Wrap the token log-probs (T,) of pairs, with `columns`, for token-level objectives.
 
-        Where the data has token weights they are among them, in the dtype of the log-probs.
+        Token weights of the data are included, in the dtype of the log-probs.
         """
         weights = None if self.token_weights is None else self.token_weights.to(logps.dtype)
         return TokenLogps(logps, self.cu_seqlens, self.targets, weights=weights, **columns)
@@ -74,7 +74,7 @@ class Batch:
 def collate(
     groups: Sequence[TokenGroup], kind: Kind = "pairwise", layout: Layout = "padded"
 ) -> Batch:
-    """Tensors of one forward pass over the groups."""
+    """Build the tensors of one forward pass over the groups."""
     members = [(group, k) for group in groups for k in range(len(group.responses))]
     if kind == "pairwise":
         members.sort(key=lambda member: member[1])  # stable: all chosen, then all rejected
@@ -84,9 +84,9 @@ def collate(
     if layout == "padded":
         rows = _padded(sequences)
     else:
-        order = {id(group): g for g, group in enumerate(groups)}
-        places = [(order[id(group)], k) for group, k in members]
-        rows = lay_out(groups, places, share=layout == "prefix_shared")._asdict()
+        group_index = {id(group): g for g, group in enumerate(groups)}
+        indices = [(group_index[id(group)], k) for group, k in members]
+        rows = pack_groups(groups, indices, share=layout == "prefix_shared")._asdict()
     targets = [label for group in groups for label in group.labels or ()]
     return Batch(
         **rows,
@@ -103,19 +103,19 @@ def collate(
 
 
 def _padded(sequences: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
-    """One row for each sequence, a prompt and a response."""
+    """One row per sequence of prompt and response, padded on the right with 0."""
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
-    own = []
+    label_positions = []
     for s, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)
         input_ids[s, :end] = np.concatenate([prompt, response])
-        own.append(s * width + np.arange(len(prompt), end))
-    places = torch.from_numpy(np.concatenate(own))
+        label_positions.append(s * width + np.arange(len(prompt), end))
+    positions = torch.from_numpy(np.concatenate(label_positions))
     return {
         "input_ids": torch.from_numpy(input_ids),
-        "positions": places - 1,
-        "label_positions": places,
+        "predictor_positions": positions - 1,
+        "label_positions": positions,
     }
 
 
@@ -124,6 +124,6 @@ def _offsets(sizes: list[int]) -> Tensor:
 
 
 def join(views: Sequence[Any]) -> Logps:
-    """The log-probs of all forward passes of a micro-batch, views of one kind, as one."""
+    """Concatenate the log-probs of all forward passes of a micro-batch."""
     joined: Logps = type(views[0]).cat(views)
     return joined

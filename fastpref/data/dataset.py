@@ -1,4 +1,4 @@
-"""Tokenised groups on disk: an Arrow file, read through a memory map."""
+"""Tokenized groups on disk: an Arrow file, read through a memory map."""
 
 from __future__ import annotations
 
@@ -25,17 +25,10 @@ from fastpref.losses import Kind
 from fastpref.utils import atomic_files
 
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
-
-
 Weights = np.ndarray[Any, np.dtype[np.float32]]
-
-
 UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
-
-
-_VERSION = "3"  # raise it when the same text gives other tokens, or they are stored otherwise
-
-
+# Part of the cache key: bump it when tokenization or the file format changes.
+_VERSION = "3"
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -50,7 +43,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class TokenGroup:
-    """Token ids of one prompt and of its responses; each has at least one."""
+    """Token ids of a prompt and of its responses, none of them empty."""
 
     index: int  # position in the data set
     row: int  # row of the source, from 1
@@ -58,37 +51,37 @@ class TokenGroup:
     responses: tuple[Ids, ...]  # of a pair: chosen, rejected
     labels: tuple[float, ...] | None = None  # as in TextGroup
     token_weights: tuple[Weights, ...] | None = None  # one for each token of each response
-    first: int = 0  # position of its first response among all responses of the data set
+    first: int = 0  # index of its first response among all responses of the data set
 
 
 class Groups(Protocol):
-    """What the plan, the batches and the reference read of a data set of N groups."""
+    """Data set of N groups, as read by the batch plan, the collation and the reference."""
 
     source: str
     kind: Kind
     fingerprint: str  # hash of the token ids alone
-    offsets: Lengths  # (N + 1,) group g owns the responses offsets[g] to offsets[g + 1] - 1
+    offsets: Lengths  # (N + 1,) responses of group g: offsets[g] to offsets[g + 1] - 1
 
     @property
     def prompt_lengths(self) -> Lengths:
-        """Tokens of the prompt of each group, (N,)."""
+        """Number of prompt tokens of each group, (N,)."""
 
     @property
     def response_lengths(self) -> Lengths:
-        """Tokens of all responses, (offsets[N],)."""
+        """Number of tokens of each response, (offsets[N],)."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> TokenGroup: ...
     @property
     def padded_lengths(self) -> Lengths:
-        """Tokens of the longest prompt + response of each group, (N,)."""
+        """Number of tokens of the longest prompt + response of each group, (N,)."""
 
     def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """Reference log-probs of all responses that came with the data, or None."""
+        """Reference log-probs of all responses from the data's columns, or None."""
 
 
 class GroupDataset:
-    """Tokenised groups: a folder with an Arrow file, read through a memory map, and its counts."""
+    """Tokenized groups in a folder: a memory-mapped Arrow file and `about.json` with counts."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.source = source
@@ -111,7 +104,7 @@ class GroupDataset:
         responses = tuple(response.values.to_numpy() for response in columns["responses"].values)
         labels = columns["labels"].as_py()
         if labels is None and self.has_preferences:
-            labels = [1.0]  # beside soft labels, none means certain
+            labels = [1.0]  # some pairs have soft labels, so a missing one means p = 1
         weights = None
         if columns["weights"].is_valid:
             weights = tuple(w.values.to_numpy() for w in columns["weights"].values)
@@ -129,12 +122,12 @@ class GroupDataset:
 
     @cached_property
     def has_preferences(self) -> bool:
-        """Whether pairs have soft labels."""
+        """Whether any pair has a soft label."""
         return self.kind == "pairwise" and self._columns["labels"].null_count < len(self)
 
     @cached_property
     def has_token_weights(self) -> bool:
-        """Whether the tokens of some pair have weights."""
+        """Whether any pair has token weights."""
         return self._columns["weights"].null_count < len(self)
 
     @cached_property
@@ -143,19 +136,19 @@ class GroupDataset:
         return self.prompt_lengths + longest
 
     def label_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The labels of all groups, one after the other."""
+        """Labels of all groups, concatenated."""
         return pc.list_flatten(self._columns["labels"]).to_numpy()
 
     def prompt_bytes(self) -> Iterator[bytes]:
-        """The token ids of each prompt, to compare prompts by."""
+        """Token ids of each prompt as bytes, for comparing prompts."""
         for chunk in self._columns["prompt"].chunks:
             values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
             yield from (values[a:b].tobytes() for a, b in pairwise(offsets))
 
     def given_reference_logps(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """Reference log-probs of all responses that came with the data, or None.
+        """Reference log-probs of all responses from the data's columns, or None.
 
-        Raises DataError if only some rows have them, or if responses were cut since.
+        Raises DataError if only some rows have them, or if truncation has changed the responses.
         """
         missing = self._columns["reference"].null_count
         if missing == len(self):
@@ -170,11 +163,14 @@ class GroupDataset:
         return pc.list_flatten(self._columns["reference"]).to_numpy()
 
     def summary(self) -> str:
-        c, unit = self.counts, UNITS[self.kind]
-        cut = ", ".join(f"{c[f'{name}_cut']:,} {name}" for name in (*PARTS[self.kind], "prompts"))
+        """One line with the numbers of groups that were read, dropped and truncated."""
+        counts, unit = self.counts, UNITS[self.kind]
+        total, remaining = counts["found"], counts["kept"]
+        names = (*PARTS[self.kind], "prompts")
+        cut = ", ".join(f"{counts[f'{name}_cut']:,} {name}" for name in names)
         parts = [
-            f"{c['kept']:,} of {c['found']:,} {unit}s from {self.source}; dropped "
-            f"{c['found'] - c['kept']:,} (no completion left: {c['no_completion']:,}); "
+            f"{remaining:,} of {total:,} {unit}s from {self.source}; dropped "
+            f"{total - remaining:,} (no completion left: {counts['no_completion']:,}); "
             f"cut to max_length: {cut}"
         ]
         if self.kind == "pointwise":
@@ -182,7 +178,7 @@ class GroupDataset:
             parts.append(f"{desirable:,} desirable, {len(self) - desirable:,} undesirable")
             rows = self._columns["row"].to_numpy()
             if (rows[1:] == rows[:-1]).any():
-                parts.append("pairs are taken apart: chosen is desirable, rejected is not")
+                parts.append("each pair is two responses: chosen is desirable, rejected is not")
         return "; ".join(parts)
 
 
@@ -193,9 +189,9 @@ def load_groups(
     kind: Kind = "pairwise",
     default_split: str = "train",
 ) -> GroupDataset:
-    """Tokenise a source, or map the result of an earlier call with the same content.
+    """Tokenize a source, or map the cached result of an earlier call with the same content.
 
-    Raises DataError for data that is unreadable or of another kind, or if no group is left.
+    Raises DataError if the data is unreadable or of another kind, or if no group is left.
     """
     content = content_hash(source, default_split)
     options = json.dumps([kind, data.model_dump(exclude={"train", "eval", "cache"})])
@@ -215,7 +211,7 @@ def load_groups(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides the token ids of a text or conversation."""
+    """Hash of everything that determines the token ids of a text or conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
@@ -243,8 +239,8 @@ def _write(
         groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
         for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
             for row in rows:
-                about_it = [row[name] for name in ("labels", "reference", "weights")]
-                labels.update(json.dumps(about_it).encode())
+                annotations = [row[name] for name in ("labels", "reference", "weights")]
+                labels.update(json.dumps(annotations).encode())
                 sequences = (row["prompt"], *row["responses"])
                 ids.update(len(sequences).to_bytes(4, "little"))
                 for tokens in sequences:

@@ -1,6 +1,6 @@
-"""Read preference data from files or the Hub, in the formats that people keep it in.
+"""Read preference data from files or the Hub, in the common formats.
 
-A row becomes a `TextGroup`: what the model is shown, and the responses that continue it.
+A row becomes a `TextGroup`: the prompt of the model and the responses that continue it.
 
 | kind | columns |
 |---|---|
@@ -11,9 +11,9 @@ A row becomes a `TextGroup`: what the model is shown, and the responses that con
 Prompts and responses are plain text or lists of `{"role", "content"}` messages, then with an
 optional column `tools`. Pairs may have `p`, the probability that `chosen` is preferred;
 `ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats; and `chosen_weights`,
-`rejected_weights`, lists of how much the log-prob of each token of the response counts. Other
-columns are left alone. Where single responses are wanted, a pair is taken apart: `chosen` is
-desirable, `rejected` is not.
+`rejected_weights`, lists with a weight for the log-prob of each token of the response. Other
+columns are ignored. Pointwise objectives read a pair as two responses: `chosen` is desirable,
+`rejected` is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from fastpref.data.readers import NOT_JSON, DataError, Row, kind_of, read_rows
+from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
 from fastpref.losses import Kind
 from fastpref.utils.errors import shown
 
@@ -33,23 +33,19 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "pointwise": ("prompt", "completion", "label"),
     "groupwise": ("prompt", "completions", "scores"),
 }
-
-
 _ACCEPTED: dict[Kind, str] = {
     "pairwise": "prompt, chosen, rejected | chosen, rejected (prompt implicit)",
-    "pointwise": "prompt, completion, label | pairs, which are taken apart",
+    "pointwise": "prompt, completion, label | pairs, as two responses each",
     "groupwise": "prompt, completions, scores",
 }
-
-
 Messages = list[dict[str, Any]]
 
 
 class TextGroup(NamedTuple):
-    """Responses to one prompt: the two of a pair, a labelled one, or several scored ones."""
+    """Responses to one prompt: a pair, a single labeled response, or several scored responses."""
 
     prompt: str | Messages
-    responses: tuple[str | Messages, ...]  # each alone; those of a pair are chosen, rejected
+    responses: tuple[str | Messages, ...]  # without the prompt; of a pair: chosen, rejected
     tools: list[Any] | None = None
     labels: tuple[float, ...] | None = None  # (p,) of a pair; (0 or 1,) of one; scores of several
     reference_logps: tuple[float, ...] | None = None  # summed, one for each response
@@ -67,7 +63,7 @@ def read_groups(
     soft_labels: bool = True,
     token_weights: bool = True,
 ) -> Iterator[tuple[int, TextGroup]]:
-    """The groups of all rows with the rows' numbers; DataError for the first row that is none."""
+    """Yield the groups of all rows, each with its row number; DataError at the first bad row."""
     for number, row in read_rows(source, default_split):
         try:
             groups = to_groups(row, kind, soft_labels, token_weights)
@@ -77,26 +73,25 @@ def read_groups(
 
 
 def to_groups(
-    row: Row, kind: Kind = "pairwise", soft_labels: bool = True, token_weights: bool = True
+    row: Record, kind: Kind = "pairwise", soft_labels: bool = True, token_weights: bool = True
 ) -> list[TextGroup]:
-    """What objectives of a kind train on in one row: one group, or the two responses of a pair.
+    """Convert a row to groups for objectives of a kind: one, or the two responses of a pair.
 
-    Without `soft_labels` the column `p` is checked and left out, without `token_weights` are
-    `chosen_weights` and `rejected_weights`. Raises DataError, which says what
-    is wrong with the row.
+    Without `soft_labels` the column `p` is checked and dropped; without `token_weights`, so are
+    `chosen_weights` and `rejected_weights`. Raises DataError if the row is invalid.
     """
-    takes_apart = kind == "pointwise" and "completion" not in row and _has(row, "pairwise")
-    if kind == "pairwise" or takes_apart:
+    splits_pair = kind == "pointwise" and "completion" not in row and _has(row, "pairwise")
+    if kind == "pairwise" or splits_pair:
         pair = _pair(row, soft_labels, token_weights)
-        return _apart(pair) if takes_apart else [pair]
-    return [_labelled(row) if kind == "pointwise" else _scored(row)]
+        return _split_pair(pair) if splits_pair else [pair]
+    return [_labeled(row) if kind == "pointwise" else _scored(row)]
 
 
-def _has(row: Row, kind: Kind) -> bool:
+def _has(row: Record, kind: Kind) -> bool:
     return all(row.get(name) is not None for name in COLUMNS[kind])
 
 
-def _require(row: Row, kind: Kind) -> None:
+def _require(row: Record, kind: Kind) -> None:
     missing = [name for name in COLUMNS[kind] if row.get(name) is None]
     if missing:
         others = [f"a {other}" for other in COLUMNS if other != kind and _has(row, other)]
@@ -108,10 +103,10 @@ def _require(row: Row, kind: Kind) -> None:
         )
 
 
-def _pair(row: Row, soft_labels: bool, token_weights: bool) -> TextGroup:
+def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
     _require(row, "pairwise")
     responses = {name: row[name] for name in ("chosen", "rejected")}
-    prompt, both = _split(row.get("prompt"), responses)
+    prompt, both = _split_prompt(row.get("prompt"), responses)
     p = _preference(row)
     labels = (p,) if p is not None and soft_labels else None
     weights = _token_weights(row)
@@ -125,8 +120,8 @@ def _pair(row: Row, soft_labels: bool, token_weights: bool) -> TextGroup:
     )
 
 
-def _apart(pair: TextGroup) -> list[TextGroup]:
-    """The two responses of a pair, each with its label."""
+def _split_pair(pair: TextGroup) -> list[TextGroup]:
+    """Split a pair into two groups of one labeled response."""
     if pair.labels is not None:
         raise DataError(
             "pointwise objectives do not take p, a soft label; set data.soft_labels=false to take "
@@ -137,27 +132,27 @@ def _apart(pair: TextGroup) -> list[TextGroup]:
             "pointwise objectives do not take chosen_weights and rejected_weights; set "
             "data.token_weights=false to leave them out"
         )
-    given = pair.reference_logps or (None, None)
+    reference_logps = pair.reference_logps or (None, None)
     return [
         pair._replace(
             responses=(response,),
             labels=(label,),
             reference_logps=None if logp is None else (logp,),
         )
-        for response, label, logp in zip(pair.responses, (1.0, 0.0), given, strict=True)
+        for response, label, logp in zip(pair.responses, (1.0, 0.0), reference_logps, strict=True)
     ]
 
 
-def _labelled(row: Row) -> TextGroup:
+def _labeled(row: Record) -> TextGroup:
     _require(row, "pointwise")
     label = row["label"]
     if label not in (0, 1):
         raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
-    prompt, responses = _split(row["prompt"], {"completion": row["completion"]})
+    prompt, responses = _split_prompt(row["prompt"], {"completion": row["completion"]})
     return TextGroup(prompt, responses, _tools(row.get("tools")), (float(label),))
 
 
-def _scored(row: Row) -> TextGroup:
+def _scored(row: Record) -> TextGroup:
     _require(row, "groupwise")
     completions, scores = row["completions"], row["scores"]
     for name, values in (("completions", completions), ("scores", scores)):
@@ -172,14 +167,14 @@ def _scored(row: Row) -> TextGroup:
         if not _is_number(score):
             raise DataError(f"scores[{position}] must be a finite number, got {shown(score)}")
     responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
-    prompt, texts = _split(row["prompt"], responses)
+    prompt, texts = _split_prompt(row["prompt"], responses)
     return TextGroup(prompt, texts, _tools(row.get("tools")), tuple(map(float, scores)))
 
 
-def _split(
+def _split_prompt(
     prompt: Any, responses: dict[str, Any]
 ) -> tuple[str | Messages, tuple[str | Messages, ...]]:
-    """Prompt and responses of one form, text or messages, each response without the prompt."""
+    """Return prompt and responses, all texts or all messages, with the prompt stripped."""
     values = list(responses.values())
     if all(isinstance(value, str) for value in values):
         for name, text in {"prompt": prompt, **responses}.items():
@@ -193,9 +188,9 @@ def _split(
         return prompt, tuple(values)
     if all(isinstance(value, list) for value in values):
         return _split_messages(prompt, responses)
-    found = " and ".join(dict.fromkeys(map(kind_of, values)))
+    kinds = " and ".join(dict.fromkeys(map(kind_of, values)))
     raise DataError(
-        f"{_columns(responses)} must be text, or be lists of messages, all alike, got {found}"
+        f"{_columns(responses)} must be text, or be lists of messages, all alike, got {kinds}"
     )
 
 
@@ -206,8 +201,8 @@ def _columns(responses: dict[str, Any]) -> str:
 def _split_text(chosen: str, rejected: str) -> tuple[str, tuple[str, str]]:
     """Split off the implicit prompt of two transcripts.
 
-    `Human:`/`Assistant:` transcripts are cut after the last `Assistant:` they share; other text at
-    the last white space they share, so that no word is split.
+    `Human:`/`Assistant:` transcripts are split after the last shared `Assistant:`; other text at
+    the last shared whitespace, so that no word is split.
     """
     prompt = chosen[: common_prefix(chosen, rejected)]
     marker = "\n\nAssistant:"
@@ -222,14 +217,15 @@ def _split_text(chosen: str, rejected: str) -> tuple[str, tuple[str, str]]:
 def _split_messages(
     prompt: Any, responses: dict[str, Messages]
 ) -> tuple[Messages, tuple[Messages, ...]]:
-    """Bring conversations to prompt messages and the messages of each response."""
+    """Split conversations into prompt messages and the messages of each response."""
     for name, messages in responses.items():
         _check_messages(name, messages)
     conversations = list(responses.values())
     if prompt is None:
         shared = common_prefix(*conversations)
         if shared == min(map(len, conversations)):
-            shared -= 1  # one conversation continues the other, or they are equal
+            # One conversation continues the other, or they are equal.
+            shared -= 1
         prompt = conversations[0][:shared]
     else:
         if isinstance(prompt, str):
@@ -252,7 +248,7 @@ def _check_messages(name: str, messages: Any) -> None:
 
 
 def _check_text(name: str, value: Any) -> None:
-    """Refuse lone surrogates in a text, and in all texts of messages or tools."""
+    """Raise DataError for a lone surrogate in a text, or in any text of messages or tools."""
     if isinstance(value, list):
         for item in value:
             _check_text(name, item)
@@ -280,7 +276,7 @@ def _tools(value: Any) -> list[Any] | None:
     raise DataError(f"tools must be a list, got {kind_of(value)}")
 
 
-def _preference(row: Row) -> float | None:
+def _preference(row: Record) -> float | None:
     value = row.get("p")
     if value is None:
         return None
@@ -289,7 +285,7 @@ def _preference(row: Row) -> float | None:
     return float(value)
 
 
-def _reference(row: Row) -> tuple[float, ...] | None:
+def _reference(row: Record) -> tuple[float, ...] | None:
     values = [row.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
     if values == [None, None]:
         return None
@@ -301,7 +297,7 @@ def _reference(row: Row) -> tuple[float, ...] | None:
     return float(chosen), float(rejected)  # type: ignore[arg-type]
 
 
-def _token_weights(row: Row) -> tuple[list[float], ...] | None:
+def _token_weights(row: Record) -> tuple[list[float], ...] | None:
     names = ("chosen_weights", "rejected_weights")
     values: list[Any] = [row.get(name) for name in names]
     if values == [None, None]:
@@ -315,7 +311,7 @@ def _token_weights(row: Row) -> tuple[list[float], ...] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is one that a float can hold, and no truth value."""
+    """Whether a value is an int or float (not a bool) within the range of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
@@ -324,7 +320,8 @@ def _is_number(value: Any) -> bool:
 def common_prefix(first: Sequence[Any], *others: Sequence[Any]) -> int:
     """Length of the longest prefix that all sequences share."""
     shortest = min(map(len, (first, *others)))
-    if all(other[:shortest] == first[:shortest] for other in others):  # the usual case, fast
+    # Fast path: the shortest sequence is usually a prefix of the others.
+    if all(other[:shortest] == first[:shortest] for other in others):
         return shortest
     columns = zip(first, *others, strict=False)
     return sum(1 for _ in takewhile(lambda column: all(x == column[0] for x in column), columns))

@@ -13,13 +13,13 @@ from fastpref.losses import Kind
 from fastpref.utils import atomic_files
 
 
-class Mismatched:
-    """As many groups as a data set of single responses: each prompt with a response to another.
+class MismatchedGroups:
+    """Groups of a pointwise data set, each prompt with a response to a different prompt.
 
-    The rule is fixed: of L neighbours with the same prompt, usually one, each takes the response L
-    groups further on; after the end the data begins anew. If that has the same prompt again, the
-    next one that has not is taken. The response is cut to `max_length`. So an estimate from the
-    rows of a step does not depend on micro-batches.
+    The assignment is fixed, so an estimate from the rows of a step does not depend on
+    micro-batches. In a run of L adjacent groups with the same prompt (usually L = 1), each group
+    takes the response L groups later, wrapping around at the end of the data; if that group has
+    the same prompt again, it takes the next one that does not. Responses are cut to `max_length`.
 
     Raises DataError if all prompts are the same.
     """
@@ -48,8 +48,8 @@ class Mismatched:
 
     @cached_property
     def padded_lengths(self) -> Lengths:
-        own, other = self._dataset.prompt_lengths, self._dataset.response_lengths[self._partners]
-        return np.minimum(own + other, self._max_length)
+        responses = self._dataset.response_lengths[self._partners]
+        return np.minimum(self._dataset.prompt_lengths + responses, self._max_length)
 
     @property
     def prompt_lengths(self) -> Lengths:
@@ -60,20 +60,20 @@ class Mismatched:
         return self.padded_lengths - self.prompt_lengths
 
     def given_reference_logps(self) -> None:
-        """Data brings reference log-probs of its own responses at most."""
+        """None: the columns of the data hold log-probs of matched responses only."""
 
 
 def partners(prompts: list[bytes]) -> Lengths:
-    """For each group the position of the response that it takes, (N,); empty if there is none."""
+    """Index of the group whose response each group takes, (N,); empty if all prompts are equal."""
     count = len(prompts)
     starts = [i for i in range(count) if prompts[i] != prompts[i - 1]]
     if not starts:
         return np.empty(0, dtype=np.int64)
-    found = np.empty(count, dtype=np.int64)
+    indices = np.empty(count, dtype=np.int64)
     for start, end in zip(starts, [*starts[1:], starts[0] + count], strict=True):
         for position in range(start, end):
             partner = position + end - start
             while prompts[partner % count] == prompts[start]:
                 partner += 1
-            found[position % count] = partner % count
-    return found
+            indices[position % count] = partner % count
+    return indices

@@ -1,4 +1,4 @@
-"""The prompts of a data set in any format, as token ids: those that they have in training."""
+"""Read the prompts of a data set in any format, tokenized as for training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Data
 from fastpref.data.dataset import Ids
 from fastpref.data.formats import COLUMNS, TextGroup, to_groups
-from fastpref.data.readers import DataError, Row, read_rows
+from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.tokenize import chunks, tokenize
 
 
 class Prompt(NamedTuple):
-    row: int  # of the source, from 1
+    """A prompt as text and as token ids."""
+
+    row: int  # row of the source, from 1
     text: TextGroup  # without responses
     ids: Ids
 
@@ -28,9 +30,9 @@ def read_prompts(
     limit: int | None = None,
     duplicates: bool = False,
 ) -> list[Prompt]:
-    """The first `limit` prompts of a file or Hub data set, each once unless `duplicates`.
+    """Read the first `limit` prompts of a file or Hub data set, distinct unless `duplicates`.
 
-    Raises DataError for data that is unreadable or has no prompt.
+    Raises DataError if the data is unreadable or has no prompt.
     """
     prompts: list[Prompt] = []
     seen: set[bytes] = set()
@@ -44,43 +46,46 @@ def read_prompts(
             if len(prompts) == limit:
                 return prompts
     if not prompts:
-        raise DataError(f"{source}: there is no prompt in it; name data with rows")
+        raise DataError(f"{source}: has no rows; use data with at least one prompt")
     return prompts
 
 
-def prompt_of(row: Row) -> TextGroup:
-    """The prompt of a row of any format, or of one that has nothing else; raises DataError."""
-    kinds = (k for k, names in COLUMNS.items() if all(row.get(n) is not None for n in names))
-    kind = next(kinds, None)
+def prompt_of(row: Record) -> TextGroup:
+    """Prompt of a row of any format, or of a row with a prompt only.
+
+    Raises DataError if the row has none.
+    """
+    matches = (k for k, names in COLUMNS.items() if all(row.get(n) is not None for n in names))
+    kind = next(matches, None)
     if kind is None:
         prompt = row.get("prompt")
         if prompt is None:
             raise DataError(
                 f"no prompt; columns found: {', '.join(map(str, row)) or 'none'}; expected prompt, "
-                "or chosen and rejected, whose common beginning is the prompt"
+                "or chosen and rejected, whose common prefix is the prompt"
             )
-        kind, nothing = "pointwise", response_to(prompt, "")
-        row = {"prompt": prompt, "tools": row.get("tools"), "completion": nothing, "label": 1}
+        kind, empty = "pointwise", response_to(prompt, "")
+        row = {"prompt": prompt, "tools": row.get("tools"), "completion": empty, "label": 1}
     group = to_groups(row, kind, soft_labels=False)[0]
     return TextGroup(group.prompt, (), group.tools)
 
 
 def response_to(prompt: Any, text: str) -> Any:
-    """A response in the form of its prompt: text, or a list of one message of the assistant."""
+    """Response in the form of its prompt: text, or a list with one assistant message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def encode(
     numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Row]:
-    """Token ids of groups with any number of responses, of any length; see `tokens.tokenize`."""
+) -> list[Record]:
+    """Tokenize groups of any number of responses without truncation; see `tokenize.tokenize`."""
     counts: Counter[str] = Counter()
-    whole = Data(train=source, max_length=sys.maxsize)
-    (rows,) = tokenize([numbered], source, tokenizer, whole, "pointwise", counts)
+    untruncated = Data(train=source, max_length=sys.maxsize)
+    (rows,) = tokenize([numbered], source, tokenizer, untruncated, "pointwise", counts)
     if counts["no_completion"]:
         raise DataError(
             f"{source}: a prompt is empty, and the tokenizer has neither a BOS nor an EOS token to "
-            "begin with; leave it out"
+            "start it with; remove the row"
         )
     return rows
 

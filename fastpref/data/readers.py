@@ -14,24 +14,20 @@ import pyarrow.parquet as pq
 from fastpref.utils import atomic_files
 from fastpref.utils.errors import UserError, first_line
 
-# What json raises: for other bytes and signs, numbers of too many digits, too deep a nesting.
+# Errors of the json module: invalid text or numbers with too many digits, and too deep nesting.
 NOT_JSON = (ValueError, RecursionError)
-
-
-_MEND_JSON = "expected one object a line, or a list of them, in UTF-8"
-
-
-Row = dict[str, Any]
+_JSON_FORMATS = "expected one object per line, or a list of objects, in UTF-8"
+Record = dict[str, Any]
 
 
 class DataError(UserError):
-    """Data that cannot be trained on, with the file and the row."""
+    """Data that cannot be used; the message names the file and the row."""
 
 
-def read_rows(source: str, default_split: str = "train") -> Iterator[tuple[int, Row]]:
-    """Rows of a file or of a Hub dataset (`org/name` or `org/name:split`), numbered from 1.
+def read_rows(source: str, default_split: str = "train") -> Iterator[tuple[int, Record]]:
+    """Rows of a file or of a Hub data set (`org/name` or `org/name:split`), numbered from 1.
 
-    Raises DataError when the source is missing, empty or not what its name says.
+    Raises DataError if the source is missing, empty or not in the format of its file extension.
     """
     path = _file(source)
     rows = _READERS[path.suffix](path) if path else _hub_rows(source, default_split)
@@ -42,8 +38,9 @@ def read_rows(source: str, default_split: str = "train") -> Iterator[tuple[int, 
 
 
 def _file(source: str) -> Path | None:
-    """The file of a source, one that can be read; None for what must be a Hub dataset."""
-    path = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that is not there
+    """Path of a source if it is a file, None if it must be a Hub data set."""
+    # Path.expanduser raises for an unknown user, os.path.expanduser does not.
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         return None
     if path.is_dir():
@@ -51,11 +48,11 @@ def _file(source: str) -> Path | None:
     if path.stat().st_size == 0:
         raise DataError(f"{source}: the file is empty; name one with rows")
     if path.suffix not in _READERS:
-        raise DataError(f"{source}: unknown ending; expected {', '.join(_READERS)}")
+        raise DataError(f"{source}: unknown file extension; expected {', '.join(_READERS)}")
     return path
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         start = file.read(64).lstrip()
     if not start.startswith(b"["):
@@ -64,10 +61,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
     try:
         yield from json.loads(path.read_text(encoding="utf-8"))
     except NOT_JSON as error:
-        raise DataError(f"{path}: not valid JSON; {_MEND_JSON}: {error}") from None
+        raise DataError(f"{path}: not valid JSON; {_JSON_FORMATS}: {error}") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -76,21 +73,21 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 yield json.loads(line)
             except NOT_JSON as error:
                 raise DataError(
-                    f"{path}, line {number}: not valid JSON; {_MEND_JSON}: {error}"
+                    f"{path}, line {number}: not valid JSON; {_JSON_FORMATS}: {error}"
                 ) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[Record]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:  # of pages and of text within
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text is not UTF-8
         raise DataError(
             f"{path}: not a readable Parquet file; write it again: {first_line(error)}"
         ) from None
 
 
-def _arrow_rows(path: Path) -> Iterator[Row]:
+def _arrow_rows(path: Path) -> Iterator[Record]:
     with pa.memory_map(str(path)) as source:
         try:
             try:
@@ -98,7 +95,8 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
             except pa.ArrowInvalid:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-            table.validate(full=True)  # else a damaged one is read beyond its end
+            # Without validation, a damaged file can be read out of bounds.
+            table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{path}: not a readable Arrow file; write it again: {first_line(error)}"
@@ -140,6 +138,7 @@ def content_hash(source: str, default_split: str = "train") -> str:
 
 
 def kind_of(value: Any) -> str:
+    """Name of a JSON value's type for messages."""
     return {"str": "text", "list": "a list", "dict": "an object", "NoneType": "null"}.get(
         type(value).__name__, type(value).__name__
     )

@@ -1,8 +1,8 @@
-"""Groups of text → token ids, once: cut to length, stored as Arrow, mapped into memory.
+"""Tokenize text groups and truncate them to the maximum length.
 
-The responses of a group start at the longest common token prefix of the prompt and of prompt +
-response for each of them, all tokenised whole, so that a token that merges across the boundary is
-scored and is the token that the model will see.
+The prompt and each prompt + response are tokenized as whole texts, and responses start after the
+longest token prefix that all of them share. A token that merges across the boundary therefore
+belongs to the response and is the token that the model will see.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from fastpref.utils.errors import first_line
 
 T = TypeVar("T")
 Ids = np.ndarray[Any, np.dtype[np.int32]]
-PARTS: dict[Kind, tuple[str, ...]] = {  # the responses of a group, as they are counted
+# Names of a group's responses in the counts.
+PARTS: dict[Kind, tuple[str, ...]] = {
     "pairwise": ("chosen", "rejected"),
     "pointwise": ("responses",),
     "groupwise": ("responses",),
@@ -40,23 +41,23 @@ def tokenize(
     kind: Kind,
     counts: Counter[str],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of `_SCHEMA`, a list a batch, for the groups whose responses all keep a token; `counts`
-    is kept.
+    """Tokenize batches of groups into lists of rows as in `dataset._SCHEMA`; updates `counts`.
 
-    A batch is encoded, which holds no lock, while the rows of the one before are made.
+    Groups with a response that has no token left are dropped. A thread encodes the next batch,
+    without the GIL, while the rows of the current batch are built.
     """
 
     def rows(numbered: list[tuple[int, TextGroup]], encoding: Future[list[Any]]) -> Any:
         texts = iter(encoding.result())
-        made = (
+        candidates = (
             _row(number, group, [_ids(text) for text in islice(texts, 1 + len(group.responses))])
             for number, group in numbered
         )
-        return [row for row in made if row is not None]
+        return [row for row in candidates if row is not None]
 
-    def _row(number: int, group: TextGroup, whole: list[Ids]) -> dict[str, Any] | None:
+    def _row(number: int, group: TextGroup, ids: list[Ids]) -> dict[str, Any] | None:
         counts["found"] += 1
-        tokens = _split_and_cut(whole, group.conversational, tokenizer, data)
+        tokens = _split_and_cut(ids, group.conversational, tokenizer, data)
         if tokens is None:
             counts["no_completion"] += 1
             return None
@@ -74,20 +75,20 @@ def tokenize(
         }
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
-        before: list[Any] = []
+        previous: list[Any] = []
         for numbered in batches:
             encoding = thread.submit(_encode, *_texts(numbered, source, tokenizer), tokenizer)
-            if before:
-                yield rows(*before)
-            before = [numbered, encoding]
-        if before:
-            yield rows(*before)
+            if previous:
+                yield rows(*previous)
+            previous = [numbered, encoding]
+        if previous:
+            yield rows(*previous)
 
 
 def _texts(
     numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[bool]]:
-    """Prompt, and prompt + response, of each group, and whether they lack special tokens."""
+    """Texts of each group (prompt, prompt + responses), and whether each needs special tokens."""
     texts: list[str] = []
     special: list[bool] = []
     for number, group in numbered:
@@ -95,8 +96,8 @@ def _texts(
             rendered = render(group, tokenizer)
         except Exception as error:  # a chat template may raise anything
             raise DataError(
-                f"{source}, row {number}: chat template failed: {first_line(error)}; mend the row, "
-                "or name another tokenizer in model.tokenizer"
+                f"{source}, row {number}: chat template failed: {first_line(error)}; fix the row, "
+                "or use another tokenizer in model.tokenizer"
             ) from None
         texts.extend(rendered)
         bos = tokenizer.bos_token
@@ -106,29 +107,32 @@ def _texts(
 
 
 def _encode(texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Texts → what `_ids` takes; those that carry their special tokens are given no others."""
+    """Encode texts, each with special tokens added where `special` is set; see `_ids`."""
     encoded: list[Any] = [None for _ in texts]
     for add in (True, False):
-        chosen = [i for i, flag in enumerate(special) if flag is add]
-        found = _encode_alike([texts[i] for i in chosen], add, tokenizer) if chosen else []
-        for i, tokens in zip(chosen, found, strict=True):
-            encoded[i] = tokens
+        indices = [i for i, flag in enumerate(special) if flag is add]
+        encodings = _encode_batch([texts[i] for i in indices], add, tokenizer) if indices else []
+        for i, encoding in zip(indices, encodings, strict=True):
+            encoded[i] = encoding
     return encoded
 
 
-def _encode_alike(texts: list[str], add: bool, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _encode_batch(texts: list[str], add: bool, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Encode texts, all with or all without special tokens, on the fastest path available."""
+
     def call(texts: list[str]) -> Any:
         options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
         return tokenizer(texts, add_special_tokens=add, **options)["input_ids"]
 
     if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
         return call(texts)
-    call(["-"])  # sets the backend to cut and to pad nothing
+    # A regular call disables truncation and padding in the backend.
+    call(["-"])
     return tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add)
 
 
 def _ids(encoded: Any) -> Ids:
-    """Token ids of what a tokenizer made of a text: an Encoding, or a list."""
+    """Token ids of a tokenizer's result for one text, an Encoding or a list."""
     return _int32(getattr(encoded, "ids", encoded))
 
 
@@ -137,14 +141,17 @@ def _int32(values: list[int]) -> Ids:
 
 
 class _Tokens(NamedTuple):
+    """Truncated token ids of a group."""
+
     prompt: Ids
     responses: list[Ids]
     prompt_cut: bool
-    lengths: list[int]  # of the responses before they were cut
+    lengths: list[int]  # of the responses before truncation
     closed: list[bool]  # whether an EOS was added to the response
 
     @property
     def cut(self) -> list[bool]:
+        """Whether each response was truncated."""
         return [len(r) < n for r, n in zip(self.responses, self.lengths, strict=True)]
 
 
@@ -154,19 +161,20 @@ def _split_and_cut(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
 ) -> _Tokens | None:
-    """Common prefix, EOS, context and truncation; None where a response has no token left."""
-    prompt, *wholes = ids
-    start = min((_common_prefix(prompt, whole) for whole in wholes), default=len(prompt))
-    responses = [whole[start:] for whole in wholes]
+    """Split off the common prefix, add EOS, and truncate; None if a response has no token left."""
+    prompt, *sequences = ids
+    start = min((_common_prefix(prompt, sequence) for sequence in sequences), default=len(prompt))
+    responses = [sequence[start:] for sequence in sequences]
     eos = tokenizer.eos_token_id
-    closes = data.add_eos and not conversational and eos is not None
-    closed = [closes and not (len(r) and r[-1] == eos) for r in responses]
-    end = _int32([eos] if closes else [])
+    add_eos = data.add_eos and not conversational and eos is not None
+    closed = [add_eos and not (len(r) and r[-1] == eos) for r in responses]
+    end = _int32([eos] if add_eos else [])
     responses = [
         np.concatenate([r, end]) if c else r for r, c in zip(responses, closed, strict=True)
     ]
     context = prompt[:start]
-    if not len(context):  # something must predict the first token
+    # The first response token needs a token that predicts it.
+    if not len(context):
         opener = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
         if opener is None:
             return None
@@ -183,38 +191,41 @@ def _split_and_cut(
     lengths = [len(response) for response in responses]
     if room < 1 or not all(lengths):
         return None
-    kept = [response[:room] for response in responses]
-    return _Tokens(context, kept, prompt_cut, lengths, closed)
+    truncated = [response[:room] for response in responses]
+    return _Tokens(context, truncated, prompt_cut, lengths, closed)
 
 
 def _common_prefix(first: Ids, second: Ids) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     shortest = min(len(first), len(second))
     differ = first[:shortest] != second[:shortest]
     return int(differ.argmax()) if differ.any() else shortest
 
 
 def _token_weights(group: TextGroup, tokens: _Tokens, where: str) -> list[list[float]] | None:
-    """Weights of the tokens that are left, 1 for an EOS that was added; DataError if they differ in
-    number from what the tokenizer made."""
+    """Weights of the tokens after truncation, with 1 for an added EOS.
+
+    Raises DataError if their number is not the number of tokens.
+    """
     if group.token_weights is None:
         return None
-    fitted = []
+    truncated = []
     for k, (name, weights) in enumerate(zip(PARTS["pairwise"], group.token_weights, strict=True)):
-        own = tokens.lengths[k] - tokens.closed[k]
-        if len(weights) not in (own, tokens.lengths[k]):
+        count = tokens.lengths[k] - tokens.closed[k]
+        if len(weights) not in (count, tokens.lengths[k]):
             eos = " (and an EOS)" if tokens.closed[k] else ""
             raise DataError(
                 f"{where}: {name}_weights has {len(weights):,} numbers, but the tokenizer makes "
-                f"{own:,} tokens{eos} of {name}; give one for each, or set data.token_weights=false"
+                f"{count:,} tokens{eos} of {name}; give one weight per token, or set "
+                "data.token_weights=false"
             )
-        whole = weights if len(weights) == tokens.lengths[k] else [*weights, 1.0]
-        fitted.append(whole[: len(tokens.responses[k])])
-    return fitted
+        with_eos = weights if len(weights) == tokens.lengths[k] else [*weights, 1.0]
+        truncated.append(with_eos[: len(tokens.responses[k])])
+    return truncated
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items in order; the last may be shorter."""
+    """Yield lists of `size` consecutive items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -1,31 +1,33 @@
-"""The tokenizer of a run: the one that its config names, or one trained on the data."""
+"""Tokenizer of a run: loaded as the config says, or trained on the data."""
 
 from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.config import Config, Model
+from fastpref.config import Data, Model
 from fastpref.data import bpe
 from fastpref.data.formats import read_groups
 from fastpref.data.readers import DataError
+from fastpref.losses import Kind
 from fastpref.utils.errors import ModelError, cannot_load
 
 
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, or one trained on the data."""
-    named = load_tokenizer(config.model)
-    if named is not None:
-        return named
-    size = (config.model.config or {}).get("vocab_size")
+def tokenizer_of(model: Model, data: Data, kind: Kind) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the config names, or train one on the data.
+
+    kind: of the objective, which decides the columns that are read. Raises ModelError or DataError.
+    """
+    tokenizer = load_tokenizer(model)
+    if tokenizer is not None:
+        return tokenizer
+    size = (model.config or {}).get("vocab_size")
     if not isinstance(size, int):
         raise ModelError(
             "model.config.vocab_size: is needed to train a tokenizer on the data (or name one "
             "in model.tokenizer)"
         )
     try:
-        groups = read_groups(
-            config.data.train, config.build_loss().kind, soft_labels=config.data.soft_labels
-        )
+        groups = read_groups(data.train, kind, soft_labels=data.soft_labels)
         return bpe.train(bpe.texts_of(groups), size)
     except DataError:
         raise
@@ -34,7 +36,7 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer named by the config; None where one is to be trained on the data."""
+    """Load the tokenizer that the config names; None if it names none."""
     source = model.tokenizer or model.path
     if source is None:
         return None

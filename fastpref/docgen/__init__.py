@@ -1,1 +1,1 @@
-"""Pages and help texts that are written from declarations in the code."""
+"""Pages and help texts, generated from declarations in the code."""

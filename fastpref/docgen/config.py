@@ -1,4 +1,4 @@
-"""`docs/config.md`, written from the declarations in `fastpref.config`.
+"""Generate `docs/config.md` from the declarations in `fastpref.config`.
 
 `python -m fastpref.docgen.config > docs/config.md`
 """
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fastpref.config import Config, Section
+from fastpref.config import Config, Section, inner_section
 from fastpref.docgen.markdown import table
 
 
 class Row(NamedTuple):
+    """A field of the config, as text."""
+
     path: str
     type: str
     default: str
@@ -23,10 +25,10 @@ class Row(NamedTuple):
 
 
 def rows(section: type[Section] = Config, prefix: str = "") -> Iterator[Row]:
-    """Every field of the config, sections before their fields."""
+    """Yield every field of the config, sections before their fields."""
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
-        inner = _inner_section(field)
+        inner = inner_section(field)
         description = field.description or ""
         yield Row(path, "section" if inner else _type_name(field), _default(field), description)
         if inner is not None:
@@ -34,10 +36,12 @@ def rows(section: type[Section] = Config, prefix: str = "") -> Iterator[Row]:
 
 
 def markdown() -> str:
+    """Return the page."""
     lines = [
         "# Config",
         "",
         "`fastpref train CONFIG.yaml [section.key=value …]`: every field, its type and default.",
+        "[Coming from another trainer](coming-from.md) translates the keys of other trainers.",
         "This page is generated: `python -m fastpref.docgen.config > docs/config.md`.",
         "",
     ]
@@ -47,17 +51,10 @@ def markdown() -> str:
 
 
 def plain() -> str:
-    """The same list for a terminal, two lines a field."""
+    """Return the fields as text for a terminal, two lines per field."""
     return "\n".join(
         f"{row.path}  ({row.type}; {row.default})\n    {row.description}" for row in rows()
     )
-
-
-def _inner_section(field: FieldInfo) -> type[Section] | None:
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
 
 
 def _type_name(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""Markdown of what is computed."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table under its titles; cells may hold any text of one line."""
+    """Return a table with a row of titles; a cell may have any text of one line."""
     names = list(titles)
     lines = [_line(names), "|---" * len(names) + "|", *map(_line, rows)]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`docs/objectives.md` and `fastpref losses NAME`, written from the objectives' docstrings.
+"""Generate `docs/objectives.md` and `fastpref losses NAME` from the docstrings of objectives.
 
 `python -m fastpref.docgen.objectives > docs/objectives.md`
 """
@@ -18,6 +18,7 @@ _SECTIONS = {
 
 
 def markdown() -> str:
+    """Return the page."""
     lines = [
         "# Objectives",
         "",
@@ -36,7 +37,7 @@ def markdown() -> str:
 
 
 def plain(name: str) -> str:
-    """The same for one objective and a terminal. Raises ValueError for an unknown name."""
+    """Return the text of one objective for a terminal; raises ValueError for an unknown name."""
     about = losses.describe(name)
     rows = "\n".join(f"{label + ':':12}{text}" for label, text in _rows(about))
     title = f"{name}, {about.kind} ({about.level} level): {about.summary}"

@@ -37,10 +37,10 @@ BAND_METRICS = (
 
 
 class Band(NamedTuple):
-    """Where pairs stand to their band; each (B,) fp64, or () for the mean scores of a batch.
+    """Position of pairs relative to their band; each (B,) fp64, or () for a batch's mean scores.
 
-    A logarithm that does not exist is NaN: `log_r` where an incentive is negative. A bound that
-    does not exist is infinite: both edges where the cosine is not positive.
+    `log_r` is NaN where an incentive is negative. `lower` and `upper` are infinite where the cosine
+    is not positive.
     """
 
     log_r: Tensor  # log(d_w / d_l)
@@ -53,10 +53,10 @@ class Band(NamedTuple):
 
     @property
     def inside(self) -> Tensor:
-        """Bool: the chosen log-prob does not fall and the rejected one does not rise.
+        """Whether the chosen log-prob does not fall and the rejected one does not rise, bool.
 
-        The signs themselves, so it holds for incentives that are not positive as well; for
-        positive ones it is `lower <= log_r <= upper`, but for rounding at an edge.
+        The test is on these signs, so it is also valid for incentives that are not positive. For
+        positive ones it is `lower <= log_r <= upper`, except for rounding at an edge.
         """
         return (self.dz_chosen >= 0) & (self.dz_rejected <= 0)
 
@@ -64,10 +64,11 @@ class Band(NamedTuple):
     def pathway(self) -> Tensor:
         """The pathway of Table 2, int64: 1 both rise, 2 both fall, 3 inside the band.
 
-        0 is chosen down and rejected up, which takes an incentive that is not positive.
+        0: the chosen log-prob falls and the rejected one rises, which requires an incentive that is
+        not positive.
         """
         up, down = self.dz_chosen >= 0, self.dz_rejected <= 0
-        # A log-prob that stands still is on both sides; inside is the one that wins.
+        # A log-prob that does not change is on both sides, and counts as inside.
         return torch.where(up, torch.where(down, 3, 1), torch.where(down, 2, 0))
 
 
@@ -78,9 +79,9 @@ def band(d_w: Tensor, d_l: Tensor, geometry: ScoreGeometry) -> Band:
         pairs share theirs.
     geometry: of `ops.score_geometry` or `parameter_geometry`; (B,) with `per_pair`, else ().
 
-    The prediction is that of plain gradient descent on this pair's loss alone and on the
-    parameters behind the geometry; momentum, preconditioning, clipping and the other pairs of the
-    step are not in it. Source: Eqs. 6 to 11 of arXiv:2604.18239.
+    The prediction holds for plain gradient descent on the loss of this pair, with respect to the
+    parameters of the geometry; it ignores momentum, preconditioning, clipping and the other pairs
+    of the step. Source: Eqs. 6 to 11 of arXiv:2604.18239.
     """
     d_w, d_l, chosen, rejected, cosine = (x.detach().double() for x in (d_w, d_l, *geometry))
     product = cosine * chosen * rejected
@@ -105,7 +106,7 @@ def half_band(cosine: Tensor) -> Tensor:
 def band_sums(d_w: Tensor, d_l: Tensor, geometry: ScoreGeometry) -> Tensor:
     """Sums and counts of BAND_METRICS over pairs, (16,) fp64; add them over batches and ranks.
 
-    A value that does not exist (see `Band`) is in neither its sum nor its count.
+    Values that are NaN or infinite (see `Band`) enter neither sum nor count.
     """
     pairs = band(d_w, d_l, geometry)
     columns = (*pairs[:5], pairs.inside.double(), *pairs[5:])
@@ -127,11 +128,11 @@ def parameter_geometry(
 
         s = gradient of a response's summed log-prob with respect to `parameters`
 
-    As `ops.score_geometry`, which knows the head's weight alone: results are (B,) fp64, or () for
-    the batch-mean scores, and the cosine is 0 where a norm is 0. It costs a backward pass, down to
-    the lowest of the parameters, for each response, or two in all without `per_pair`; so it is for
-    the last adapter, and for validation on small models. The graph is kept, and no `.grad` is
-    written. A parameter that does not enter the log-probs adds nothing.
+    As `ops.score_geometry`, which measures the head's weight only: results are (B,) fp64, or () for
+    the batch-mean scores, and the cosine is 0 where a norm is 0. The cost is a backward pass, down
+    to the lowest of the parameters, for each response, or two in all without `per_pair`; so it is
+    meant for the last adapter, and for validation on small models. The graph is retained, and no
+    `.grad` is written. A parameter that does not enter the log-probs contributes 0.
 
     Raises ValueError where `parameters` is empty, or `policy` carries no gradient.
     """
@@ -157,8 +158,8 @@ def parameter_geometry(
     chosen, rejected = chosen.sqrt(), rejected.sqrt()
     size = chosen * rejected
     cosine = (product / size).masked_fill(size == 0, 0.0).clamp(-1, 1)
-    found = ScoreGeometry(chosen, rejected, cosine)
-    return found if per_pair else ScoreGeometry(*(value[0] for value in found))
+    geometry = ScoreGeometry(chosen, rejected, cosine)
+    return geometry if per_pair else ScoreGeometry(*(value[0] for value in geometry))
 
 
 def _score(logps: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

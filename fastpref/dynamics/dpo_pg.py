@@ -6,16 +6,17 @@ rejected responses (Definition H.1 of "Differential Information", arXiv:2505.237
     g = g_w                                     where <g_w, g_l> <= 0
     g = g_w - (<g_w, g_l> / |g_l|^2) g_l        else
 
-takes the place of the gradient: no reference, no hyperparameter. It is reconstructed from the
-structure of the paper's proofs, which fixes it. For a small step along -g,
+replaces the gradient; there is no reference and no hyperparameter. The formula is reconstructed
+from the paper's proofs, which determine it. For a small step along -g,
 
 - the mean chosen log-prob rises, strictly unless g_w is a positive multiple of g_l (Theorem H.4);
 - the mean rejected log-prob does not rise (Theorem H.5).
 
-These are statements about plain gradient descent on batch means. Norm clipping keeps them: it only
-shortens the step. A preconditioner (RMSprop, Adam) or momentum takes another direction, for which
-neither sign is certain, and a single pair of the batch may move against the mean. Corollary H.5.1,
-that a loss of the margin falls, needs one pair, or a loss of the batch's mean margin.
+These are statements about plain gradient descent on batch means. They hold with norm clipping,
+which only shortens the step. A preconditioner (RMSprop, Adam) or momentum takes another direction,
+for which neither sign is certain, and a single pair of the batch may move against the mean.
+Corollary H.5.1, by which a loss of the margin falls, needs one pair, or a loss of the batch's mean
+margin.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """<a, b> over two lists of tensors of the same shapes, () fp64, without a host sync.
 
     Products are in fp32 at least, their sum in fp64. Sharded tensors (DTensors of one mesh) are
-    multiplied shard by shard and summed over the mesh in one collective; plain ones are this
-    rank's own and stay so.
+    multiplied shard by shard and summed over the mesh in one collective; plain tensors are local to
+    this rank and are not reduced.
     """
     plain: Any = 0.0
     sharded: Any = None
@@ -48,11 +49,11 @@ def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def project_(chosen: Sequence[Tensor], rejected: Sequence[Tensor]) -> Tensor:
-    """Make `chosen`, the gradient g_w, the projected gradient g in place; `rejected` is g_l.
+    """Replace `chosen`, the gradient g_w, by the projected gradient g in place; `rejected` is g_l.
 
-    Both are complete when they come: summed over the micro-batches and ranks of the step. Returns
-    the coefficient max(0, <g_w, g_l>) / |g_l|^2, () fp64: 0 where nothing was to be projected.
-    Raises ValueError where the lists differ in length.
+    Both must be complete: summed over the micro-batches and ranks of the step. Returns the
+    coefficient max(0, <g_w, g_l>) / |g_l|^2, () fp64, which is 0 without a projection. Raises
+    ValueError where the lists differ in length.
     """
     if len(chosen) != len(rejected):
         raise ValueError(
@@ -69,18 +70,18 @@ def project_(chosen: Sequence[Tensor], rejected: Sequence[Tensor]) -> Tensor:
 def exchange(
     parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]
 ) -> list[Tensor | None]:
-    """Put `gradients` in the place of the parameters' own, and return those.
+    """Set the `.grad` of the parameters to `gradients`, and return the previous ones.
 
-    With it one forward pass of each micro-batch accumulates two gradients:
+    It allows one forward pass of each micro-batch to accumulate two gradients:
 
         -chosen.sum().backward(retain_graph=True);  rest = exchange(parameters, rest)
         -rejected.sum().backward();                 rest = exchange(parameters, rest)
     """
-    taken = []
+    previous = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        taken.append(parameter.grad)
+        previous.append(parameter.grad)
         parameter.grad = gradient
-    return taken
+    return previous
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -6,31 +6,31 @@ r* = |s_l| / |s_w|. The calibrated log-probs (Eq. 12 of arXiv:2604.18239; sg sto
 
     z_w' = A z_w + (1 - A) sg(z_w)      z_l' = z_l / A + (1 - 1 / A) sg(z_l)      A = (r* / r)^(1/2)
 
-have the values of z_w and z_l, and turn the incentives into A d_w and d_l / A: their ratio becomes
-r* (Proposition 3.4) and their product stays.
+have the values of z_w and z_l, and change the incentives to A d_w and d_l / A: their ratio becomes
+r* (Proposition 3.4) and their product does not change.
 
 Per step (Eqs. 61 and 62): log d_w, log d_l, log |s_w| and log |s_l|, averaged over the pairs of the
-step and then by an exponential moving average, E. The paper writes one triplet a step; for more, a
-mean of logarithms continues its geometric mean. Unlike the norms of batch-mean scores in the
-paper's Algorithm 2, it does not depend on how pairs are spread over micro-batches and ranks.
+step and then by an exponential moving average, E. The paper has one triplet per step; for several,
+a mean of logarithms extends its geometric mean. Unlike the norms of batch-mean scores in the
+paper's Algorithm 2, it does not depend on the distribution of pairs over micro-batches and ranks.
 
 Per pair (Eqs. 63 and 64): log A = clip(E[log r*] - E[log r]) / 2, between
 
     E[log r*] - log r + log rho   and   E[log r*] - log r - log rho,
 
 with r and the scores' cosine rho of the pair itself, so that its calibrated log-ratio lies within
--log rho of E[log r*]. There is no clip where rho <= 0: every ratio is in the band.
+-log rho of E[log r*]. Nothing is clipped where rho <= 0, since every ratio is in the band.
 
-Which averages: those that `update` has made so far. The statistics of a step are complete only
-after its last micro-batch, when the first has been through its backward pass; so a trainer updates
-after the step. Step k is calibrated with the averages up to step k - 1, the first step not at all.
-Against the paper, which takes in step k first, log A then differs by (1 - momentum) / 2 of that
-step's deviation from the averages. With a whole step in one batch, update before calibrating.
+The averages are those of the last `update`. The statistics of a step are complete only after its
+last micro-batch, when the backward pass of the first is already done, so a trainer updates after
+the step. Step k is calibrated with the averages up to step k - 1, and the first step is not
+calibrated. The paper includes step k; compared with it, log A differs by (1 - momentum) / 2 of that
+step's deviation from the averages. If one batch is a whole step, update before calibrating.
 
 Where an incentive is not positive, or a score is zero, the logarithms do not exist. Such a pair is
-left out of the averages and has no clip. It shares the common A: a factor that came and went with
-the sign of the incentives would move the point where they vanish. While no pair has been counted
-at all, A = 1. Nothing here waits for the device.
+left out of the averages and is not clipped. It is scaled by the common A: a factor that depended on
+the sign of the incentives would shift the point where they vanish. Before the first pair is
+counted, A = 1. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ Pairs = TypeVar("Pairs", SequenceLogps, TokenLogps)
 class Calibrated(NamedTuple, Generic[Pairs]):
     """A micro-batch whose gradients are calibrated."""
 
-    policy: Pairs  # as it came, but for its gradient: see `calibrated`
+    policy: Pairs  # the same values, with scaled gradients: see `calibrated`
     factor: Tensor  # (B,) A, fp64
     sums: Tensor  # (8,) fp64, for `update` and `metrics`: add over micro-batches and ranks
 
 
 class RewardCalibration:
-    """The moving averages behind A.
+    """Reward Calibration with the moving averages that determine A.
 
     momentum: weight of the past in the averages, in [0, 1).
     eps: floor of the logarithms, log(x + eps), above 0.
@@ -91,14 +91,14 @@ class RewardCalibration:
     def calibrate(
         self, policy: Pairs, incentives: tuple[Tensor, Tensor], geometry: ScoreGeometry
     ) -> Calibrated[Pairs]:
-        """Log-probs for the objective to be applied to, and this micro-batch's statistics.
+        """Log-probs that the objective is applied to, and this micro-batch's statistics.
 
         policy: B pairs, with a gradient.
-        incentives: d_w and d_l, each (B,), of the objective at `policy`: `losses.pair_incentives`,
-            whose token weights, if it has any, belong into the scores too.
-        geometry: of `ops.score_geometry` or `band.parameter_geometry` with `per_pair`, (B,). With
-            () that of the micro-batch's mean scores stands for each of its pairs, and the result
-            depends on the micro-batches.
+        incentives: d_w and d_l, each (B,), of the objective at `policy`: `losses.pair_incentives`.
+            If it returns token weights, the scores must include them.
+        geometry: of `ops.score_geometry` or `band.parameter_geometry` with `per_pair`, (B,). If it
+            is (), the geometry of the mean scores is used for every pair, and the result depends on
+            the micro-batches.
         """
         columns = torch.broadcast_tensors(*incentives, *geometry)
         table = torch.stack(columns).detach().double()
@@ -111,12 +111,12 @@ class RewardCalibration:
         return Calibrated(calibrated(policy, factor), factor, torch.cat([counts, logs]).sum(1))
 
     def update(self, sums: Tensor) -> None:
-        """Take the statistics of an optimizer step into the averages, which start at the first.
+        """Update the averages with the statistics of an optimizer step; the first initializes them.
 
-        sums: (8,) `Calibrated.sums`, added over the step's micro-batches and ranks. A step that
-        left out all its pairs changes nothing.
+        sums: (8,) `Calibrated.sums`, added over the step's micro-batches and ranks. A step whose
+        pairs are all left out changes nothing.
         """
-        new = sums[4:] / sums[1]  # NaN where there was none
+        new = sums[4:] / sums[1]  # NaN without usable pairs
         moved = self.averages.lerp(new, 1 - self.momentum)
         moved = torch.where(self.averages.isnan(), new, moved)
         self.averages = torch.where(new.isnan(), self.averages, moved)
@@ -124,7 +124,7 @@ class RewardCalibration:
     def metrics(self, sums: Tensor) -> dict[str, Tensor]:
         """CALIBRATION_METRICS by name, each (): means over the pairs of `sums`, and averages now.
 
-        sums: (8,), added over micro-batches, ranks and as many steps as the means are to cover.
+        sums: (8,), added over micro-batches, ranks and the steps that the means cover.
         """
         pairs, usable, log_factor, clipped = sums[:4]
         log_r, log_r_star = self._log_ratios()
@@ -138,22 +138,22 @@ class RewardCalibration:
         return {"averages": self.averages}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a `state_dict`. Raises ValueError where it is not one."""
+        """Restore a `state_dict`. Raises ValueError for another state."""
         averages = state.get("averages")
         if averages is None or averages.shape != (4,) or averages.dtype != torch.float64:
-            found = "none" if averages is None else f"{averages.dtype} {tuple(averages.shape)}"
+            got = "none" if averages is None else f"{averages.dtype} {tuple(averages.shape)}"
             raise ValueError(
-                f"state: expected float64 averages of shape (4,), got {found}; the checkpoint is "
+                f"state: expected float64 averages of shape (4,), got {got}; the checkpoint is "
                 f"of a run without calibration or of another version"
             )
         self.averages = averages.to(self.averages.device)
 
     def _gap(self, log_r: Tensor, cosine: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-        """2 log A of each pair, (B,) and 0 without averages, and whether the band clipped it."""
+        """2 log A of each pair (B,), 0 without averages, and whether the band clipped it."""
         average_r, average_r_star = self._log_ratios()
         common = (average_r_star - average_r).expand_as(log_r)
-        centre, half_width = average_r_star - log_r, half_band(cosine)
-        bounded = torch.clamp(common, centre - half_width, centre + half_width)
+        center, half_width = average_r_star - log_r, half_band(cosine)
+        bounded = torch.clamp(common, center - half_width, center + half_width)
         clipped = usable & (bounded != common) & ~common.isnan()
         return torch.where(clipped, bounded, common).nan_to_num(nan=0.0), clipped
 
@@ -165,13 +165,14 @@ class RewardCalibration:
 def calibrated(policy: Pairs, factor: Tensor) -> Pairs:
     """The same log-probs, with gradients scaled by A (chosen) and 1 / A (rejected).
 
-    factor: (B,) or (), the A of each pair. Eq. 12 of arXiv:2604.18239. Of log-probs per token the
-    factor is that of the pair, and a divergence `kl` is not scaled: it is no part of the scores.
+    factor: (B,) or (), the A of each pair. Eq. 12 of arXiv:2604.18239. Log-probs per token are
+    scaled by the factor of their pair; a divergence `kl` is not scaled, since the scores exclude
+    it.
     """
     if isinstance(policy, TokenLogps):
-        owners, _ = segment_positions(policy.cu_seqlens, policy.logps.numel())
+        segment_ids, _ = segment_positions(policy.cu_seqlens, policy.logps.numel())
         sides = torch.cat([factor.expand(policy.pairs), (1 / factor).expand(policy.pairs)])
-        return replace(policy, logps=_scale_gradient(policy.logps, sides[owners]))
+        return replace(policy, logps=_scale_gradient(policy.logps, sides[segment_ids]))
     return replace(
         policy,
         chosen=_scale_gradient(policy.chosen, factor),

@@ -1,1 +1,1 @@
-"""Models measured after training: on pairs, by samples, by DID entropy."""
+"""Measure models after training: on pairs, by samples, by DID entropy."""

@@ -1,22 +1,22 @@
-"""How spread out the differential information of an update is: `fastpref did-entropy`.
+"""`fastpref did-entropy`: the entropy of the differential information (DID) of an update.
 
-What turns a reference into a policy is the distribution q(y) ∝ pi(y) / ref(y). Its normaliser
-cannot be estimated well, but q can be learnt from pairs that need no judge, and sampled:
+The distribution q(y) ∝ pi(y) / ref(y) turns a reference into a policy. Its normalizer cannot be
+estimated well, but q can be learned from pairs that need no preference labels, and then sampled:
 
     y_w ~ pi, y_l ~ ref          among such pairs p(y_w > y_l) = q(y_w) / (q(y_w) + q(y_l))
-    pi' minimises -log sigmoid(log pi'(y_w) - log pi'(y_l)), which is least where pi' = q
+    pi' minimizes -log sigmoid(log pi'(y_w) - log pi'(y_l)), whose minimum is at pi' = q
     H(q) ≈ -mean log pi'(y), y ~ pi'
 
-Whether pi' came near q shows in log pi' = a log(pi / ref) + c, which holds for q with a = 1: for
-each prompt, a is fitted by least squares to samples of pi'; the share of prompts with a >= 0 is
+q satisfies log pi' = a log(pi / ref) + c with a = 1, which tests how near pi' came to it: for each
+prompt, a is fitted by least squares to samples of pi'; the share of prompts with a >= 0 is
 reported.
 
 Source: "Differential Information", arXiv:2505.23761, Appendix K: one epoch, batches of 64, RMSprop
 at 1e-6 after 150 steps of warm-up, 4 samples of a prompt for the fit, the entropy on unseen
-prompts. Chosen here, for want of certainty about the paper's: the weights that pi' begins from (the
-reference's), the temperature (1, where the mean is an entropy), the samples of a prompt for the
+prompts. The paper leaves some settings open; they are chosen here: the initial weights of pi' (the
+reference's), the temperature (1, for which the mean is an entropy), the samples of a prompt for the
 entropy (the same 4; a review of the paper says 32). The paper decodes its pairs greedily; here they
-are sampled, as its derivation has them.
+are sampled, as in its derivation.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ _ROUNDING = 1e-3  # nats; log-ratios of a prompt that differ by less determine n
 
 @dataclass(frozen=True)
 class Estimate:
-    """One estimate of H(q), and all that decides it. Raises UserError naming the option."""
+    """One estimate of H(q), with all its settings. Raises UserError that names the option."""
 
     policy: str
     reference: str
     prompts: str  # file or Hub data set
-    out: Path  # for pairs, the run of pi' and did_entropy.json
+    out: Path  # folder for pairs, the run of pi' and did_entropy.json
     sampling: Sampling  # n samples of pi' for each prompt
     pairs: int = 1  # for each prompt
-    held_out: str | None = None  # prompts to sample pi' on, instead of those it is trained on
+    held_out: str | None = None  # prompts to sample pi' on, instead of its training prompts
     limit: int | None = None
     overrides: tuple[str, ...] = ()  # of the config of pi', such as optim.lr=1e-5
     device: str = "auto"
@@ -72,9 +72,9 @@ class Estimate:
         require("responses", n, n >= 2, "a number >= 2, to fit a slope")
 
     def run(self, display: Display) -> dict[str, Any]:
-        """Draw pairs, train pi' on them, sample it; returns what did_entropy.json holds.
+        """Draw pairs, train pi' on them and sample it; return the contents of did_entropy.json.
 
-        Raises UserError in one line for what a user can mend.
+        Raises UserError in one line.
         """
         if self.out.exists() and any(self.out.iterdir()):
             raise UserError(f"--out: {self.out} is not empty; choose another folder")
@@ -95,16 +95,17 @@ class Estimate:
         del sampler
         write_pairs(Path(config.data.train), chosen, rejected, tokenizer.eos_token or "")
         display.note("2. pi', trained on them from the reference")
-        _advise_on_warmup(config, len(chosen), display)
-        trained = train(config, display)
+        _advise_on_warmup(config.training, config.optim.warmup_steps, len(chosen), display)
+        model = train(config, display)
         display.note(f"3. {self.sampling.n} samples of pi' for each of {len(measured):,} prompts")
-        drawn = self._sampler(str(trained), tokenizer).draw(measured, self._sampling(2), display)
-        logps = by_prompt([each.logps for each in drawn], self.sampling.n)
+        samples = self._sampler(str(model), tokenizer).draw(measured, self._sampling(2), display)
+        logps = by_prompt([sample.logps for sample in samples], self.sampling.n)
+        log_ratios = self._log_ratios(samples, tokenizer, display)
         result = {
-            "did": summary(drawn, self.sampling.n),
+            "did": summary(samples, self.sampling.n),
             "policy": summary(chosen, self.pairs),
             "reference": summary(rejected, self.pairs),
-            "slopes": slope_summary(slopes(self._log_ratios(drawn, tokenizer, display), logps)),
+            "slopes": slope_summary(slopes(log_ratios, logps)),
             "estimate": {**asdict(self), "out": str(self.out)},
             "config": yaml.safe_load(config.to_yaml()),
         }
@@ -116,30 +117,32 @@ class Estimate:
         return Sampler(source, self.device, self.dtype, tokenizer)
 
     def _sampling(self, draw: int, n: int | None = None) -> Sampling:
-        """Of draw 0, 1 or 2, which are independent only if they share no random numbers."""
+        """Options of draw 0, 1 or 2; different seeds make the draws independent."""
         s = self.sampling
         return replace(s, seed=3 * s.seed + draw, n=n or s.n)
 
     @property
     def _merged(self) -> Path:
-        return self.out / "reference"  # written where the reference is an adapter
+        return self.out / "reference"  # written if the reference is an adapter
 
     def _config(self, policy: Sampler) -> configs.Config:
-        """The config of pi'; ConfigError for an override at fault."""
-        start = str(self._merged) if is_adapter(self.reference) else self.reference
+        """Config of pi'; raises ConfigError for an invalid override."""
+        initial_model = str(self._merged) if is_adapter(self.reference) else self.reference
+        data: dict[str, Any] = {
+            "train": str(self.out / "pairs.jsonl"),
+            "cache": str(self.out / "cache"),
+            "add_eos": False,  # a pair ends with EOS if EOS was drawn
+        }
         context = context_length(policy.policy)
+        if context is not None:
+            data["max_length"] = context
         values = {
             "model": {
-                "path": start,
+                "path": initial_model,
                 "tokenizer": policy.tokenizer.name_or_path,
                 "dtype": policy.dtype,
             },
-            "data": {
-                "train": str(self.out / "pairs.jsonl"),
-                "cache": str(self.out / "cache"),
-                "add_eos": False,  # the pairs end with it where it was drawn
-                **({} if context is None else {"max_length": context}),
-            },
+            "data": data,
             "loss": LOSS,
             "optim": {"name": "rmsprop", "lr": 1e-6, "warmup_steps": 150},
             "training": {
@@ -150,16 +153,17 @@ class Estimate:
                 "output_dir": str(self.out / "training"),
             },
         }
-        with tempfile.TemporaryDirectory() as folder:  # what is refused leaves `out` empty
+        # A config that is refused leaves `out` empty.
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(values), encoding="utf-8")
             return configs.load(path, list(self.overrides))
 
     def _log_ratios(
-        self, drawn: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, display: Display
+        self, samples: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, display: Display
     ) -> Tensor:
         """log pi(y) - log ref(y) of samples of pi', (P, K), nats."""
-        prompts, ids = [each.prompt for each in drawn], [each.ids for each in drawn]
+        prompts, ids = [sample.prompt for sample in samples], [sample.ids for sample in samples]
         policy, reference = (
             self._sampler(source, tokenizer).logps(prompts, ids, self.sampling.batch_size, display)
             for source in (self.policy, self.reference)
@@ -167,25 +171,26 @@ class Estimate:
         return by_prompt((policy.double() - reference.double()).tolist(), self.sampling.n)
 
 
-def _advise_on_warmup(config: configs.Config, pairs: int, display: Display) -> None:
-    t, warmup = config.training, config.optim.warmup_steps
-    steps = t.steps or t.epochs * -(-pairs // t.batch_size)
+def _advise_on_warmup(
+    training: configs.Training, warmup: int, pairs: int, display: Display
+) -> None:
+    steps = training.steps or training.epochs * math.ceil(pairs / training.batch_size)
     if steps <= warmup:
         display.note(
-            f"note: training ends at step {steps:,}, within the {warmup:,} of the warm-up, so pi' "
-            "may stay near the reference; give more prompts, or --set optim.warmup_steps"
+            f"note: training ends at step {steps:,}, within the warm-up of {warmup:,} steps, so "
+            "pi' may stay near the reference; give more prompts, or --set optim.warmup_steps"
         )
 
 
 def write_pairs(
     path: Path, chosen: Sequence[Completion], rejected: Sequence[Completion], eos: str
 ) -> None:
-    """Rows of preference data; plain text ends with EOS where that was drawn, as it is trained."""
+    """Write rows of preference data; plain text ends with EOS if EOS was drawn."""
 
-    def response(each: Completion) -> Any:
-        prompt = each.prompt.text.prompt
-        ending = eos if each.finished and isinstance(prompt, str) else ""
-        return response_to(prompt, each.text + ending)
+    def response(completion: Completion) -> Any:
+        prompt = completion.prompt.text.prompt
+        ending = eos if completion.finished and isinstance(prompt, str) else ""
+        return response_to(prompt, completion.text + ending)
 
     with path.open("w", encoding="utf-8") as file:
         for w, l in zip(chosen, rejected, strict=True):  # noqa: E741
@@ -197,15 +202,15 @@ def write_pairs(
 
 
 def by_prompt(values: list[float], n: int) -> Tensor:
-    """Values of samples in order, `n` of each prompt, as (P, n) fp64."""
+    """Reshape values of samples, `n` of each prompt in order, to (P, n) fp64."""
     return torch.tensor(values, dtype=torch.float64).view(-1, n)
 
 
 def entropy(logps: Tensor) -> tuple[float, float | None]:
     """-mean log p(y) of K samples of each of P prompts, (P, K), and its standard error, in nats.
 
-    The standard error is that of a mean over prompts, whose samples are not independent of one
-    another; None for a single prompt.
+    The standard error is that of a mean over prompts, since samples of the same prompt are not
+    independent; None for a single prompt.
     """
     means = -logps.mean(1)
     error = None if len(means) < 2 else (means.std() / math.sqrt(len(means))).item()
@@ -213,7 +218,7 @@ def entropy(logps: Tensor) -> tuple[float, float | None]:
 
 
 def slopes(log_ratios: Tensor, logps: Tensor) -> Tensor:
-    """a of log pi' = a log(pi / ref) + c by least squares over K samples, (P, K) twice -> (P,).
+    """Fit a of log pi' = a log(pi / ref) + c by least squares over K samples, (P, K) twice -> (P,).
 
     NaN for a prompt whose log-ratios are all the same.
     """
@@ -222,44 +227,44 @@ def slopes(log_ratios: Tensor, logps: Tensor) -> Tensor:
     return ((x * logps).sum(1) / x.square().sum(1)).masked_fill(same, math.nan)
 
 
-def summary(drawn: Sequence[Completion], n: int) -> dict[str, Any]:
-    """Entropy of the model that was sampled, and what it rests on."""
-    value, error = entropy(by_prompt([each.logps for each in drawn], n))
+def summary(samples: Sequence[Completion], n: int) -> dict[str, Any]:
+    """Entropy of the sampled model, its standard error, and the size of the samples."""
+    value, error = entropy(by_prompt([sample.logps for sample in samples], n))
     return {
         "entropy": value,
         "standard_error": error,
-        "prompts": len(drawn) // n,
-        "samples": len(drawn),
-        "tokens": sum(len(each.ids) for each in drawn) / len(drawn),
-        "cut": sum(not each.finished for each in drawn) / len(drawn),
+        "prompts": len(samples) // n,
+        "samples": len(samples),
+        "tokens": sum(len(sample.ids) for sample in samples) / len(samples),
+        "cut": sum(not sample.finished for sample in samples) / len(samples),
     }
 
 
-def slope_summary(found: Tensor) -> dict[str, Any]:
-    """Share of slopes >= 0 and their median, of the prompts that have one."""
-    known = found[~found.isnan()]
-    if len(known) == 0:
+def slope_summary(slopes: Tensor) -> dict[str, Any]:
+    """Share of slopes >= 0 and their median, over the prompts that have a slope."""
+    slopes = slopes[~slopes.isnan()]
+    if len(slopes) == 0:
         return {"prompts": 0, "share_nonnegative": None, "median": None}
-    share = (known >= 0).double().mean().item()
-    return {"prompts": len(known), "share_nonnegative": share, "median": known.median().item()}
+    share = (slopes >= 0).double().mean().item()
+    return {"prompts": len(slopes), "share_nonnegative": share, "median": slopes.median().item()}
 
 
 def table(result: dict[str, Any]) -> Table:
     """The three entropies and the slopes, for a terminal."""
-    made = Table("", title="entropy of responses (nats)")
+    table = Table("", title="entropy of responses (nats)")
     for heading in ("entropy", "standard error", "samples", "tokens", "cut"):
-        made.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     names = {"did": "differential information (pi')", "policy": "policy", "reference": "reference"}
     for key, name in names.items():
         row = result[key]
         error = "–" if row["standard_error"] is None else f"{row['standard_error']:.2f}"
         counts = (f"{row['samples']:,}", f"{row['tokens']:.1f}", f"{row['cut']:.1%}")
-        made.add_row(name, f"{row['entropy']:.2f}", error, *counts)
+        table.add_row(name, f"{row['entropy']:.2f}", error, *counts)
     fit = result["slopes"]
-    made.caption = "no prompt determines a slope of log pi' on log(pi / ref)"
+    table.caption = "no prompt determines a slope of log pi' on log(pi / ref)"
     if fit["prompts"]:
-        made.caption = (
+        table.caption = (
             f"log pi' = a log(pi / ref) + c: a >= 0 for {fit['share_nonnegative']:.1%} of "
             f"{fit['prompts']:,} prompts, median {fit['median']:+.3f}"
         )
-    return made
+    return table

@@ -1,10 +1,10 @@
-"""What a model makes of pairs, each number with an interval: `fastpref eval`.
+"""`fastpref eval`: metrics of a model on pairs, each with a confidence interval.
 
-Tokens, forward passes and formulas are those of the trainer's evaluations, so a metric with a name
-of theirs has their value. Every metric is a ratio of two sums over pairs: of a quantity, and of how
-much there is of it (pairs, responses or tokens). Its interval is the percentile bootstrap over
-pairs: N pairs are drawn with replacement, the ratio is taken, and of many such ratios the middle
-95 % are kept. Where all pairs are alike, as with an accuracy of 1, the interval is a point.
+Tokens, forward passes and formulas are those of the trainer's evaluations, so metrics of the same
+name have the same value. Every metric is a ratio of two sums over pairs: a quantity, and its count
+(pairs, responses or tokens). The interval is the percentile bootstrap over pairs: N pairs are drawn
+with replacement, the ratio is computed, and the interval holds the middle 95 % of many such ratios.
+If all pairs are alike, as with an accuracy of 1, the interval is a point.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from fastpref.utils.progress import Display
 
 RESAMPLES = 2000
 LEVEL = 0.95
-METRICS = {  # and their units
+# Units of the metrics, in the order of the output.
+METRICS = {
     "accuracy": "share",
     "accuracy_per_token": "share",
     "margins": "nats",
@@ -52,14 +53,14 @@ METRICS = {  # and their units
     "lengths/chosen_longer": "share",
 }
 _QUANTILES = {"least": 0.0, "median": 0.5, "p90": 0.9, "most": 1.0}
-Ratio = tuple[Tensor, Tensor]  # what is summed and how much there is of it, each (N,) fp64
+Ratio = tuple[Tensor, Tensor]  # a quantity and its count for each pair, each (N,) fp64
 
 
 class Scores(NamedTuple):
-    """Of the two responses of N pairs, chosen and rejected, each (N, 2) fp64, nats."""
+    """Sums over the tokens of chosen and rejected responses, each (N, 2) fp64, nats."""
 
-    logps: Tensor  # summed over the tokens of a response
-    entropies: Tensor  # of the distributions of its tokens, summed
+    logps: Tensor
+    entropies: Tensor  # of the token distributions
 
 
 def evaluate(
@@ -74,35 +75,35 @@ def evaluate(
     device: str = "auto",
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a model, in the form that `--out` has.
+    """Compute metrics of a model, in the form of the JSON file of `--out`.
 
     model, against: folder or Hub name, or an adapter's folder; `against` is the reference.
     data: pairs, in any format of the trainer.
-    max_length: tokens of prompt and response; None is the trainer's default, or what the model
-        knows if that is less.
+    max_length: tokens of prompt and response; None is the trainer's default, or the model's number
+        of positions if that is less.
     max_tokens: of one forward pass.
     options: further fields of a config's `data`.
 
-    Raises UserError in one line for what a user can mend.
+    Raises UserError in one line.
     """
     sampler = Sampler(model, device, dtype)
-    given = {**(options or {}), "max_length": _max_length(max_length, sampler.policy)}
+    fields = {**(options or {}), "max_length": _max_length(max_length, sampler.policy)}
     config = configs.parse(
         {
             "model": {"path": model},
-            "data": {"train": data, **given},
-            "loss": "logpi_dpo",  # of pairs, without a reference
+            "data": {"train": data, **fields},
+            "loss": "logpi_dpo",  # pairwise, without a reference
             "training": {"micro_batch_tokens": max_tokens},
         }
     )
     groups = load_groups(data, sampler.tokenizer, config.data, "pairwise", "test")
     display.note(f"data: {groups.summary()}")
-    policy, reference = score(sampler.policy, groups, config, display), None
+    policy, reference = score(sampler.policy, groups, config.training, display), None
     tokenizer = sampler.tokenizer
     del sampler  # one model in memory at a time
     if against is not None:
         other = Sampler(against, device, dtype, tokenizer)
-        reference = score(other.policy, groups, config, display)
+        reference = score(other.policy, groups, config.training, display)
     lengths = torch.from_numpy(groups.response_lengths).double().view(-1, 2)
     columns = ratios(policy, lengths, _preference(groups), reference)
     return {
@@ -118,12 +119,13 @@ def evaluate(
 
 
 @torch.no_grad()
-def score(policy: Policy, groups: GroupDataset, config: configs.Config, display: Display) -> Scores:
-    """Log-probs and entropies of all pairs, in the trainer's layout, order and forward passes."""
-    choose_layout(policy, config, groups, display)
-    t = config.training
-    plan = Plan.of(groups, t.batch_size, t.micro_batch_tokens, layout=policy.layout)
-    found = torch.empty(2, 2 * len(groups), dtype=torch.float64)
+def score(
+    policy: Policy, groups: GroupDataset, training: configs.Training, display: Display
+) -> Scores:
+    """Compute log-probs and entropies of all pairs, in the trainer's layout, order and batches."""
+    choose_layout(policy, training, "auto", groups, display)
+    plan = Plan.of(groups, training.batch_size, training.micro_batch_tokens, layout=policy.layout)
+    sums = torch.empty(2, 2 * len(groups), dtype=torch.float64)
     _, bias = policy.head()
     display.phase("evaluate", len(groups))
     done = 0
@@ -134,10 +136,10 @@ def score(policy: Policy, groups: GroupDataset, config: configs.Config, display:
             of_the_tokens = *output.head, batch.labels
             stats = ops.token_stats(*of_the_tokens, bias=bias, **policy.head_options)
             entropies = ops.segment_sum(stats.entropy, batch.cu_seqlens)
-            found[:, batch.responses.cpu()] = torch.stack([output.logps, entropies]).double().cpu()
+            sums[:, batch.responses.cpu()] = torch.stack([output.logps, entropies]).double().cpu()
         done += len(indices)
         display.advance(done)
-    return Scores(*found.view(2, -1, 2))
+    return Scores(*sums.view(2, -1, 2))
 
 
 def ratios(
@@ -146,7 +148,7 @@ def ratios(
     preference: Tensor | None = None,  # (N,) fp64, p
     reference: Scores | None = None,
 ) -> dict[str, Ratio]:
-    """METRICS as sums over pairs that are to be divided, without those that lack what they need."""
+    """METRICS as quantities and counts for each pair; those without their inputs are left out."""
     chosen, rejected = policy.logps.unbind(1)
     chosen_mean, rejected_mean = (policy.logps / lengths).unbind(1)
     means = {
@@ -161,8 +163,8 @@ def ratios(
         "lengths/chosen_longer": lengths[:, 0] > lengths[:, 1],
     }
     if preference is not None:
-        found = monitors.preferences(chosen - rejected, preference)
-        means |= {f"preference/{name}": values for name, values in found.items()}
+        monitored = monitors.preferences(chosen - rejected, preference)
+        means |= {f"preference/{name}": values for name, values in monitored.items()}
     if reference is not None:
         chosen_change, rejected_change = (policy.logps - reference.logps).unbind(1)
         means |= {
@@ -177,25 +179,28 @@ def ratios(
 
 
 def intervals(columns: dict[str, Ratio], resamples: int = RESAMPLES) -> dict[str, dict[str, float]]:
-    """`value`, `low` and `high` of each ratio, by the bootstrap over pairs; the same each time."""
+    """Bootstrap `value`, `low` and `high` of each ratio over pairs, with a fixed seed."""
     table = torch.stack([torch.stack(ratio) for ratio in columns.values()]).numpy()  # (K, 2, N)
     pairs, random = table.shape[2], np.random.default_rng(0)
-    drawn = np.empty((resamples, len(columns)))
+    resampled = np.empty((resamples, len(columns)))
     for k in range(resamples):
         weights = np.bincount(random.integers(pairs, size=pairs), minlength=pairs)
-        top, bottom = (table @ weights).T
-        drawn[k] = top / bottom
-    top, bottom = table.sum(2).T
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    numbers = zip((top / bottom).tolist(), low.tolist(), high.tolist(), strict=True)
+        quantity, count = (table @ weights).T
+        resampled[k] = quantity / count
+    quantity, count = table.sum(2).T
+    values = quantity / count
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return {
-        name: dict(zip(("value", "low", "high"), triple, strict=True))
-        for name, triple in zip(columns, numbers, strict=True)
+        name: {"value": float(values[k]), "low": float(low[k]), "high": float(high[k])}
+        for k, name in enumerate(columns)
     }
 
 
 def run(model: str, data: str, out: Path | None, display: Display, **options: Any) -> None:
-    """Show `evaluate` as a table and write it to `out`, unless that is None or already there."""
+    """Print the result of `evaluate` as a table, and write it to `out` if that is not None.
+
+    Raises UserError if `out` exists.
+    """
     if out is not None and out.exists():
         raise UserError(f"--out: {out} is already there; choose another file")
     result = evaluate(model, data, display, **options)
@@ -207,35 +212,37 @@ def run(model: str, data: str, out: Path | None, display: Display, **options: An
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The metrics and their intervals, for a terminal."""
-    made = Table("metric", title=f"{result['pairs']:,} pairs", caption=result["interval"])
+    """Metrics and their intervals, for a terminal."""
+    table = Table("metric", title=f"{result['pairs']:,} pairs", caption=result["interval"])
     for heading in ("value", f"{LEVEL:.0%} interval", "unit"):
-        made.add_column(heading, justify="left" if heading == "unit" else "right")
-    for name, found in result["metrics"].items():
-        value, low, high = (f"{found[key]:.4g}" for key in ("value", "low", "high"))
-        made.add_row(name, value, f"{low} to {high}", METRICS[name])
-    return made
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for name, metric in result["metrics"].items():
+        value, low, high = (f"{metric[key]:.4g}" for key in ("value", "low", "high"))
+        table.add_row(name, value, f"{low} to {high}", METRICS[name])
+    return table
 
 
 def _preference(groups: GroupDataset) -> Tensor | None:
-    """p of each pair, (N,) fp64; None where the data has none."""
+    """p of each pair, (N,) fp64; None if the data has no preferences."""
     if not groups.has_preferences:
         return None
-    labels = (groups[k].labels for k in range(len(groups)))
-    return torch.tensor([p for each in labels if each for p in each], dtype=torch.float64)
+    preferences: list[float] = []
+    for k in range(len(groups)):
+        preferences += groups[k].labels or ()
+    return torch.tensor(preferences, dtype=torch.float64)
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    found = np.quantile(values.numpy(), [*_QUANTILES.values()]).tolist()
-    return dict(zip(_QUANTILES, found, strict=True))
+    quantiles = np.quantile(values.numpy(), [*_QUANTILES.values()]).tolist()
+    return dict(zip(_QUANTILES, quantiles, strict=True))
 
 
-def _max_length(asked: int | None, policy: Policy) -> int:
-    usual = int(configs.Data.model_fields["max_length"].default)
+def _max_length(max_length: int | None, policy: Policy) -> int:
+    default = int(configs.Data.model_fields["max_length"].default)
     context = context_length(policy)
-    if asked is not None and context is not None and asked > context:
+    if max_length is not None and context is not None and max_length > context:
         raise UserError(
-            f"--max-length: got {asked:,}, but the model knows {context:,} positions; use "
+            f"--max-length: got {max_length:,}, but the model has {context:,} positions; use "
             f"{context:,} or less"
         )
-    return asked or min(usual, context or usual)
+    return max_length or min(default, context or default)

@@ -1,7 +1,7 @@
-"""Completions drawn from a model, and their log-probs under it: `fastpref sample`.
+"""`fastpref sample`: draw completions from a model, and compute their log-probs under it.
 
-The log-probs are those of `Policy`, at temperature 1 and over the whole vocabulary, however the
-completions were drawn.
+The log-probs are those of `Policy`, at temperature 1 and over the whole vocabulary, for any
+sampling options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastpref import config as configs
 from fastpref.data.collate import collate
 from fastpref.data.dataset import Ids, TokenGroup
 from fastpref.data.prompts import Prompt, encode, read_prompts, response_to
-from fastpref.data.readers import Row
+from fastpref.data.readers import Record
 from fastpref.data.tokenize import chunks
 from fastpref.data.tokenizers import load_tokenizer
 from fastpref.model.generate import Sampling, engine, require, with_transformers, with_vllm
@@ -36,15 +36,17 @@ DTYPES = ("bfloat16", "float32", "float64")
 
 
 class Completion(NamedTuple):
+    """A completion that was drawn for a prompt."""
+
     prompt: Prompt
-    ids: Ids  # with the token that ends it
+    ids: Ids  # the end token included
     text: str  # without special tokens
     finished: bool  # False: cut at max_new_tokens
     logps: float  # of `ids`, summed, nats, at temperature 1
 
 
 class Sampler:
-    """A model to draw from and to score with.
+    """A model that draws completions and computes log-probs.
 
     source: folder or Hub name of a model, or the folder of an adapter (peft), which is merged into
         its base.
@@ -65,63 +67,60 @@ class Sampler:
         require("dtype", dtype, dtype in (None, *DTYPES), " or ".join(DTYPES))
         gpu = torch.cuda.is_available()
         require("device", device, gpu or device != "cuda", "cpu, for torch finds no GPU")
-        on = device_of(device)
+        torch_device = device_of(device)
         self.source = source
-        self.dtype = dtype or ("bfloat16" if on.type == "cuda" else "float32")
+        self.dtype = dtype or ("bfloat16" if torch_device.type == "cuda" else "float32")
         self.is_adapter = is_adapter(source)
-        base, own = _base_of(source) if self.is_adapter else (source, None)
-        config = configs.parse(
-            {
-                "model": {"path": base, "tokenizer": own, "dtype": self.dtype},
-                "data": {"train": "-"},  # none is read
-                "loss": "sft",
-                "training": {"activation_checkpointing": False},  # it excludes generation's cache
-            }
-        )
-        named = load_tokenizer(config.model)
-        assert named is not None
-        if tokenizer is not None and tokenizer.get_vocab() != named.get_vocab():
+        base, tokenizer_path = _base_of(source) if self.is_adapter else (source, None)
+        values = {"path": base, "tokenizer": tokenizer_path, "dtype": self.dtype}
+        settings = configs.parse_section("model", configs.Model, values)
+        loaded = load_tokenizer(settings)
+        assert loaded is not None
+        if tokenizer is not None and tokenizer.get_vocab() != loaded.get_vocab():
             raise ModelError(
                 f"{source}: its vocabulary is not that of the model it is compared with; the same "
                 "tokens must have log-probs under both, so choose models of one family"
             )
-        self.tokenizer = tokenizer or named
-        policy = load_policy(config, self.tokenizer, on)
+        self.tokenizer = tokenizer or loaded
+        # Checkpointing excludes the cache of generation.
+        training = configs.Training(activation_checkpointing="off")
+        policy = load_policy(settings, self.tokenizer, torch_device, training, configs.Parallel())
         if self.is_adapter:
             policy = _merged(policy, source)
-        for parameter in policy.parameters():  # not the buffers: rotary frequencies stay in fp32
+        # Buffers are not cast: rotary frequencies stay in fp32.
+        for parameter in policy.parameters():
             parameter.data = parameter.data.to(policy.compute_dtype)
         self.policy = policy.eval().requires_grad_(False)
 
     def draw(
         self, prompts: Sequence[Prompt], sampling: Sampling, display: Display
     ) -> list[Completion]:
-        """`sampling.n` completions of each prompt, in order; the same ones for the same seed.
+        """Draw `sampling.n` completions of each prompt, in order; the seed determines them.
 
-        Raises UserError where the longest prompt leaves no room for `max_new_tokens`, or the
-        engine is not there.
+        Raises UserError if the longest prompt leaves no room for `max_new_tokens`, or if the engine
+        is not available.
         """
         self._check_room(prompts, sampling.max_new_tokens)
-        wanted = [prompt for prompt in prompts for _ in range(sampling.n)]
-        ends = self._ends(prompts)
-        display.phase("sample", len(wanted))
-        task = ([prompt.ids.tolist() for prompt in wanted], ends, sampling, display.advance)
+        repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+        ends = self._end_tokens(prompts)
+        display.phase("sample", len(repeated))
+        arguments = ([p.ids.tolist() for p in repeated], ends, sampling, display.advance)
         if engine(sampling.engine, self.policy.device, self.is_adapter) == "vllm":
-            drawn = with_vllm(self.source, self.dtype, *task)
+            sequences = with_vllm(self.source, self.dtype, *arguments)
         else:
-            drawn = with_transformers(self.policy.base, *task)
-        ids = [_until_end(tokens, ends) for tokens in drawn]
-        logps = self.logps(wanted, ids, sampling.batch_size, display)
+            sequences = with_transformers(self.policy.base, *arguments)
+        completions = [_until_end(tokens, ends) for tokens in sequences]
+        logps = self.logps(repeated, completions, sampling.batch_size, display)
         return [
-            Completion(prompt, tokens, self._text(prompt, tokens), int(tokens[-1]) in ends, logp)
-            for prompt, tokens, logp in zip(wanted, ids, logps.tolist(), strict=True)
+            Completion(prompt, ids, self._text(prompt, ids), int(ids[-1]) in ends, logp)
+            for prompt, ids, logp in zip(repeated, completions, logps.tolist(), strict=True)
         ]
 
     @torch.no_grad()
     def logps(
         self, prompts: Sequence[Prompt], responses: Sequence[Ids], batch_size: int, display: Display
     ) -> torch.Tensor:
-        """Summed log-probs of one response to each prompt, (N,), nats, fp32 or fp64."""
+        """Compute summed log-probs of one response to each prompt, (N,), nats, fp32 or fp64."""
         display.phase("score", len(prompts))
         groups = (
             TokenGroup(k, prompt.row, prompt.ids, (response,))
@@ -143,32 +142,33 @@ class Sampler:
         advice = f"use {room:,} or less" if room > 0 else "leave out prompts that long"
         raise UserError(
             f"--max-new-tokens: {max_new_tokens:,} after the prompt of row {longest.row} "
-            f"({tokens:,} tokens) end beyond the {context:,} positions that the model knows; "
-            f"{advice}"
+            f"({tokens:,} tokens) end beyond the {context:,} positions of the model; {advice}"
         )
 
-    def _ends(self, prompts: Sequence[Prompt]) -> set[int]:
-        """Tokens that end a completion: the model's, the tokenizer's, the chat template's."""
+    def _end_tokens(self, prompts: Sequence[Prompt]) -> set[int]:
+        """Tokens that end a completion, of the model, the tokenizer and the chat template."""
         generation: Any = self.policy.base.generation_config
-        known = generation.eos_token_id
-        ends = {*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id}
+        eos = generation.eos_token_id
+        ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
         chat = next((prompt for prompt in prompts if prompt.text.conversational), None)
-        if chat is not None:  # the last special token of an answer
+        if chat is not None:
+            # The chat template ends an answer with its last special token.
             answered = chat.text._replace(responses=(response_to(chat.text.prompt, "Yes."),))
             (row,) = encode([(chat.row, answered)], self.source, self.tokenizer)
             added, answer = self.tokenizer.added_tokens_decoder, row["responses"][0].tolist()
-            ends |= {*[t for t in answer if t in added and added[t].special][-1:]}
+            special = [token for token in answer if token in added and added[token].special]
+            ends.update(special[-1:])
         return ends - {None}
 
     def _text(self, prompt: Prompt, ids: Ids) -> str:
-        """The completion decoded behind its prompt: alone, some tokenizers drop a first space."""
-        before, whole = (
+        """Decode a completion after its prompt; alone, some tokenizers drop its first space."""
+        before, full = (
             self.tokenizer.decode(
                 tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             for tokens in (prompt.ids, np.concatenate([prompt.ids, ids]))
         )
-        return str(whole)[len(before) :]
+        return str(full)[len(before) :]
 
 
 def run(
@@ -183,73 +183,71 @@ def run(
     device: str = "auto",
     dtype: str | None = None,
 ) -> None:
-    """Write a line of JSON for each completion to `out`, or to stdout where that is None.
+    """Write a line of JSON for each completion to `out`, or to stdout if that is None.
 
-    Raises UserError in one line for what a user can mend, an `out` that exists among it.
+    Raises UserError in one line, e.g. if `out` exists.
     """
     if out is not None and out.exists():
         raise UserError(f"--out: {out} is already there; choose another file")
     sampler = Sampler(model, device, dtype)
-    found = read_prompts(prompts, sampler.tokenizer, limit, duplicates)
-    drawn = sampler.draw(found, sampling, display)
-    lines = "".join(json.dumps(record(each), ensure_ascii=False) + "\n" for each in drawn)
+    rows = read_prompts(prompts, sampler.tokenizer, limit, duplicates)
+    completions = sampler.draw(rows, sampling, display)
+    lines = "".join(json.dumps(record(c), ensure_ascii=False) + "\n" for c in completions)
     if out is None:
         sys.stdout.write(lines)
     else:
         with atomic_files.replacing(out) as temporary:
             temporary.write_text(lines, encoding="utf-8")
-    tokens = np.mean([len(each.ids) for each in drawn])
-    cut = sum(not each.finished for each in drawn)
+    tokens = np.mean([len(completion.ids) for completion in completions])
+    cut = sum(not completion.finished for completion in completions)
     display.note(
-        f"{len(drawn):,} completions of {len(found):,} prompts, {tokens:.1f} tokens on average, "
-        f"{cut:,} cut at {sampling.max_new_tokens:,}"
+        f"{len(completions):,} completions of {len(rows):,} prompts, {tokens:.1f} tokens on "
+        f"average, {cut:,} cut at {sampling.max_new_tokens:,}"
     )
 
 
-def record(completion: Completion) -> Row:
-    """A row of the output; the completion has the form of its prompt, text or messages."""
+def record(completion: Completion) -> Record:
+    """A row of the output; the completion is text or messages, like its prompt."""
     text = completion.prompt.text
-    return {
-        "prompt": text.prompt,
-        **({"tools": text.tools} if text.tools else {}),
-        "completion": response_to(text.prompt, completion.text),
-        "tokens": len(completion.ids),
-        "logps": completion.logps,
-        "finished": completion.finished,
-    }
+    row: Record = {"prompt": text.prompt}
+    if text.tools:
+        row["tools"] = text.tools
+    row["completion"] = response_to(text.prompt, completion.text)
+    row["tokens"] = len(completion.ids)
+    row["logps"] = completion.logps
+    row["finished"] = completion.finished
+    return row
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> Ids:
-    """The tokens up to the first that ends a completion, and that one."""
+    """The tokens up to the first end token, which is included."""
     last = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
     return np.asarray(tokens[: last + 1], dtype=np.int32)
 
 
 def is_adapter(source: str) -> bool:
     """Whether a source is the folder of an adapter, as peft writes it."""
-    return _description(source).exists()
+    return _adapter_config(source).exists()
 
 
-def _description(source: str) -> Path:
+def _adapter_config(source: str) -> Path:
     return Path(os.path.expanduser(source)) / "adapter_config.json"
 
 
 def _base_of(adapter: str) -> tuple[str, str | None]:
-    """The base model of an adapter, and the adapter's folder if a tokenizer is in it."""
-    described = _description(adapter)
+    """The base model of an adapter, and the adapter's folder if that holds a tokenizer."""
+    path = _adapter_config(adapter)
     try:
-        base = json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
-        raise ModelError(
-            f"{described}: names no base_model_name_or_path; restore it as peft wrote it"
-        )
-    return base, adapter if described.with_name("tokenizer_config.json").exists() else None
+        raise ModelError(f"{path}: names no base_model_name_or_path; restore it as peft wrote it")
+    return base, adapter if path.with_name("tokenizer_config.json").exists() else None
 
 
 def _merged(policy: Policy, adapter: str) -> Policy:
-    """The policy with the adapter's update in its weights."""
+    """Merge an adapter into the weights of a policy."""
     import peft
 
     try:
@@ -257,7 +255,7 @@ def _merged(policy: Policy, adapter: str) -> Policy:
         merged = Policy(wrapped.merge_and_unload(), policy.compute_dtype)
     except Exception as error:  # peft, safetensors and torch raise unrelated types
         raise ModelError(
-            f"{adapter}: cannot load the adapter: {first_line(error)}; mend it or name another"
+            f"{adapter}: cannot load the adapter: {first_line(error)}; fix it or use another"
         ) from None
     merged.check_head()
     return merged

@@ -1,7 +1,7 @@
-"""Losses for other people's training loops: hidden states and the head's weight in, a loss out.
+"""Loss modules for any training loop: hidden states and the head's weight in, a loss out.
 
-`FusedPreferenceLoss` takes any objective. The `FusedLinear*Loss` classes stand in for
-liger-kernel's of the same name with `Liger` before it. `fastpref.fused.trl` is for TRL's trainer.
+`FusedPreferenceLoss` takes any objective. The `FusedLinear*Loss` classes replace the
+`LigerFusedLinear*Loss` classes of liger-kernel. `fastpref.fused.trl` is for TRL's trainer.
 """
 
 from fastpref.fused.liger import (

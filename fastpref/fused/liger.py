@@ -1,7 +1,7 @@
-"""Stand-ins for the preference losses of liger-kernel 0.8: same arguments, same results.
+"""Replacements of the preference losses of liger-kernel 0.8: same arguments, same results.
 
-Each takes the constructor and call arguments of liger's class of that name with `Liger` before it
-and returns `(loss, aux)` with its numbers, which are not always those of the papers:
+`FusedLinearXLoss` takes the constructor and call arguments of liger's `LigerFusedLinearXLoss` and
+returns its `(loss, aux)`, whose numbers are not always those of the papers:
 
     nll            -sum of the chosen token log-probs / their number in the batch
     logits mean    over all positions, ignored ones included
@@ -9,13 +9,12 @@ and returns `(loss, aux)` with its numbers, which are not always those of the pa
     ORPO           nll - beta * LS(odds), the odds of mean log-probs; rewards beta * a
     KTO            no clamp of kl at 0, no weights; everything in aux is a sum over the batch
 
-The sum of all logits needs none of them: it is (sum of hidden) . (sum of the head's rows). `aux`
-carries no gradient. `compiled` and `chunk_size`, which say how liger computes, are accepted and
-change nothing here.
+The sum of all logits is (sum of hidden) . (sum of the head's rows), so no logit is computed for it.
+`aux` carries no gradient. `compiled` and `chunk_size` are accepted and ignored.
 
-What differs: a response without scored tokens has mean log-prob 0, a batch without chosen tokens
-nll 0, and certain tokens (a = 0) finite odds in ORPO, where liger has NaN; and an option that liger
-would ignore is refused. LS is the logarithm of the logistic function, a a mean log-prob.
+Where liger has NaN, a response without scored tokens has mean log-prob 0, a batch without chosen
+tokens nll 0, and certain tokens (a = 0) finite odds in ORPO. Options that liger would ignore are
+refused. LS is the logarithm of the logistic function, a is a mean log-prob.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from fastpref.ops import IGNORE_INDEX
 
 Aux = tuple[Tensor, ...]
 
-# Liger's `loss_type`s of DPO; all but the first are called the same here.
+# The values of `loss_type` in liger's DPO; all but "sigmoid" are names of objectives here.
 _LOSS_TYPES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
     "apo_down", "discopop",
@@ -49,7 +48,7 @@ class _Sequences(NamedTuple):  # each (S,)
 
 
 class _FusedLinearLoss(nn.Module):
-    """What the losses share: the log-probs of the sequences and the logits' sums."""
+    """Base of the losses: log-probs of sequences, and sums of logits."""
 
     def __init__(
         self, ignore_index: int, beta: float, compiled: bool, average: bool, chunk_size: int
@@ -64,11 +63,11 @@ class _FusedLinearLoss(nn.Module):
     def _sequences(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     ) -> _Sequences:
-        if hidden.dim() != 3:
-            raise ValueError(f"_input: expected shape (S, L, D), got {tuple(hidden.shape)}")
-        if target.shape != hidden.shape[:2]:
-            expected = tuple(hidden.shape[:2])
-            raise ValueError(f"target: expected shape {expected}, got {tuple(target.shape)}")
+        shape = tuple(hidden.shape)
+        if len(shape) != 3:
+            raise ValueError(f"_input: expected shape (S, L, D), got {shape}")
+        if target.shape != shape[:2]:
+            raise ValueError(f"target: expected shape {shape[:2]}, got {tuple(target.shape)}")
         tokens = ScoredTokens.padded(target, hidden.device, ignore_index=self.ignore_index)
         sums = tokens.logps(tokens.rows(hidden), weight, bias)
         logps = mean_logps(sums, tokens.lengths) if self.average_log_prob else sums
@@ -118,7 +117,7 @@ class _PairLoss(_FusedLinearLoss):
     def _pair_loss(
         self, chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Aux]:
-        """Losses (B,) from log-probs (B,), and what follows nll in aux."""
+        """Losses (B,) from log-probs (B,), and the entries of aux after nll."""
         raise NotImplementedError
 
     def _forward(
@@ -157,7 +156,7 @@ class FusedLinearDPOLoss(_PairLoss):
 
     Without a reference model its log-probs count as 0. aux: chosen_logps, rejected_logps,
     chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards, rejected_rewards.
-    Raises ValueError, naming the argument, for what it does not take.
+    Raises ValueError, naming the argument, for an option that does not apply.
     """
 
     def __init__(
@@ -178,14 +177,14 @@ class FusedLinearDPOLoss(_PairLoss):
             ignore_index, beta, alpha, compute_nll_loss, compiled, average_log_prob, chunk_size
         )
         if loss_type not in _LOSS_TYPES:
-            known = ", ".join(_LOSS_TYPES)
-            raise ValueError(f"loss_type: expected one of {known}, got {loss_type!r}")
-        own: dict[str, dict[str, float]] = {
+            expected = ", ".join(_LOSS_TYPES)
+            raise ValueError(f"loss_type: expected one of {expected}, got {loss_type!r}")
+        options: dict[str, dict[str, float]] = {
             "exo_pair": {"label_smoothing": label_smoothing},
             "robust": {"label_smoothing": label_smoothing},
             "discopop": {"tau": discopop_tau},
         }
-        parameters = own.get(loss_type, {})
+        parameters = options.get(loss_type, {})
         if label_smoothing and "label_smoothing" not in parameters:
             raise ValueError(
                 f"label_smoothing: {loss_type} has none, got {label_smoothing}; set it to 0.0, or "
@@ -196,7 +195,9 @@ class FusedLinearDPOLoss(_PairLoss):
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
         name = "dpo" if loss_type == "sigmoid" else loss_type
-        self.objective = losses.build(name, beta=beta, **parameters)
+        objective = losses.build(name, beta=beta, **parameters)
+        assert isinstance(objective, losses.PairwiseLoss)
+        self.objective = objective
 
     def forward(
         self,
@@ -216,7 +217,7 @@ class FusedLinearDPOLoss(_PairLoss):
     def _pair_loss(
         self, chosen: Tensor, rejected: Tensor, reference: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Aux]:
-        # These objectives do not look at lengths: averages are handed over as if they were sums.
+        # These objectives do not read lengths, so averages may be passed in place of sums.
         count, zero = torch.ones_like(chosen), torch.zeros_like(chosen)
         output = self.objective(
             SequenceLogps(chosen, rejected, count, count),
@@ -276,8 +277,7 @@ class FusedLinearCPOLoss(_SmoothedPairLoss):
 class FusedLinearSimPOLoss(_SmoothedPairLoss):
     """SimPO, as `liger_kernel.chunked_loss.LigerFusedLinearSimPOLoss`, with nll by default.
 
-    gamma is the margin of the rewards, as in `losses.build("simpo")`. aux as in
-    `FusedLinearDPOLoss`.
+    gamma is the margin as in `losses.build("simpo")`. aux as in `FusedLinearDPOLoss`.
     """
 
     def __init__(
@@ -376,8 +376,8 @@ class FusedLinearKTOLoss(_FusedLinearLoss):
             _input, target, ref_input, ref_weight, ref_bias, self.use_ref_model
         )
         log_ratios = logps if reference is None else logps - reference
-        gain = log_ratios if kl is None else log_ratios - kl.detach().reshape(())
-        signed = torch.where(desirable, self.beta * gain, -self.beta * gain)
+        shifted = log_ratios if kl is None else log_ratios - kl.detach().reshape(())
+        signed = torch.where(desirable, self.beta * shifted, -self.beta * shifted)
         logits = _sums_of_logits(_input, lin_weight, bias)
         sums = [_split_sum(x, desirable) for x in (logps, logits, self.beta * log_ratios)]
         aux = tuple(x.detach().to(logps.dtype) for pair in sums for x in pair)
@@ -395,6 +395,6 @@ def _sums_of_logits(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
 ) -> Tensor:  # (S,) float64
-    """Sum of the logits of all positions of a sequence: (sum of hidden) . (sum of rows)."""
+    """Sum of the logits over all positions of a sequence: (sum of hidden) . (sum of rows)."""
     sums = hidden.sum(1, dtype=torch.float64) @ weight.sum(0, dtype=torch.float64)
     return sums if bias is None else sums + hidden.shape[1] * bias.sum(dtype=torch.float64)

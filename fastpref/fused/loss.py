@@ -12,8 +12,8 @@ from fastpref import losses, ops
 from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused import validation, views
 from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
-from fastpref.fused.validation import Given, Objective
-from fastpref.losses import Logps, PointwiseOutput, TokenLevelLoss
+from fastpref.fused.validation import Given
+from fastpref.losses import Logps, Objective, PointwiseOutput, TokenLevelLoss
 from fastpref.losses.pointwise import RunningMean, sum_and_count
 from fastpref.metrics import PAIR_METRICS, sums_and_counts
 from fastpref.ops import IGNORE_INDEX
@@ -27,11 +27,12 @@ class FusedPreferenceLoss(nn.Module):
     loss: an objective, such as `losses.build("simpo", beta=2.5)`, or the name of one.
     calibration: `RewardCalibration()`, for objectives on pairs; its scores are those of the head
         (`ops.score_geometry`).
-    accumulation_steps: training calls per optimizer step. After as many, the calibration, or the
-        mean reward that `bco` compares with, takes in what they saw, on all ranks. `state_dict`
-        holds either.
-    impl, logit_scale, softcap: as in `ops.linear_logps`.
-    ignore_index: the label of what is not scored; -100 means that too, whatever this is.
+    accumulation_steps: training calls per optimizer step. After the last of them, the averages of
+        the calibration, or the mean reward that `bco` compares with, are updated with the
+        statistics of these calls on all ranks. `state_dict` contains the averages.
+    impl, logit_scale, softcap: as in `ops.linear_logps`. The objective is evaluated by its kernel
+        (`losses.evaluate`) where `impl` is "triton", or "auto" on a GPU, and it has one.
+    ignore_index: the label of tokens that are not scored; -100 is ignored, too.
 
     Sequences of pairs are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}; single
     responses come in any order, those of a group one after the other.
@@ -102,32 +103,33 @@ class FusedPreferenceLoss(nn.Module):
         `labels[..., t]` is the token that `hidden[..., t]` predicts, the one after position t. With
         `shift`, labels are aligned with the input ids as in Hugging Face models: `labels[..., t]`
         is the token at position t, and hidden states and labels are shifted against each other
-        here. Where `attention_mask` is 0 nothing is scored. What is given per token stands where
-        its label does.
+        here. Tokens whose `attention_mask` is 0 are not scored. Values per token are aligned with
+        the labels.
 
         The reference's log-probs are `ref_logps`, summed in nats (`ref_token_logps` of token-level
         objectives), or come from its hidden states and head, without gradient; an objective without
         a reference computes none. `preference` is a soft label per pair. The other arguments are as
         in `TokenLogps`, `UnpairedLogps` and `GroupedLogps`; each kind of objective has its own
-        (`fastpref.fused.validation`). Divergences (tdpo) and collision entropies (wpo) are made
+        (`fastpref.fused.validation`). Divergences (tdpo) and collision entropies (wpo) are computed
         here.
 
-        Only scored tokens of a padded batch reach the head; picking them out waits for the device
-        of `labels`, so leave those on the CPU to keep a GPU busy. A packed batch is not
-        searched, except for token-level objectives: nothing waits, and a token labelled -100 costs
-        as much as a scored one. Under autocast the head multiplies in the autocast dtype, as a
-        linear layer does.
+        Only the scored tokens of a padded batch reach the head; selecting them waits for the device
+        of `labels`, so leave the labels on the CPU to keep a GPU busy. In a packed batch tokens are
+        selected only for token-level objectives; otherwise nothing waits, and a token labeled -100
+        costs as much as a scored one. Under autocast the head multiplies in the autocast dtype, as
+        a linear layer does.
 
         The metrics are `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
-        `rewards/margins`, and `logps/chosen`, `logps/rejected`, which are sums over tokens; what
-        they count is said in `fastpref.metrics`, and they are NaN where that is nothing.
+        `rewards/margins`, and `logps/chosen`, `logps/rejected`, which are sums over tokens;
+        `fastpref.metrics` says which pairs or responses each is a mean of, and it is NaN if there
+        are none.
 
-        Calibration measures the scores of the head: a further pass or two, and on a GPU a wait
-        for `cu_seqlens`. It acts in training mode, where gradients are enabled.
+        Calibration measures the scores of the head: one or two more GEMMs of the size of the head,
+        and on a GPU a wait for `cu_seqlens`. It acts in training mode, where gradients are enabled.
 
-        Raises ValueError, naming the argument, for shapes that do not fit together, for what the
-        objective needs and does not get or gets and has no use for, for a reference that is missing
-        or given twice, and for a bias beside a calibration or a divergence.
+        Raises ValueError, naming the argument, for shapes that do not fit together, an argument
+        that the objective needs or does not take, a reference that is missing or passed twice, and
+        a bias together with a calibration or a divergence.
         """
         given: dict[str, Tensor | None] = {
             "preference": preference, "ref_logps": ref_logps, "ref_token_logps": ref_token_logps,
@@ -152,8 +154,8 @@ class FusedPreferenceLoss(nn.Module):
         policy = views.policy_view(self.loss, logps, tokens, given, columns)
         reference = None
         if self.loss.needs_reference:
-            known = self._reference_logps(tokens, reference_head, given)
-            reference = views.reference_view(policy, known.to(logps), tokens)
+            of_reference = self._reference_logps(tokens, reference_head, given)
+            reference = views.reference_view(policy, of_reference.to(logps), tokens)
         return self._output(policy, reference, tokens, head, given["reference_point"])
 
     def _output(
@@ -164,46 +166,56 @@ class FusedPreferenceLoss(nn.Module):
         head: Head,
         point: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics, and the statistics of a training call taken note of."""
-        objective: Any = self.loss
+        """Loss and metrics; in training, statistics for the averages are recorded."""
         trains = torch.is_grad_enabled() and self.training
         seen = policy
         if trains and self.calibration is not None:
             policy = self._calibrated(self.calibration, policy, reference, tokens, head)
         if self.mean_reward is not None:
             point = self.mean_reward.mean
-        output = objective(policy, reference, *([] if point is None else [point]))
+        output = losses.evaluate(self.loss, policy, reference, point, impl=self._loss_impl())
         if trains and self.mean_reward is not None:
-            self._take(sum_and_count(output.rewards, tokens.lengths), self.mean_reward)
+            assert isinstance(output, PointwiseOutput)
+            self._record(sum_and_count(output.rewards, tokens.lengths), self.mean_reward)
         return output.loss.mean(), _metrics(output, seen)
+
+    def _loss_impl(self) -> str:
+        """Implementation of the objective: its kernel where the head's ops use kernels, too."""
+        impl: str = self.head_options["impl"]
+        if impl == "triton" and losses.has_kernel(self.loss):
+            return impl
+        return "auto" if impl == "auto" else "reference"
 
     def _columns(
         self, tokens: ScoredTokens, head: Head, reference_head: Head | None
     ) -> dict[str, Tensor]:
-        """What a token-level objective asks for of each token and the heads can tell, (T,)."""
-        asked, made = validation.token_columns(self.loss), {}
-        if "kl" in asked:
+        """Columns (T,) of a token-level objective that are computed from the heads."""
+        names = validation.token_columns(self.loss)
+        columns = {}
+        if "kl" in names:
             assert reference_head is not None
             hidden, weight, _ = head
             ref_hidden, ref_weight, _ = reference_head
-            made["kl"] = ops.linear_kl(hidden, weight, ref_hidden, ref_weight, **self.head_options)
-        if "collision_entropy" in asked:
+            columns["kl"] = ops.linear_kl(
+                hidden, weight, ref_hidden, ref_weight, **self.head_options
+            )
+        if "collision_entropy" in names:
             hidden, weight, bias = head
-            made["collision_entropy"] = ops.collision_entropy(
+            columns["collision_entropy"] = ops.collision_entropy(
                 hidden, weight, tokens.labels, bias=bias, **self.head_options
             )
-        return made
+        return columns
 
     @torch.no_grad()
     def _reference_logps(self, tokens: ScoredTokens, head: Head | None, given: Given) -> Tensor:
         """Log-probs of the reference: per token (T,) for token-level objectives, else sums (S,)."""
         per_token = isinstance(self.loss, TokenLevelLoss)
         if head is not None:
-            of = tokens.token_logps if per_token else tokens.logps
-            return of(*head, **self.head_options)
-        known = given["ref_token_logps" if per_token else "ref_logps"]
-        assert known is not None
-        return known
+            compute = tokens.token_logps if per_token else tokens.logps
+            return compute(*head, **self.head_options)
+        ref_logps = given["ref_token_logps" if per_token else "ref_logps"]
+        assert ref_logps is not None
+        return ref_logps
 
     def _calibrated(
         self,
@@ -214,19 +226,21 @@ class FusedPreferenceLoss(nn.Module):
         head: Head,
     ) -> Logps:
         hidden, weight, _ = head
-        d_w, d_l, token_weights = losses.pair_incentives(self.loss, policy, reference)
+        d_w, d_l, token_weights = losses.pair_incentives(
+            self.loss, policy, reference, impl=self._loss_impl()
+        )
         geometry = ops.score_geometry(
             hidden, weight, tokens.labels, tokens.cu_seqlens, token_weights=token_weights,
             per_pair=True, **self.head_options,
         )  # fmt: skip
         calibration.averages = calibration.averages.to(hidden.device)
         pairs: Any = policy
-        made = calibration.calibrate(pairs, (d_w, d_l), geometry)
-        self._take(made.sums, calibration)
-        return made.policy
+        calibrated = calibration.calibrate(pairs, (d_w, d_l), geometry)
+        self._record(calibrated.sums, calibration)
+        return calibrated.policy
 
-    def _take(self, sums: Tensor, averages: RewardCalibration | RunningMean) -> None:
-        """Take note of a training call; after the last of an optimizer step, average them in."""
+    def _record(self, sums: Tensor, averages: RewardCalibration | RunningMean) -> None:
+        """Record a training call; after the last one of an optimizer step, update the averages."""
         self._statistics.append(sums)
         if len(self._statistics) == self.accumulation_steps:
             total = torch.stack(self._statistics).sum(0)
@@ -236,7 +250,7 @@ class FusedPreferenceLoss(nn.Module):
             self._statistics = []
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The averages of the calibration or of the rewards: part of `state_dict`."""
+        """Averages of the calibration or of the rewards; part of `state_dict`."""
         averages = self.calibration or self.mean_reward
         return {} if averages is None else averages.state_dict()
 
@@ -261,7 +275,7 @@ class FusedPreferenceLoss(nn.Module):
             return ScoredTokens.padded(
                 labels, hidden.device, attention_mask=attention_mask, **options
             )
-        # Objectives that look at tokens count them, and must not count ignored ones.
+        # Token-level objectives count tokens, and must not count ignored ones.
         scored_only = isinstance(self.loss, TokenLevelLoss)
         return ScoredTokens.packed(labels, cu_seqlens, scored_only=scored_only, **options)
 
@@ -269,7 +283,7 @@ class FusedPreferenceLoss(nn.Module):
 def _on_device(
     given: Given, tokens: ScoredTokens, device: torch.device
 ) -> dict[str, Tensor | None]:
-    """The arguments where the hidden states are; of those per token the scored ones, (T,)."""
+    """The arguments on the device of the hidden states; values per token only of scored ones."""
     moved: dict[str, Tensor | None] = {}
     for name, value in given.items():
         value = None if value is None else value.to(device, non_blocking=True)
@@ -281,7 +295,8 @@ def _on_device(
 def _metrics(output: losses.Output, policy: Logps) -> dict[str, Tensor]:
     sums, counts = sums_and_counts(output, policy)
     metrics = dict(zip(PAIR_METRICS, (sums / counts).unbind(), strict=True))
-    if isinstance(output, PointwiseOutput):  # of responses that are not paired
+    if isinstance(output, PointwiseOutput):
+        # Single responses have no margins of their own, so it is the margin of the two means.
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     del metrics["loss"]
     return metrics

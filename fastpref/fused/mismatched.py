@@ -1,4 +1,4 @@
-"""Prompts of a batch of pairs with responses to other prompts, for KTO's reference point."""
+"""Prompts of a batch paired with responses to other prompts, for KTO's reference point."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class Pair(NamedTuple):
 
 
 class Mismatched:
-    """Batches of mismatched responses, one after the other.
+    """Builds batches of mismatched responses, one per batch of pairs.
 
     Each prompt takes both responses of the next pair of its batch that has another prompt, going
-    round. In a batch of one prompt, such as one pair, it takes those of the batch before.
+    round. If a batch has only one prompt, such as one pair, it takes those of the previous batch.
 
-    point: the reference point () of the newest batch that had one, nats; 0 before the first, when
+    point: reference point () of the newest batch that had one, nats; 0 before the first, when
         policy and reference are still the same.
     """
 
     def __init__(self, max_length: int | None) -> None:
         self.max_length = max_length
         self.point = torch.zeros((), dtype=torch.float64)
-        self._before: list[Pair] = []
+        self._previous: list[Pair] = []
 
     def batch(self, inputs: Inputs) -> Inputs | None:
-        """The mismatched sequences (2B, L') of a batch of 2B; None where no prompt is another one.
+        """The mismatched sequences (2B, L') of a batch of 2B; None if all prompts are the same.
 
-        Responses are cut to what `max_length` leaves. Reads the batch, so a GPU is waited for.
+        Responses are truncated to `max_length`. Reading the batch waits for the GPU.
         """
         pairs = _pairs(inputs)
-        everything = pairs
-        found = _partners(pairs)
-        if not found:
-            everything = pairs + self._before
-            found = _partners(everything)[: len(pairs)]
-        self._before = pairs
-        if not found:
+        candidates = pairs
+        partner_indices = _partners(pairs)
+        if not partner_indices:
+            candidates = pairs + self._previous
+            partner_indices = _partners(candidates)[: len(pairs)]
+        self._previous = pairs
+        if not partner_indices:
             return None
         sequences = [
-            (pair.prompt, everything[partner].responses[k][: self._room(pair.prompt)])
+            (pair.prompt, candidates[partner].responses[k][: self._room(pair.prompt)])
             for k in (0, 1)
-            for pair, partner in zip(pairs, found, strict=True)
+            for pair, partner in zip(pairs, partner_indices, strict=True)
         ]
         return _padded(sequences, inputs["input_ids"].device)
 
@@ -73,8 +73,8 @@ def _pairs(inputs: Inputs) -> list[Pair]:
 
 
 def _partners(pairs: list[Pair]) -> list[int]:
-    found: list[int] = partners([str(pair.prompt).encode() for pair in pairs]).tolist()
-    return found
+    indices: list[int] = partners([str(pair.prompt).encode() for pair in pairs]).tolist()
+    return indices
 
 
 def _padded(sequences: list[tuple[list[int], list[int]]], device: torch.device) -> Inputs:

@@ -1,9 +1,9 @@
-"""Which tokens of a batch are scored, in padded and in packed batches, and how to pick them out.
+"""Scored tokens of padded and packed batches: their labels, and selection of their rows.
 
 S sequences of L positions, T scored or packed tokens. Labels are vocabulary indices, or
 `ignore_index` where nothing is scored. `labels[t]` is the token that `hidden[t]` predicts, which
 is the one after position t; with `shift` it is the token at position t itself, as in the labels of
-Hugging Face models, and the first label of each sequence counts nowhere.
+Hugging Face models, and the first label of each sequence is not used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fastpref.ops import IGNORE_INDEX
 
 @dataclass(frozen=True, eq=False)
 class ScoredTokens:
-    """Labels of T tokens, sequence after sequence, and where their hidden states are.
+    """Labels of T tokens, sequence after sequence, and the positions of their hidden states.
 
-    labels: (T,), on the device of the hidden states; -100 is possible only where all tokens of a
-        packed batch are kept.
+    labels: (T,), on the device of the hidden states; -100 occurs only in a packed batch that
+        includes unscored tokens.
     cu_seqlens: (S + 1,) offsets of the sequences among the T tokens.
     lengths: (S,) int64 number of scored tokens.
     positions: (T,) rows of the flattened hidden states, or None where these are the T rows.
@@ -49,23 +49,26 @@ class ScoredTokens:
     ) -> ScoredTokens:
         """The scored tokens of a padded batch, for hidden states (S, L, D) on `device`.
 
-        How many there are is read from `labels`, and on a GPU that waits for the GPU; leave the
-        labels on the CPU and it does not.
+        Their number is read from `labels`, which waits for the GPU unless the labels are on the
+        CPU.
         """
-        labels = _with_our_index(labels, ignore_index)
+        labels = _with_ignore_index(labels, ignore_index)
         if attention_mask is not None:
             attention_mask = attention_mask.to(labels.device)
             labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
         if shift:
             labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        if shift and attention_mask is not None:  # left padding does not predict the first token
+        if shift and attention_mask is not None:
+            # Left padding does not predict the first token.
             labels = labels.masked_fill(attention_mask == 0, IGNORE_INDEX)
         scored = labels != IGNORE_INDEX
         lengths = scored.sum(1)
         positions = scored.flatten().nonzero().squeeze(1)
-        kept = labels.flatten().index_select(0, positions)
-        moved = [x.to(device, non_blocking=True) for x in (kept, lengths, positions)]
-        return cls(moved[0], pad(moved[1].cumsum(0), (1, 0)), moved[1], moved[2], shift)
+        scored_labels = labels.flatten().index_select(0, positions)
+        scored_labels, lengths, positions = (
+            x.to(device, non_blocking=True) for x in (scored_labels, lengths, positions)
+        )
+        return cls(scored_labels, pad(lengths.cumsum(0), (1, 0)), lengths, positions, shift)
 
     @classmethod
     def packed(
@@ -77,11 +80,11 @@ class ScoredTokens:
         ignore_index: int = IGNORE_INDEX,
         scored_only: bool = False,
     ) -> ScoredTokens:
-        """The tokens of a packed batch, all of them: what is ignored costs as much as the rest.
+        """All tokens of a packed batch; ignored tokens cost as much as scored ones.
 
-        With `scored_only` the ignored ones are left out, which on a GPU waits for the GPU.
+        With `scored_only` ignored tokens are left out; selecting the others waits for the GPU.
         """
-        labels = _with_our_index(labels, ignore_index)
+        labels = _with_ignore_index(labels, ignore_index)
         if shift and len(labels):
             last = (cu_seqlens[1:].long() - 1).remainder(len(labels))
             labels = labels.roll(-1).index_fill(0, last, IGNORE_INDEX)
@@ -99,7 +102,7 @@ class ScoredTokens:
         return hidden.flatten(0, -2).index_select(0, self.positions)
 
     def column(self, values: Tensor) -> Tensor:
-        """Values (T,) of the tokens, out of (S, L) or a packed (T,), that stand where labels do."""
+        """Values (T,) of the tokens, out of (S, L) or a packed (T,), aligned with the labels."""
         values = values.flatten()
         if self.shift:
             values = values.roll(-1)
@@ -114,7 +117,7 @@ class ScoredTokens:
         softcap: float | None = None,
         impl: str = "auto",
     ) -> Tensor:  # (T,)
-        """Log-prob of each token; under autocast in the dtype a linear layer would use.
+        """Log-prob of each token; under autocast computed in the dtype of a linear layer.
 
         Raises ValueError as `ops.linear_logps` does.
         """
@@ -136,14 +139,14 @@ class ScoredTokens:
         bias: Tensor | None = None,  # (V,)
         **options: Any,
     ) -> Tensor:  # (S,)
-        """Summed log-prob of each sequence: `token_logps`, with its options, added up."""
+        """Summed log-prob of each sequence; options as in `token_logps`."""
         return ops.segment_sum(self.token_logps(rows, weight, bias, **options), self.cu_seqlens)
 
 
 def autocast_operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands as autocast gives them to a linear layer; unchanged where it is off."""
+    """The operands as autocast casts them for a linear layer; unchanged where it is off."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
@@ -151,7 +154,7 @@ def autocast_operands(
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _with_our_index(labels: Tensor, ignore_index: int) -> Tensor:
+def _with_ignore_index(labels: Tensor, ignore_index: int) -> Tensor:
     if ignore_index == IGNORE_INDEX:
         return labels
     return labels.masked_fill(labels == ignore_index, IGNORE_INDEX)

@@ -4,14 +4,14 @@
 
     trainer = FusedDPOTrainer(model, args=DPOConfig(...), objective=losses.build("simpo"), ...)
 
-The mixin replaces two public methods, `compute_loss` and `compute_ref_log_probs`, adds to the lines
-of `log` and lets `save_model` and `train` keep and find the averages of a calibration or of `bco`;
-data, reference model, adapters and the loop stay TRL's. The model is called as it
-is, through whatever wraps it, but asked for the logits of one position only; the decoder's last
-hidden states are caught on their way to the head by a forward hook.
+The mixin replaces two public methods, `compute_loss` and `compute_ref_log_probs`, and extends
+three: `log` adds metrics, `save_model` and `train` save and restore the averages of a calibration
+or of `bco`. Data, reference model, adapters and the loop stay TRL's. The model is called through
+its wrappers, with `logits_to_keep=1`; a forward hook on the decoder captures the last hidden states
+before the head.
 
-TRL's batches hold pairs. For an objective on single responses a pair is taken apart into a
-desirable and another one; for one on groups it is a group of two with the scores 1 and 0.
+TRL's batches consist of pairs. For an objective on single responses a pair is split into a
+desirable and an undesirable one; for one on groups it is a group of two with the scores 1 and 0.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused.loss import FusedPreferenceLoss
 from fastpref.fused.mismatched import Mismatched
 from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
-from fastpref.fused.validation import Objective, check_biases, needs_point, token_columns
+from fastpref.fused.validation import check_biases, needs_point, token_columns
 from fastpref.logps import segment_positions
-from fastpref.losses import GroupwiseLoss, PointwiseLoss, TokenLevelLoss
+from fastpref.losses import GroupwiseLoss, Objective, PointwiseLoss, TokenLevelLoss
 from fastpref.losses.pointwise import pooled_mean, sum_and_count
 from fastpref.model.policy import Policy
 from fastpref.model.token_importance import token_importance
 
-# Options of DPOConfig that the objective takes over, or that are not supported, and their defaults.
+# Options of DPOConfig that the objective replaces, and their defaults.
 _TAKEN_OVER = {
     "loss_type": ["sigmoid"],
     "loss_weights": None,
@@ -50,12 +50,12 @@ _TAKEN_OVER = {
     "use_weighting": False,
     "ld_alpha": None,
 }
-_AVERAGES = "fused_loss.safetensors"  # the file in a checkpoint
+_AVERAGES = "fused_loss.safetensors"  # file name in a checkpoint
 _UNSUPPORTED = {"padding_free": False, "torch_compile": False}
 
 
 class FusedDPOMixin:
-    """To be put before `trl.DPOTrainer` among the bases of a trainer.
+    """Mixin that precedes `trl.DPOTrainer` among the bases of a trainer.
 
     objective: an objective or the name of one; DPO with the config's beta by default.
     calibration, impl: as in `FusedPreferenceLoss`.
@@ -68,14 +68,14 @@ class FusedDPOMixin:
     tokens, for `ti_dpo`, one forward and backward pass of the policy to its embeddings.
 
     `rewards/*` are the objective's own. Metrics of pairs and of tokens are means over all of them
-    since the last line of the log, where TRL averages the means of batches. Nothing is read from
-    the device between two lines, except the number of scored tokens and what KTO pairs anew.
+    since the last line of the log, where TRL averages the means of batches. Between two lines only
+    the number of scored tokens and, for KTO, the token ids are read from the device.
 
-    Raises ValueError, naming what it is, for a config, model or set-up that is not supported: the
+    Raises ValueError, naming the option, for a config, model or setup that is not supported: the
     options of DPOConfig that choose or change its loss, `padding_free`, `torch_compile`,
     `compute_metrics`, vision-language models, prompt-learning adapters, adapters on the head,
     routers with an auxiliary loss, FSDP, DeepSpeed and other parallelism than DDP; and for
-    `precompute_ref_log_probs` where sums of the pairs' log-probs are not all that is needed.
+    `precompute_ref_log_probs` where the objective needs more than sums of the pairs' log-probs.
     """
 
     args: Any
@@ -101,11 +101,12 @@ class FusedDPOMixin:
         self._num_tokens: Tensor | int = 0
         self._mismatched: dict[str, Mismatched] = {}
         super().__init__(*args, **kwargs)
-        _ = self.fused_loss  # refuse now rather than at the first step
+        # Constructed here so that an unsupported setup is refused before the first step.
+        _ = self.fused_loss
 
     @cached_property
     def fused_loss(self) -> FusedPreferenceLoss:
-        """The loss module, made at first use, after everything unsupported has been refused."""
+        """The loss module, constructed at first use, after the checks of the setup."""
         objective = self._objective or losses.build("dpo", beta=self.args.beta)
         self._check_setup(objective)
         was_training = self.model.training
@@ -164,7 +165,7 @@ class FusedDPOMixin:
         return chosen, rejected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last line, over all ranks, to the line."""
+        """Add the metrics since the last line, reduced over all ranks, to the logs."""
         mode = "train" if self.model.training else "eval"
         sums, self._sums[mode] = self._sums[mode], {}
         if sums:
@@ -177,14 +178,14 @@ class FusedDPOMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Keep what the loss has averaged, if it averages, beside the model."""
+        """Save the model, and the averages of the loss, if it has any, in the same folder."""
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         averages = self.fused_loss.get_extra_state()
         if averages and self.args.should_save:
             save_file(averages, Path(output_dir or self.args.output_dir) / _AVERAGES)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, with the averages of the checkpoint that is resumed from."""
+        """Train; the averages of the loss are restored from the checkpoint."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
@@ -193,13 +194,13 @@ class FusedDPOMixin:
         return super().train(resume_from_checkpoint, **kwargs)  # type: ignore[misc]
 
     def _chosen(self, count: int, device: torch.device) -> Tensor:
-        """Which of the sequences are the chosen ones, (2B,) bool."""
+        """Whether a sequence is a chosen one, (2B,) bool."""
         index = torch.arange(count, device=device)
         grouped = isinstance(self.fused_loss.loss, GroupwiseLoss)
         return index % 2 == 0 if grouped else index < count // 2
 
     def _labels(self, chosen: Tensor) -> dict[str, Tensor]:
-        """What an objective on single responses or on groups is told of them."""
+        """Labels of single responses, or scores and offsets of groups."""
         if isinstance(self.fused_loss.loss, PointwiseLoss):
             return {"desirable": chosen}
         if isinstance(self.fused_loss.loss, GroupwiseLoss):
@@ -219,26 +220,27 @@ class FusedDPOMixin:
         with torch.no_grad(), self._as_reference(), self.accelerator.autocast():
             rows, _ = self._scored(model, inputs)
             head = self._head(model)
-        found = {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.bias}
-        return {name: value for name, value in found.items() if value is not None}
+        arguments = {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.bias}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def _reference_point(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """KTO's: the mean log-ratio () of mismatched responses, over all ranks."""
+        """KTO's reference point: mean log-ratio () of mismatched responses, over all ranks."""
         mode = "train" if self.model.training else "eval"
-        known = self._mismatched.setdefault(mode, Mismatched(self.args.max_length))
-        batch = known.batch(inputs)
+        mismatched = self._mismatched.setdefault(mode, Mismatched(self.args.max_length))
+        batch = mismatched.batch(inputs)
         sums = torch.zeros(2, dtype=torch.float64, device=inputs["input_ids"].device)
         if batch is not None:
-            # Not through DistributedDataParallel: another rank may have nothing to compute.
+            # Without DistributedDataParallel, since another rank may have no batch to compute.
             policy, lengths = self._sequence_logps(self.accelerator.unwrap_model(model), batch)
             reference = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, batch))
             sums = sum_and_count(policy - reference, lengths)
         sums = self.accelerator.reduce(sums, "sum")
-        known.point = torch.where(sums[1] > 0, pooled_mean(sums), known.point.to(sums.device))
-        return known.point
+        previous = mismatched.point.to(sums.device)
+        mismatched.point = torch.where(sums[1] > 0, pooled_mean(sums), previous)
+        return mismatched.point
 
     def _importance(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """How much each token of the sequences matters, (2B, L)."""
+        """Importance of each token of the sequences, (2B, L)."""
         with self.accelerator.autocast():
             return token_importance(
                 self._causal_lm(model), inputs["input_ids"], inputs["attention_mask"]
@@ -261,10 +263,10 @@ class FusedDPOMixin:
         return tokens.rows(hidden), tokens
 
     def _hidden(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Last hidden states (2B, L, D), caught between decoder and head."""
-        caught: list[Tensor] = []
+        """Last hidden states (2B, L, D), captured between decoder and head."""
+        captured: list[Tensor] = []
         handle = self._causal_lm(model).base_model.register_forward_hook(
-            lambda module, arguments, output: caught.append(output.last_hidden_state)
+            lambda module, arguments, output: captured.append(output.last_hidden_state)
         )
         try:
             model(
@@ -275,11 +277,11 @@ class FusedDPOMixin:
             )
         finally:
             handle.remove()
-        return caught[0]
+        return captured[0]
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """The adapters as TRL wants them for the reference: its copy active, or none."""
+        """Context manager that activates TRL's reference copy of the adapters, or disables them."""
         model = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None or not hasattr(model, "peft_config"):
             yield
@@ -293,17 +295,18 @@ class FusedDPOMixin:
     def _token_sums(
         self, rows: Tensor, head: Any, tokens: ScoredTokens, chosen_sequences: Tensor
     ) -> dict[str, Tensor]:
-        """Sum and count of TRL's metrics of tokens."""
+        """Sums and counts of TRL's metrics of tokens."""
         rows, weight, bias = autocast_operands(rows, head.weight, head.bias)
         options = self.fused_loss.head_options
         stats = ops.token_stats(rows, weight, tokens.labels, bias=bias, **options)
-        owners, _ = segment_positions(tokens.cu_seqlens, len(rows))
-        chosen = chosen_sequences.to(rows.device)[owners]
+        segment_ids, _ = segment_positions(tokens.cu_seqlens, len(rows))
+        chosen = chosen_sequences.to(rows.device)[segment_ids]
         sums = {
             "entropy": _sum_and_count(stats.entropy, torch.ones_like(chosen)),
             "mean_token_accuracy": _sum_and_count(stats.top1, chosen),
         }
-        if options["softcap"] is None:  # the mean logit is linear in the hidden state
+        if options["softcap"] is None:
+            # Without a softcap the mean logit is linear in the hidden state.
             mean = (rows * weight.mean(0, dtype=torch.float32)).sum(1)
             if bias is not None:
                 mean = mean + bias.mean(dtype=torch.float32)
@@ -316,9 +319,9 @@ class FusedDPOMixin:
         mode = "train" if self.model.training else "eval"
         counted = attention_mask if mode == "train" else attention_mask[:0]
         self._num_tokens = self._num_tokens + counted.sum()
-        kept = self._sums[mode]
+        totals = self._sums[mode]
         for name, value in sums.items():
-            kept[name] = kept[name] + value if name in kept else value
+            totals[name] = totals[name] + value if name in totals else value
 
     def _causal_lm(self, model: Any) -> Any:
         """The Hugging Face model inside the wrappers of accelerate and peft."""
@@ -328,7 +331,7 @@ class FusedDPOMixin:
     def _head(self, model: Any) -> Any:
         return self._causal_lm(model).get_output_embeddings()
 
-    def _check_setup(self, objective: Any) -> None:
+    def _check_setup(self, objective: Objective) -> None:
         for name, default in _TAKEN_OVER.items():
             if getattr(self.args, name, default) != default:
                 raise ValueError(
@@ -348,7 +351,7 @@ class FusedDPOMixin:
                 f"args.precompute_ref_log_probs: TRL keeps sums of the pairs' log-probs, and "
                 f"{objective.name} needs more of the reference; set it to False"
             )
-        obstacles = {
+        unsupported = {
             "compute_metrics": getattr(self, "compute_metrics", None) is not None,
             "processing_class (vision-language models)": not isinstance(
                 self.processing_class, PreTrainedTokenizerBase
@@ -364,18 +367,18 @@ class FusedDPOMixin:
                 for adapter in getattr(self.model, "peft_config", {}).values()
             ),
         }
-        for name, found in obstacles.items():
-            if found:
+        for name, present in unsupported.items():
+            if present:
                 raise ValueError(f"{name}: not supported by {type(self).__name__}; use DPOTrainer")
 
 
 def _group_by_group(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sequences of a batch, chosen beside rejected."""
+    """Reorder the sequences of a batch so that each rejected one follows its chosen one."""
     names = ("input_ids", "attention_mask", "completion_mask")
     moved = {n: torch.stack(inputs[n].chunk(2), 1).flatten(0, 1) for n in names}
     return inputs | moved
 
 
 def _sum_and_count(values: Tensor, counted: Tensor) -> Tensor:
-    """Sum and number, (2,) float64, of the values that count."""
+    """Sum of the values where `counted` is true, and their number, (2,) float64."""
     return torch.stack([(values * counted).double().sum(), counted.double().sum()])

@@ -1,4 +1,4 @@
-"""Which arguments of `FusedPreferenceLoss` belong to which objective, and what shape they have.
+"""Checks of the arguments of `FusedPreferenceLoss`: their shapes, and which objective takes them.
 
 | objective | sequences | needs | may have |
 |---|---|---|---|
@@ -7,8 +7,8 @@
 | pointwise | S | `desirable`; `reference_point` (kto) | |
 | groupwise | S | `cu_groups`, `scores` | |
 
-Those with a reference know it by `ref_logps`, token-level ones by `ref_token_logps`, all of them by
-the reference's hidden states and head. What belongs to another kind is refused, not ignored.
+The reference is passed as `ref_logps` (token-level: `ref_token_logps`), or as its hidden states and
+head. Arguments of another kind of objective are refused, not ignored.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastpref.losses import GroupwiseLoss, PairwiseLoss, PointwiseLoss, TokenLevelLoss
+from fastpref.losses import (
+    GroupwiseLoss,
+    Objective,
+    PairwiseLoss,
+    PointwiseLoss,
+    TokenLevelLoss,
+)
 from fastpref.losses.pointwise import BCO
 
-Objective = PairwiseLoss | TokenLevelLoss | PointwiseLoss | GroupwiseLoss
 Given = Mapping[str, Tensor | None]
 
 PER_TOKEN = ("ref_token_logps", "token_weights", "importance")
@@ -39,23 +44,23 @@ def of_pairs(objective: Objective) -> bool:
 
 
 def token_columns(objective: Objective) -> tuple[str, ...]:
-    """What the objective asks for of each token besides its log-prob."""
+    """Names of the values per token that the objective needs besides log-probs."""
     return objective.columns if isinstance(objective, TokenLevelLoss) else ()
 
 
 def keeps_mean_reward(objective: Objective) -> bool:
-    """Whether the point that rewards are held against is the mean of all so far."""
+    """Whether the reference point is the mean of all rewards so far."""
     return isinstance(objective, BCO)
 
 
 def needs_point(objective: Objective) -> bool:
-    """Whether the caller has to say what rewards are held against."""
-    asks = isinstance(objective, PointwiseLoss) and objective.needs_reference_point
-    return asks and not keeps_mean_reward(objective)
+    """Whether the caller has to pass a reference point."""
+    needs = isinstance(objective, PointwiseLoss) and objective.needs_reference_point
+    return needs and not keeps_mean_reward(objective)
 
 
 def _accepted(objective: Objective) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The arguments that an objective needs, and those that it may have."""
+    """Names of the arguments that an objective needs, and of those that are optional."""
     if isinstance(objective, TokenLevelLoss):
         needed = tuple(name for name in objective.columns if name == "importance")
         return needed, ("preference", "token_weights", "ref_token_logps")
@@ -92,7 +97,7 @@ def check_shapes(
     cu_seqlens: Tensor | None,
     attention_mask: Tensor | None,
 ) -> None:
-    """Raise ValueError where these do not make a padded or a packed batch of that objective."""
+    """Raise ValueError where these are not a padded or a packed batch for the objective."""
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels: expected shape {tuple(hidden.shape[:-1])}, one per hidden state, "
@@ -140,7 +145,7 @@ def check_reference(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
-    """Raise ValueError where an objective that needs a reference has none, two or another's."""
+    """Raise ValueError where a needed reference is missing, passed twice, or of another shape."""
     if (ref_hidden is None) != (ref_weight is None):
         missing = "ref_weight" if ref_weight is None else "ref_hidden"
         raise ValueError(f"{missing}: got None; pass ref_hidden and ref_weight together")
@@ -152,29 +157,29 @@ def check_reference(
             f"hidden, got {tuple(ref_hidden.shape)}"
         )
     name = "ref_token_logps" if isinstance(objective, TokenLevelLoss) else "ref_logps"
-    known = given[name]
+    ref_logps = given[name]
     if "kl" in token_columns(objective) and ref_hidden is None:
         raise ValueError(
             f"ref_hidden: {objective.name} needs the divergence from the reference, which comes "
             f"from ref_hidden and ref_weight; got None"
         )
-    if (known is None) == (ref_hidden is None):
-        found = "neither" if known is None else "both"
+    if (ref_logps is None) == (ref_hidden is None):
+        passed = "neither" if ref_logps is None else "both"
         raise ValueError(
             f"{name}: {objective.name} needs a reference, as {name} or as ref_hidden "
-            f"and ref_weight; got {found}"
+            f"and ref_weight; got {passed}"
         )
-    if name == "ref_logps" and known is not None and known.shape != (sequences,):
+    if name == "ref_logps" and ref_logps is not None and ref_logps.shape != (sequences,):
         raise ValueError(
             f"ref_logps: expected shape ({sequences},), one sum per sequence in their order, "
-            f"got {tuple(known.shape)}"
+            f"got {tuple(ref_logps.shape)}"
         )
 
 
 def check_biases(
     objective: Objective, calibrates: bool, bias: Tensor | None, ref_bias: Tensor | None
 ) -> None:
-    """Raise ValueError for the biases of heads where what is measured knows none."""
+    """Raise ValueError for biases of heads where scores or divergences are measured."""
     if bias is not None and calibrates:
         raise ValueError("bias: the scores of a head with a bias are not measured; leave it out")
     for name, value in (("bias", bias), ("ref_bias", ref_bias)):

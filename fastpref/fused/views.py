@@ -1,4 +1,4 @@
-"""What an objective sees of a batch: pairs, tokens of pairs, single responses or groups."""
+"""Log-probs in the form that an objective takes: pairs, tokens of pairs, responses or groups."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastpref import ops
 from fastpref.fused.scored_tokens import ScoredTokens
-from fastpref.fused.validation import Given, Objective
+from fastpref.fused.validation import Given
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
-from fastpref.losses import GroupwiseLoss, Logps, PointwiseLoss, TokenLevelLoss
+from fastpref.losses import GroupwiseLoss, Logps, Objective, PointwiseLoss, TokenLevelLoss
 
 
 def policy_view(
@@ -20,9 +20,9 @@ def policy_view(
     given: Given,
     columns: Given,  # kl and collision_entropy, (T,), where the objective asks for them
 ) -> Logps:
-    """The policy's log-probs as the objective takes them, with what is known besides.
+    """The policy's log-probs as the objective takes them, with its other arguments.
 
-    Raises ValueError as the views do, for a shape or dtype that does not fit.
+    Raises ValueError, as the classes of `fastpref.logps` do, for a wrong shape or dtype.
     """
     if isinstance(objective, TokenLevelLoss):
         return TokenLogps(
@@ -46,7 +46,7 @@ def policy_view(
 
 
 def reference_view(policy: Logps, logps: Tensor, tokens: ScoredTokens) -> Logps:
-    """The reference's log-probs beside the policy's: per token (T,), or sums (S,)."""
+    """The reference's log-probs in the form of the policy's: per token (T,), or sums (S,)."""
     if isinstance(policy, TokenLogps):
         return TokenLogps(logps, policy.cu_seqlens)
     if isinstance(policy, SequenceLogps):

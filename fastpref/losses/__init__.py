@@ -1,20 +1,22 @@
-"""Preference objectives: `build("dpo", beta=0.05)` makes one, `describe("dpo")` explains it."""
+"""Preference objectives: `build("dpo", beta=0.05)` makes one, `describe("dpo")` explains it.
+
+`evaluate(objective, policy, reference)` calls one, on a GPU by its kernel where it has one.
+"""
 
 from fastpref.losses.base import Kind, Loss, LossOutput, PairwiseLoss
 from fastpref.losses.combined import config_of
+from fastpref.losses.dispatch import evaluate, has_kernel, pair_incentives
 from fastpref.losses.groupwise import GroupwiseLoss, GroupwiseOutput
+from fastpref.losses.kinds import Logps, Objective, Output
 from fastpref.losses.pointwise import PointwiseLoss, PointwiseOutput
 from fastpref.losses.registry import (
     NOTATION,
     Description,
-    Logps,
-    Output,
     build,
     describe,
     from_config,
     incentives,
     names,
-    pair_incentives,
 )
 from fastpref.losses.token_level import TokenLevelLoss
 
@@ -27,6 +29,7 @@ __all__ = [
     "Logps",
     "Loss",
     "LossOutput",
+    "Objective",
     "Output",
     "PairwiseLoss",
     "PointwiseLoss",
@@ -35,7 +38,9 @@ __all__ = [
     "build",
     "config_of",
     "describe",
+    "evaluate",
     "from_config",
+    "has_kernel",
     "incentives",
     "names",
     "pair_incentives",

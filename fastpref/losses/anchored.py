@@ -230,7 +230,7 @@ class DILBCE(DensityRatioLoss):
 
 @dataclass(frozen=True)
 class DILUKL(DensityRatioLoss):
-    """Direct imitation learning, unnormalised KL: likelihood of chosen against the ratio of others.
+    """Direct imitation learning, unnormalized KL: likelihood of chosen against the ratio of others.
 
     loss:       e^tl - tw
     incentives: d_w = 1, d_l = e^tl

@@ -1,7 +1,7 @@
-"""What all objectives share: soft labels, the reference policy, parameter checks, incentives.
+"""Base of all objectives: soft labels, the reference policy, parameter checks, incentives.
 
 An objective is a frozen dataclass whose fields are its hyperparameters and whose docstring states,
-on labelled lines that `describe` reads, its loss, its incentives, its source, and its use: when to
+on labeled lines that `describe` reads, its loss, its incentives, its source, and its use: when to
 choose it, in place of what, and what it risks. A subclass of `PairwiseLoss` writes two methods:
 `reward`, the implicit reward of one response, and `hard_loss`, the loss of a pair whose first
 response is certainly the better one.
@@ -73,19 +73,26 @@ def _checked_field(default: object, check: Callable[[str, object], None]) -> Any
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """Per-pair results, each (B,) and never reduced; the rewards carry no gradient."""
+    """Per-pair results, each (B,) and never reduced; the rewards carry no gradient.
+
+    metric_sums: (7,) fp64 sums over the pairs of loss, chosen and rejected rewards, chosen above
+        rejected, their difference, and chosen and rejected log-probs, where a kernel computed them
+        (`losses.evaluate`); else None. Leave them out of a copy with another loss.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    metric_sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A named objective: hyperparameters that are checked once, when it is made."""
+    """A named objective; hyperparameters are checked once, when it is constructed."""
 
     name: ClassVar[str]
-    kind: ClassVar[Kind]  # what it takes: pairs, single labelled responses, or scored groups
+    # The data that it takes: pairs, single labeled responses, or scored groups.
+    kind: ClassVar[Kind]
 
     def __post_init__(self) -> None:
         for parameter in fields(self):
@@ -97,6 +104,14 @@ class Loss(ABC):
     @abstractmethod
     def needs_reference(self) -> bool:
         """Whether log-probs of a reference policy enter the loss."""
+
+    def refuse_reference_point(self, reference_point: Tensor | None) -> None:
+        """Raise ValueError for a reference point, which only some pointwise objectives have."""
+        if reference_point is not None:
+            raise ValueError(
+                f"reference_point: {self.name} has none, got a tensor of shape "
+                f"{tuple(reference_point.shape)}; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,19 +155,20 @@ class PairwiseLoss(Loss):
         chosen, rejected = self.rewards(policy, reference)
         return chosen - rejected
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps | None = None) -> LossOutput:
+    def __call__(
+        self,
+        policy: SequenceLogps,
+        reference: SequenceLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
         """Loss and rewards of each pair.
 
         The reference is a constant: no gradient reaches it. It is ignored by an objective that
         does not need it. Raises ValueError when a needed reference is missing or has another
-        number of pairs than the policy, and when there are soft labels that the objective does
-        not take.
+        number of pairs than the policy, when there are soft labels that the objective does not
+        take, and for a reference point.
         """
-        if policy.preference is not None and not self.soft_labels:
-            raise ValueError(
-                f"preference: {self.name} does not take soft labels; leave them out "
-                f"(`data: {{soft_labels: false}}`) or choose another objective"
-            )
+        self.check(policy, reference, reference_point)
         reference = self.constant_reference(policy, reference)
         loss = self.hard_loss(policy, reference)
         if policy.preference is not None:
@@ -161,30 +177,43 @@ class PairwiseLoss(Loss):
         chosen, rejected = self.rewards(policy.detach(), reference)
         return LossOutput(loss, chosen, rejected)
 
+    def check(
+        self,
+        policy: SequenceLogps,
+        reference: SequenceLogps | None,
+        reference_point: Tensor | None,
+    ) -> None:
+        """Raise ValueError for arguments that `__call__` refuses."""
+        if policy.preference is not None and not self.soft_labels:
+            raise ValueError(
+                f"preference: {self.name} does not take soft labels; leave them out "
+                f"(`data: {{soft_labels: false}}`) or choose another objective"
+            )
+        if self.needs_reference:
+            if reference is None:
+                raise ValueError(
+                    f"reference: {self.name} needs the log-probs of a reference policy, got None; "
+                    f"set `reference: cached`"
+                )
+            if reference.chosen.shape != policy.chosen.shape:
+                raise ValueError(
+                    f"reference: expected {policy.chosen.numel()} pairs as in the policy, got "
+                    f"shape {tuple(reference.chosen.shape)}; pass the same batch to both models"
+                )
+        self.refuse_reference_point(reference_point)
+
     def constant_reference(
         self, policy: SequenceLogps, reference: SequenceLogps | None
     ) -> SequenceLogps:
-        """The reference without gradient, or zeros for an objective that needs none.
-
-        Raises ValueError when a needed one is missing or has another number of pairs.
-        """
-        if not self.needs_reference:
-            return replace(
-                policy,
-                chosen=torch.zeros_like(policy.chosen),
-                rejected=torch.zeros_like(policy.rejected),
-            )
-        if reference is None:
-            raise ValueError(
-                f"reference: {self.name} needs the log-probs of a reference policy, got None; "
-                f"set `reference: cached`"
-            )
-        if reference.chosen.shape != policy.chosen.shape:
-            raise ValueError(
-                f"reference: expected {policy.chosen.numel()} pairs as in the policy, got shape "
-                f"{tuple(reference.chosen.shape)}; pass the same batch to both models"
-            )
-        return reference.detach()
+        """The reference without gradient, or zeros for an objective that needs none."""
+        if self.needs_reference:
+            assert reference is not None
+            return reference.detach()
+        return replace(
+            policy,
+            chosen=torch.zeros_like(policy.chosen),
+            rejected=torch.zeros_like(policy.rejected),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Objectives in which the loss of a pair depends on the other pairs of its batch.
 
-The batch is that of the call, in training the micro-batch: another `training.micro_batch_tokens`
-is another objective, for these objectives and no others. For the same reason a pair cannot be
-reversed on its own, so they take no soft labels. Notation: see `base`.
+The batch is that of the call, in training the micro-batch, so these objectives, and no others,
+change with `training.micro_batch_tokens`. For the same reason a pair cannot be reversed on its own,
+so they take no soft labels. Notation: see `base`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class AOTUnpaired(AOT):
 
 
 def _same_rank(values: Tensor, like: Tensor) -> Tensor:
-    """`values` in another order, (B,): the smallest beside the smallest of `like`, and so on."""
+    """`values` (B,) reordered so that their ranks are those of `like`."""
     ranks = like.detach().argsort(stable=True).argsort()
     return torch.sort(values, stable=True).values[ranks]
 

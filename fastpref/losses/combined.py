@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.losses import wrappers
 from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, number
+from fastpref.losses.kinds import Objective
 from fastpref.losses.token_level import TokenLevelLoss
 from fastpref.losses.wrappers import TokenWeighted
 
@@ -25,7 +26,7 @@ _check_weight = number(1.0, above=0).metadata["check"]
 
 @dataclass(frozen=True)
 class Sum(Loss):
-    """What sums of objectives share: the parts, each with its weight, and what all of them need."""
+    """Base of sums of objectives: the parts with their weights, and the needs of all of them."""
 
     part_type: ClassVar[Any]
     parts: tuple[tuple[Any, float], ...]
@@ -76,8 +77,9 @@ class WeightedSum(Sum, PairwiseLoss):  # type: ignore[override]
 
     def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
         first, _ = self.parts[0]
-        known = reference if first.needs_reference else torch.zeros_like(reference)
-        return first.reward(logps, lengths, known)
+        # The reference of the sum is not zero where another part needs one.
+        subtracted = reference if first.needs_reference else torch.zeros_like(reference)
+        return first.reward(logps, lengths, subtracted)
 
     def hard_loss(self, policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
         return self.total(
@@ -96,8 +98,8 @@ class TokenLevelSum(Sum, TokenLevelLoss):  # type: ignore[override]
     incentives: those of each token, sum_k weight_k * those of L_k
     source:     as `WeightedSum`
 
-    As `WeightedSum`. A pairwise objective takes part as a `TokenWeighted` one. It needs every
-    column that one of its parts needs.
+    As `WeightedSum`. A pairwise part is wrapped in `TokenWeighted`. The sum needs every column that
+    one of its parts needs.
     """
 
     part_type: ClassVar[Any] = TokenLevelLoss
@@ -106,22 +108,27 @@ class TokenLevelSum(Sum, TokenLevelLoss):  # type: ignore[override]
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part, _ in self.parts for name in part.columns))
 
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
-        self.check(policy, reference)
-        outputs = [objective(policy, reference) for objective, _ in self.parts]
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
+        self.check(policy, reference, reference_point)
+        outputs = [objective(policy, reference, reference_point) for objective, _ in self.parts]
         return replace(outputs[0], loss=self.total([output.loss for output in outputs]))
 
 
-def build_combined(items: object, build: Callable[..., Loss]) -> WeightedSum | TokenLevelSum:
+def build_combined(items: object, build: Callable[..., Objective]) -> WeightedSum | TokenLevelSum:
     """The weighted sum of a config's list of objectives.
 
     items: mappings, each with the name of an objective, optionally its `weight` (1), its
         parameters and options.
-    build: makes an objective from its name and parameters, as `losses.build` does.
+    build: constructs an objective from its name and parameters, as `losses.build` does.
 
-    It looks at tokens if one of the objectives does. Raises ValueError, naming the item, for what
-    is not such a list, a weight that is not a finite number above 0, an objective that is not one
-    of pairs, and whatever `build` refuses.
+    The sum looks at tokens if one of the objectives does. Raises ValueError, naming the item, for a
+    value that is not such a list, a weight that is not a finite number above 0, an objective that
+    does not take pairs, and everything that `build` refuses.
     """
     if not isinstance(items, list | tuple) or not items:
         raise ValueError(
@@ -139,7 +146,9 @@ def build_combined(items: object, build: Callable[..., Loss]) -> WeightedSum | T
     )
 
 
-def _build_part(where: str, item: object, build: Callable[..., Loss]) -> tuple[Any, float]:
+def _build_part(
+    where: str, item: object, build: Callable[..., Objective]
+) -> tuple[PairwiseLoss | TokenLevelLoss, float]:
     if not isinstance(item, Mapping):
         raise ValueError(f"{where}: expected e.g. {{name: dpo, weight: 0.8}}, got {item!r}")
     if "name" not in item:
@@ -147,7 +156,7 @@ def _build_part(where: str, item: object, build: Callable[..., Loss]) -> tuple[A
     parameters = dict(item)
     weight = parameters.pop("weight", 1.0)
     try:
-        objective: Any = build(**parameters)
+        objective = build(**parameters)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from None
     if not isinstance(objective, PairwiseLoss | TokenLevelLoss):
@@ -160,9 +169,9 @@ def _build_part(where: str, item: object, build: Callable[..., Loss]) -> tuple[A
 
 
 def config_of(objective: Loss) -> dict[str, Any] | list[dict[str, Any]]:
-    """What builds an objective again, as in a config: a mapping, or a list for a weighted sum.
+    """Config that rebuilds an objective: a mapping, or a list for a weighted sum.
 
-    That of a `TokenWeighted` objective is the objective's own.
+    A `TokenWeighted` objective has the config of the objective that it wraps.
     """
     if isinstance(objective, TokenWeighted):
         return config_of(objective.objective)

@@ -5,9 +5,9 @@ with summed log-probs z_i under the policy and r_i under the reference, t_i = z_
 d_i = -dL/dz_i are the incentives. softmax and mean are over the group. S is the logistic function,
 LS its logarithm, and K(x) = -(LS(x) + LS(-x)) / 2 - log 2.
 
-Memory grows with the square of the number of responses in a batch, 4 MB a matrix at 1024 of them
-in fp32: within groups everything meets everything, and one matrix for all groups needs neither
-atomics nor their sizes on the host.
+Memory grows with the square of the number of responses in a batch, 4 MB per matrix at 1024
+responses in fp32: all responses of a group are compared with each other, and one matrix for all
+groups needs neither atomics nor group sizes on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.logps import GroupedLogps
+from fastpref.logps import GroupedLogps, segment_mask
 from fastpref.losses.base import Kind, Loss, number
 from fastpref.losses.numerics import from_fair_coin
 
@@ -35,7 +35,7 @@ class GroupwiseOutput:
 
 @dataclass(frozen=True)
 class GroupwiseLoss(Loss):
-    """An objective on groups, which writes what each response adds to the loss of its group.
+    """An objective on groups; a subclass writes the share of each response in its group's loss.
 
     A group without responses has loss 0. An empty response has log-prob 0, an empty sum, and is a
     response like any other to the rest of its group.
@@ -53,13 +53,30 @@ class GroupwiseLoss(Loss):
         """
 
     def __call__(
-        self, policy: GroupedLogps, reference: GroupedLogps | None = None
+        self,
+        policy: GroupedLogps,
+        reference: GroupedLogps | None = None,
+        reference_point: Tensor | None = None,
     ) -> GroupwiseOutput:
         """Loss of each group and reward of each response.
 
         The reference is a constant: no gradient reaches it. Raises ValueError when it is missing
-        or has another number of responses than the policy.
+        or has another number of responses than the policy, and for a reference point.
         """
+        self.check(policy, reference, reference_point)
+        assert reference is not None
+        rewards = self.beta * (policy.logps - reference.logps.detach())
+        members = segment_mask(policy.cu_groups, policy.logps.numel())
+        losses = self.response_losses(policy, rewards, _same_group(members))
+        return GroupwiseOutput(torch.where(members, losses, 0.0).sum(1), rewards.detach())
+
+    def check(
+        self,
+        policy: GroupedLogps,
+        reference: GroupedLogps | None,
+        reference_point: Tensor | None,
+    ) -> None:
+        """Raise ValueError for arguments that `__call__` refuses."""
         if reference is None:
             raise ValueError(
                 f"reference: {self.name} needs the log-probs of a reference policy, got None; "
@@ -70,10 +87,7 @@ class GroupwiseLoss(Loss):
                 f"reference: expected {policy.logps.numel()} responses as in the policy, got shape "
                 f"{tuple(reference.logps.shape)}; pass the same batch to both models"
             )
-        rewards = self.beta * (policy.logps - reference.logps.detach())
-        members = _members(policy.cu_groups, policy.logps.numel())
-        losses = self.response_losses(policy, rewards, _same_group(members))
-        return GroupwiseOutput(torch.where(members, losses, 0.0).sum(1), rewards.detach())
+        self.refuse_reference_point(reference_point)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ class PROS(GroupwiseLoss):
 
     def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
         n = same.sum(1)
-        likelihood = -self.beta * _centred(policy.scores.to(rewards), same) * policy.logps / n
+        likelihood = -self.beta * _centered(policy.scores.to(rewards), same) * policy.logps / n
         # Each pair stands in two rows.
         among = torch.where(same, from_fair_coin(rewards[:, None] - rewards), 0.0).sum(1) / 2
         pull = among + from_fair_coin(rewards)
@@ -163,9 +177,9 @@ class PROS(GroupwiseLoss):
         The bound is sufficient and not necessary; it is reconstructed, the paper's displayed
         threshold being unknown. Compare it when data are loaded, some hundred responses at a time.
         """
-        members = _members(cu_groups, scores.numel())
+        members = segment_mask(cu_groups, scores.numel())
         same = _same_group(members)
-        bounds = torch.where(members.any(0), (same.sum(1) + 1) * _centred(scores, same).abs(), 0.0)
+        bounds = torch.where(members.any(0), (same.sum(1) + 1) * _centered(scores, same).abs(), 0.0)
         return torch.cat([bounds, bounds.new_zeros(1)]).amax()
 
 
@@ -184,14 +198,8 @@ def groupwise_incentives(
     return -gradient
 
 
-def _members(cu_groups: Tensor, responses: int) -> Tensor:
-    """Which responses a group owns, (G + 1,) -> (G, S) bool."""
-    positions = torch.arange(responses, device=cu_groups.device)
-    return (cu_groups[:-1, None] <= positions) & (positions < cu_groups[1:, None])
-
-
 def _same_group(members: Tensor) -> Tensor:
-    """Whether two responses are of one group, (G, S) -> (S, S) bool; each is with itself."""
+    """Whether two responses are of one group, (G, S) -> (S, S) bool; true on the diagonal."""
     group = (members * torch.arange(1, len(members) + 1, device=members.device)[:, None]).sum(0)
     return group[:, None] == group
 
@@ -206,7 +214,7 @@ def _label(policy: GroupedLogps, tau: float, same: Tensor) -> Tensor:
     return _log_softmax(policy.scores.to(policy.logps) / tau, same).exp()
 
 
-def _centred(scores: Tensor, same: Tensor) -> Tensor:
+def _centered(scores: Tensor, same: Tensor) -> Tensor:
     """Scores minus the mean of their group, (S,) and (S, S) -> (S,)."""
     return scores - torch.where(same, scores, 0.0).sum(1) / same.sum(1)
 

@@ -289,7 +289,7 @@ class BPO(LogRatioLoss):
 
 @dataclass(frozen=True)
 class FDPO(DPO):
-    """f-DPO: DPO regularised by another divergence than the reverse KL.
+    """f-DPO: DPO regularized by another divergence than the reverse KL.
 
     loss:       -LS(u), u = beta * (g(tw) - g(tl)); g(t) is t for reverse_kl, 1 - e^-t for
                 forward_kl, log 2 + LS(t) for js, (e^((alpha - 1) * t) - 1) / (alpha - 1) for alpha
@@ -339,7 +339,7 @@ class ChiPO(DPO):
     incentives: d_w = beta * S(-v) * (e^tw + 1), d_l = beta * S(-v) * (e^tl + 1), 0 where clipped
     source:     Huang et al. 2024, arXiv:2407.13399
     use:        in place of `dpo` where the pairs cover the policy's responses poorly and it
-                over-optimises; responses that rise above their reference pull exponentially hard,
+                over-optimizes; responses that rise above their reference pull exponentially hard,
                 and clipped pairs not at all
 
     Rewards are beta * g(t), beta at the reference. e^t beyond e^20 goes on as its tangent; that

@@ -33,7 +33,7 @@ class LogPiDPO(DPO):
 
     Rewards are beta * z. This is PMO(beta, 0), and `cpo` with lam = 0. Where chosen responses are
     drawn from one distribution and rejected ones from another, the optimum at beta = 1 is their
-    ratio, normalised. The default of beta is that of `dpo`.
+    ratio, normalized. The default of beta is that of `dpo`.
     """
 
     name: ClassVar[str] = "logpi_dpo"
@@ -82,7 +82,7 @@ class DPONorm(DPO):
 
 @dataclass(frozen=True)
 class SimPO(PairwiseLoss):
-    """Simple preference optimization: length-normalised, reference-free, with a target margin.
+    """Simple preference optimization: length-normalized, reference-free, with a target margin.
 
     loss:       -LS(u - gamma), u = beta * (aw - al)
     incentives: d_w = beta/nw * S(gamma - u), d_l = beta/nl * S(gamma - u)

@@ -1,7 +1,7 @@
 """Exponentials that stay finite: each follows its tangent beyond a stated limit.
 
-Value and slope are continuous at the limit, so training passes it without a jump, and the slope
-beyond it, which is the largest incentive that the function can give, is constant.
+Value and slope are continuous at the limit, so training crosses it without a jump. Beyond the limit
+the slope is constant: it bounds the incentive.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objectives on single responses, each labelled desirable or not.
+"""Objectives on single responses, each labeled desirable or not.
 
 They need a reference and sum over tokens. Notation of the docstrings: z, r are the summed log-probs
 of a response under the policy and the reference, t = z - r, and d = -dL/dz is its incentive;
@@ -6,9 +6,9 @@ y is 1 for a desirable response and -1 for another one; w is desirable_weight fo
 undesirable_weight for the latter. S is the logistic function, S' its derivative S(x) * S(-x), LS
 its logarithm, and K(x) = -(LS(x) + LS(-x)) / 2 - log 2.
 
-Two objectives hold the rewards against a point of reference that is common to all responses and
-estimated from many of them. `sum_and_count` gives what adds up over micro-batches and ranks,
-`pooled_mean` and `RunningMean` the point.
+Two objectives compare the rewards with a reference point that is common to all responses and
+estimated from many of them. Results of `sum_and_count` add up over micro-batches and ranks;
+`pooled_mean` and `RunningMean` turn them into the point.
 """
 
 from __future__ import annotations
@@ -66,9 +66,26 @@ class PointwiseLoss(Loss):
         """Loss and reward of each response.
 
         The reference and the reference point, a tensor (), are constants: no gradient reaches
-        them. The point is ignored by an objective that does not need it. Raises ValueError when
-        the reference or a needed point is missing or has another shape than it must.
+        them. Raises ValueError when the reference or a needed point is missing or has another
+        shape than it must, and for a point that the objective does not need.
         """
+        self.check(policy, reference, reference_point)
+        assert reference is not None
+        scored = policy.lengths > 0
+        log_ratios = torch.where(scored, policy.logps - reference.logps.detach(), 0.0)
+        point = log_ratios.new_zeros(())
+        if reference_point is not None:
+            point = reference_point.detach().to(log_ratios)
+        loss = torch.where(scored, self.response_loss(log_ratios, policy, point), 0.0)
+        return PointwiseOutput(loss, self.reward(log_ratios.detach()))
+
+    def check(
+        self,
+        policy: UnpairedLogps,
+        reference: UnpairedLogps | None,
+        reference_point: Tensor | None,
+    ) -> None:
+        """Raise ValueError for arguments that `__call__` refuses."""
         if reference is None:
             raise ValueError(
                 f"reference: {self.name} needs the log-probs of a reference policy, got None; "
@@ -79,15 +96,9 @@ class PointwiseLoss(Loss):
                 f"reference: expected {policy.logps.numel()} responses as in the policy, got shape "
                 f"{tuple(reference.logps.shape)}; pass the same batch to both models"
             )
-        scored = policy.lengths > 0
-        log_ratios = torch.where(scored, policy.logps - reference.logps.detach(), 0.0)
-        point = self._constant_point(reference_point, log_ratios)
-        loss = torch.where(scored, self.response_loss(log_ratios, policy, point), 0.0)
-        return PointwiseOutput(loss, self.reward(log_ratios.detach()))
-
-    def _constant_point(self, reference_point: Tensor | None, like: Tensor) -> Tensor:
         if not self.needs_reference_point:
-            return like.new_zeros(())
+            self.refuse_reference_point(reference_point)
+            return
         if reference_point is None:
             raise ValueError(
                 f"reference_point: {self.name} needs one, got None; pass a tensor () as its "
@@ -98,7 +109,6 @@ class PointwiseLoss(Loss):
                 f"reference_point: expected shape (), one for all responses, "
                 f"got {tuple(reference_point.shape)}"
             )
-        return reference_point.detach().to(like)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class KTO(LogRatioPointwiseLoss):
     loss:       w * (1 - S(y * beta * (t - z0))), z0 = max(0, reference_point)
     incentives: d = w * y * beta * S'(beta * (t - z0))
     source:     Ethayarajh et al. 2024, arXiv:2402.01306
-    use:        for responses labelled one by one, also in uneven numbers, where pairs are missing;
+    use:        for responses labeled one by one, also in uneven numbers, where pairs are missing;
                 the value saturates on both sides, so responses that have drifted far stop training,
                 and the point costs another forward pass
 
@@ -143,9 +153,9 @@ class KTO(LogRatioPointwiseLoss):
     def response_loss(
         self, log_ratios: Tensor, policy: UnpairedLogps, reference_point: Tensor
     ) -> Tensor:
-        gain = self.beta * (log_ratios - reference_point.clamp(min=0))
+        shifted = self.beta * (log_ratios - reference_point.clamp(min=0))
         weight = _by_label(policy, self.desirable_weight, self.undesirable_weight)
-        return weight * (-_signed(gain, policy)).sigmoid()
+        return weight * (-_signed(shifted, policy)).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,7 @@ class BCO(LogRatioPointwiseLoss):
     incentives: d = y * beta * S(-y * (beta * t - delta))
     source:     Jung et al. 2024, arXiv:2404.04656
     use:        in place of `kto` where responses on the wrong side should keep their gradient;
-                without the paper's weights, classes whose prompts differ are told apart by that
+                without the paper's weights, classes whose prompts differ can be separated by that
 
     Rewards are beta * t. delta is the mean of all rewards seen so far (`RunningMean`); that of TRL
     takes in those of the batch at hand first, that of this project's trainer after the step. The
@@ -206,7 +216,7 @@ class DDROUnpaired(DensityRatioPointwiseLoss):
     loss:       log 2 - t if desirable, log 2 - log(2 - e^t) if not
     incentives: d = 1 if desirable, -e^t / (2 - e^t) if not, at least -1999999
     source:     Higuchi and Suzuki 2025, arXiv:2505.07558
-    use:        as `ddro` for responses labelled one by one; desirable ones are pulled without end,
+    use:        as `ddro` for responses labeled one by one; desirable ones are pulled without end,
                 and undesirable ones enormously near e^t = 2
 
     Rewards are t. The logarithm ends at e^t = 2; from 2 - 1e-6 it goes on as its tangent in t.
@@ -232,7 +242,7 @@ class PROB(LogRatioPointwiseLoss):
     source:     Guo et al. 2025, arXiv:2505.23316
     use:        in place of `kto` where one class is rare or likelihoods fall, having a finite
                 optimum; alpha and beta both need tuning, and with few desirable responses a small
-                alpha over-optimises
+                alpha over-optimizes
 
     Rewards are beta * t. K is the KL divergence of a coin of S(x) from a fair one. The optimum is
     beta * t = logit(1/2 + y / (2 alpha)), finite only for alpha > 1. The bracket is reconstructed:
@@ -295,9 +305,9 @@ def pointwise_incentives(
 def sum_and_count(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum of the values (S,) of responses that are not empty, and their number: (2,) float64.
 
-    The results of micro-batches and of ranks add up to that of the whole batch; divide afterwards,
-    with `pooled_mean` or `RunningMean`. `values` are the log-ratios t of mismatched responses for
-    KTO and rewards for BCO.
+    The results of micro-batches and of ranks add up to the result of the whole batch; divide
+    afterwards, with `pooled_mean` or `RunningMean`. `values` are the log-ratios t of mismatched
+    responses for KTO and rewards for BCO.
     """
     counted = lengths > 0
     total = torch.where(counted, values.detach().double(), 0.0).sum()
@@ -305,12 +315,12 @@ def sum_and_count(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def pooled_mean(sums: Tensor) -> Tensor:
-    """The mean () behind a result (2,) of `sum_and_count`; 0 where nothing was counted."""
+    """Mean () of a result (2,) of `sum_and_count`; 0 for a count of 0."""
     return sums[0] / sums[1].clamp(min=1)
 
 
 class RunningMean:
-    """The mean of all values given so far, such as BCO's delta; 0 before the first.
+    """Mean of all values so far, such as BCO's delta; 0 before the first.
 
     count, mean: () float64.
     """
@@ -320,7 +330,7 @@ class RunningMean:
         self.mean = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, sums: Tensor) -> Tensor:
-        """Take in a result (2,) of `sum_and_count`, summed over the ranks, and give the mean."""
+        """Add a result (2,) of `sum_and_count`, summed over the ranks, and return the mean."""
         total, count = sums.unbind()
         self.count = self.count + count
         self.mean = self.mean + (total - count * self.mean) / self.count.clamp(min=1)
@@ -331,7 +341,7 @@ class RunningMean:
         return {"count": self.count, "mean": self.mean}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a result of `state_dict`; raises ValueError if it is another state."""
+        """Restore the result of `state_dict`; raises ValueError for another state."""
         if set(state) != {"count", "mean"}:
             raise ValueError(
                 f"state: expected count and mean, got {', '.join(sorted(state)) or 'nothing'}; "

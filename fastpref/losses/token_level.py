@@ -49,15 +49,26 @@ class TokenLevelLoss(Loss):
         return ()
 
     @abstractmethod
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
         """Loss and rewards of each pair.
 
         The reference is a constant: no gradient reaches it, and only its log-probs are read.
-        Raises ValueError when a needed reference or column is missing, or has another shape.
+        Raises ValueError when a needed reference or column is missing, or has another shape, and
+        for a reference point.
         """
 
-    def check(self, policy: TokenLogps, reference: TokenLogps | None) -> None:
-        """Raise ValueError where `__call__` says so."""
+    def check(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None,
+        reference_point: Tensor | None,
+    ) -> None:
+        """Raise ValueError for arguments that `__call__` refuses."""
         for column in self.columns:
             if getattr(policy, column) is None:
                 raise ValueError(f"{column}: {self.name} needs {_SOURCES[column]}")
@@ -71,6 +82,7 @@ class TokenLevelLoss(Loss):
                 f"reference: expected {policy.logps.numel()} tokens as in the policy, got shape "
                 f"{tuple(reference.logps.shape)}; pass the same batch to both models"
             )
+        self.refuse_reference_point(reference_point)
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,16 @@ class TokenRatioLoss(TokenLevelLoss):
     def hard_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """The loss (B,) of pairs whose first response is better, from statistics (K, B)."""
 
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
+        self.check(policy, reference, reference_point)
         return self._output(policy, self.statistics(policy, self._log_ratios(policy, reference)))
 
     def _log_ratios(self, policy: TokenLogps, reference: TokenLogps | None) -> Tensor:
-        self.check(policy, reference)
         assert reference is not None
         return policy.logps - reference.logps.detach()
 
@@ -188,7 +205,7 @@ class TIDPO(TokenRatioLoss):
 
     I is the importance of a token, P(i) = exp(-((i - (n - 1)/2) / (n/4))^2 / 2) a prior on its
     place i = 0 .. n - 1, and both are brought to mean 1 in each response, so that constant W is
-    `dpo`. The paper mixes an I of sum 1 with an unnormalised P; its authors' release has the mean
+    `dpo`. The paper mixes an I of sum 1 with an unnormalized P; its authors' release has the mean
     of 1 and differs in the width of P, n/8, in lam 0.2, beta 0.2, and in a base of `tdpo2`.
     lam = 0 needs no importance; where all of a response's are 0 they count as equal.
 
@@ -225,6 +242,8 @@ class TIDPO(TokenRatioLoss):
         self,
         policy: TokenLogps,
         reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+        *,
         anchors: TokenAnchors | None = None,
     ) -> LossOutput:
         """Loss and rewards of each pair, as in every token-level objective.
@@ -232,6 +251,7 @@ class TIDPO(TokenRatioLoss):
         The anchors are needed with gamma > 0, refused otherwise, and may carry a gradient. Raises
         ValueError when they are missing, not needed or of another number of pairs.
         """
+        self.check(policy, reference, reference_point)
         log_ratios = self._log_ratios(policy, reference)
         statistics = self.statistics(policy, log_ratios)
         if self.gamma == 0 and anchors is not None:
@@ -255,9 +275,9 @@ class TIDPO(TokenRatioLoss):
         """W of each token, (T,), those of the data left out; no gradient."""
         if self.weights == "one_minus_p":
             return _shares(-torch.expm1(policy.logps), policy)
-        owners, places = segment_positions(policy.cu_seqlens, policy.logps.numel())
-        n = policy.lengths.to(policy.logps)[owners]
-        prior = torch.exp(-(((places - (n - 1) / 2) / (n / 4)).square()) / 2)
+        segment_ids, positions = segment_positions(policy.cu_seqlens, policy.logps.numel())
+        n = policy.lengths.to(policy.logps)[segment_ids]
+        prior = torch.exp(-(((positions - (n - 1) / 2) / (n / 4)).square()) / 2)
         weights = (1 - self.lam) * _shares(prior, policy)
         if self.lam > 0:
             assert policy.importance is not None
@@ -274,17 +294,20 @@ class TIDPO(TokenRatioLoss):
                 f"anchors: gamma > 0 needs one per pair, {policy.pairs}, got {got}; sample a "
                 f"response of the policy to each prompt, or leave gamma at 0"
             )
-        owners, places = segment_positions(policy.cu_seqlens, log_ratios.numel())
-        pairs = torch.arange(2 * policy.pairs, device=owners.device) % max(policy.pairs, 1)
+        segment_ids, positions = segment_positions(policy.cu_seqlens, log_ratios.numel())
+        pairs = torch.arange(2 * policy.pairs, device=segment_ids.device) % max(policy.pairs, 1)
         offsets = anchors.cu_seqlens.long()
-        beside = offsets[pairs[owners]] + places
-        end = anchors.log_ratios.new_zeros(1)  # what stands beside a token beyond the anchor's end
-        beside = beside.where(beside < offsets[pairs[owners] + 1], anchors.log_ratios.numel())
-        gaps = log_ratios - torch.cat([anchors.log_ratios, end])[beside]
+        aligned = offsets[pairs[segment_ids]] + positions
+        # The log-ratio that a token beyond the anchor's end is compared with.
+        end = anchors.log_ratios.new_zeros(1)
+        aligned = aligned.where(
+            aligned < offsets[pairs[segment_ids] + 1], anchors.log_ratios.numel()
+        )
+        gaps = log_ratios - torch.cat([anchors.log_ratios, end])[aligned]
         within = segment_sum(gaps.square(), policy.cu_seqlens)
-        owners, places = segment_positions(offsets, anchors.log_ratios.numel())
+        segment_ids, positions = segment_positions(offsets, anchors.log_ratios.numel())
         beyond = [
-            segment_sum(anchors.log_ratios.square() * (places >= lengths[owners]), offsets)
+            segment_sum(anchors.log_ratios.square() * (positions >= lengths[segment_ids]), offsets)
             for lengths in (policy.lengths[: policy.pairs], policy.lengths[policy.pairs :])
         ]
         return within + torch.cat(beyond)
@@ -317,8 +340,8 @@ def token_pair_incentives(
     """
     incentives = token_incentives(objective, policy, reference)
     means = mean_logps(segment_sum(incentives, policy.cu_seqlens), policy.lengths)
-    owners, _ = segment_positions(policy.cu_seqlens, incentives.numel())
-    weights = torch.where(means[owners] == 0, 1.0, incentives / means[owners])
+    segment_ids, _ = segment_positions(policy.cu_seqlens, incentives.numel())
+    weights = torch.where(means[segment_ids] == 0, 1.0, incentives / means[segment_ids])
     return means[: policy.pairs], -means[policy.pairs :], weights
 
 
@@ -329,9 +352,9 @@ def _weighted(policy: TokenLogps, values: Tensor) -> Tensor:
 
 def _shares(values: Tensor, policy: TokenLogps) -> Tensor:
     """Values >= 0 over their sum within each response, (T,) -> (T,); equal where all are 0."""
-    owners, _ = segment_positions(policy.cu_seqlens, values.numel())
-    totals = segment_sum(values, policy.cu_seqlens)[owners]
-    return torch.where(totals > 0, values / totals, 1 / policy.lengths.to(values)[owners])
+    segment_ids, _ = segment_positions(policy.cu_seqlens, values.numel())
+    totals = segment_sum(values, policy.cu_seqlens)[segment_ids]
+    return torch.where(totals > 0, values / totals, 1 / policy.lengths.to(values)[segment_ids])
 
 
 OBJECTIVES: tuple[type[TokenLevelLoss], ...] = (TDPO1, TDPO2, TIDPO)

@@ -2,13 +2,13 @@
 
 `build_with_options` takes them as further parameters of any objective they fit:
 
-    f_divergence, f_alpha   another regulariser than the reverse KL, for losses of a margin
+    f_divergence, f_alpha   another regularizer than the reverse KL, for losses of a margin
     label_smoothing         a share of the labels is expected to be flipped
     ld_alpha                tokens beyond the length of the shorter response count less
     wpo                     pairs that the policy would not produce count less
 
-The first two wrap pairwise objectives and are pairwise objectives; the others look at tokens.
-`TokenWeighted` does, too, for data that weigh tokens, and is no option. Notation: see `base`.
+The first two wrap pairwise objectives and are pairwise objectives; the other two look at tokens.
+`TokenWeighted`, which is no option, does so for data that weigh tokens. Notation: see `base`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastpref.logps import SequenceLogps, TokenLogps, mean_logps, segment_positions, segment_sum
 from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, choice, number
+from fastpref.losses.kinds import Objective
 from fastpref.losses.margin import FDPO
 from fastpref.losses.token_level import TokenLevelLoss
 
@@ -35,7 +36,7 @@ OF_MARGIN = (
 
 @dataclass(frozen=True)
 class PairwiseWrapper(PairwiseLoss):
-    """A pairwise objective made of another one; its name holds that one's and the option."""
+    """A pairwise objective that wraps another one; its name is that of the other and the option."""
 
     objective: PairwiseLoss
 
@@ -50,7 +51,7 @@ class PairwiseWrapper(PairwiseLoss):
 
 @dataclass(frozen=True)
 class TokenLevelWrapper(TokenLevelLoss):
-    """A token-level objective made of a pairwise or another token-level one."""
+    """A token-level objective that wraps a pairwise or another token-level one."""
 
     objective: PairwiseLoss | TokenLevelLoss
 
@@ -67,32 +68,36 @@ class TokenLevelWrapper(TokenLevelLoss):
         return self.objective.soft_labels
 
     def inner(
-        self, policy: TokenLogps, reference: TokenLogps | None, weights: Tensor | None = None
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None,
+        reference_point: Tensor | None,
+        weights: Tensor | None = None,
     ) -> LossOutput:
-        """What the wrapped objective makes of the tokens; a pairwise one of their weighted sums.
+        """Loss and rewards of the wrapped objective; a pairwise one takes weighted sums of tokens.
 
-        The weights (T,), for a pairwise objective only, come on top of those of the data.
+        The weights (T,), for a pairwise objective only, are multiplied by those of the data.
         """
-        self.check(policy, reference)
+        self.check(policy, reference, reference_point)
         if isinstance(self.objective, TokenLevelLoss):
-            return self.objective(policy, reference)
+            return self.objective(policy, reference, reference_point)
         if policy.weights is not None:
             weights = policy.weights if weights is None else weights * policy.weights
         sums = None if reference is None else reference.sequences(weights)
-        return self.objective(policy.sequences(weights), sums)
+        return self.objective(policy.sequences(weights), sums, reference_point)
 
 
 @dataclass(frozen=True)
 class TokenWeighted(TokenLevelWrapper):
-    """A pairwise objective on data that weigh tokens, or beside objectives that look at tokens.
+    """A pairwise objective on data that weigh tokens, or in a sum with token-level objectives.
 
     loss:       that of the objective with z = sum_i c_i * log p_i and r likewise, where c_i is the
                 weight of token i in the data, 1 where there are none
     incentives: the objective's, times c_i
     source:     none; these are the sums that `token_level` takes
 
-    Rewards are those of the objective on these sums. Lengths count all tokens. It goes by the name
-    and the config of the objective.
+    Rewards are those of the objective on these sums. Lengths count all tokens. Name and config are
+    those of the objective.
     """
 
     def __post_init__(self) -> None:
@@ -107,8 +112,13 @@ class TokenWeighted(TokenLevelWrapper):
     def name(self) -> str:  # type: ignore[override]
         return self.objective.name
 
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
-        return self.inner(policy, reference)
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
+        return self.inner(policy, reference, reference_point)
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ class LabelSmoothing(PairwiseWrapper):
 
 @dataclass(frozen=True)
 class FDivergence(PairwiseWrapper):
-    """f-divergence: a loss of the log-ratio margin, regularised by another divergence.
+    """f-divergence: a loss of the log-ratio margin, regularized by another divergence.
 
     loss:       that of the objective with g(tw), g(tl) in place of tw, tl; g is that of `f_dpo`
     incentives: d_w = g'(tw) * d_w, d_l = g'(tl) * d_l, with the objective's own at g(tw), g(tl)
@@ -153,7 +163,7 @@ class FDivergence(PairwiseWrapper):
 
     Rewards are those of the objective at g(t). On `dpo` this is `f_dpo`, and reverse_kl changes
     nothing. Only for objectives that see no more of a pair than the difference of the two, in which
-    the unknown normaliser of the paper cancels. f_alpha belongs to the alpha divergence alone.
+    the unknown normalizer of the paper cancels. f_alpha belongs to the alpha divergence alone.
     """
 
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = choice(
@@ -193,7 +203,7 @@ class FDivergence(PairwiseWrapper):
 
 @dataclass(frozen=True)
 class LengthDesensitized(TokenLevelWrapper):
-    """Length desensitisation: tokens beyond the shorter response's length count ld_alpha times.
+    """Length desensitization: tokens beyond the shorter response's length count ld_alpha times.
 
     loss:       that of the objective with z = z_shared + ld_alpha * z_beyond and r likewise, where
                 shared are the first min(nw, nl) tokens of either response
@@ -213,9 +223,14 @@ class LengthDesensitized(TokenLevelWrapper):
         if self.ld_alpha > 1:
             raise ValueError(f"ld_alpha: must be >= 0 and <= 1, got {self.ld_alpha}")
 
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
         weights = ld_weights(policy.logps.detach(), policy.cu_seqlens, self.ld_alpha)
-        return self.inner(policy, reference, weights)
+        return self.inner(policy, reference, reference_point, weights)
 
 
 @dataclass(frozen=True)
@@ -248,8 +263,13 @@ class WPO(TokenLevelWrapper):
         inner = self.objective.columns if isinstance(self.objective, TokenLevelLoss) else ()
         return (*inner, "collision_entropy") if self.wpo == "sampled" else inner
 
-    def __call__(self, policy: TokenLogps, reference: TokenLogps | None = None) -> LossOutput:
-        output = self.inner(policy, reference)
+    def __call__(
+        self,
+        policy: TokenLogps,
+        reference: TokenLogps | None = None,
+        reference_point: Tensor | None = None,
+    ) -> LossOutput:
+        output = self.inner(policy, reference, reference_point)
         return replace(output, loss=self.pair_weights(policy) * output.loss)
 
     @torch.no_grad()
@@ -270,54 +290,41 @@ def ld_weights(
 ) -> Tensor:  # (T,)
     """1 for tokens within the length of the pair's shorter response, ld_alpha beyond it.
 
-    In the dtype of `logps`, of which only dtype, device and size matter.
+    Only dtype, device and size of `logps` matter; the weights have its dtype.
     """
-    owners, places = segment_positions(cu_seqlens, logps.numel())
+    segment_ids, positions = segment_positions(cu_seqlens, logps.numel())
     pairs = cu_seqlens.numel() // 2
     lengths = cu_seqlens.diff()
     shared = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
-    return torch.ones_like(logps).masked_fill(places >= shared[owners], ld_alpha)
-
-
-def ld_sequence_logps(
-    logps: Tensor,  # (T,)
-    cu_seqlens: Tensor,  # (2B + 1,): chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}
-    ld_alpha: float,
-) -> Tensor:  # (2B,)
-    """Summed log-probs in which the tokens beyond the shorter response count ld_alpha times.
-
-    z = z_shared + ld_alpha * z_beyond (LD-DPO, arXiv:2409.06411), differentiable in `logps`. With
-    these of the policy and of the reference, any pairwise objective is length-desensitised.
-    """
-    return segment_sum(ld_weights(logps.detach(), cu_seqlens, ld_alpha) * logps, cu_seqlens)
+    return torch.ones_like(logps).masked_fill(positions >= shared[segment_ids], ld_alpha)
 
 
 OPTIONS = ("f_divergence", "f_alpha", "label_smoothing", "ld_alpha", "wpo")
-# What an option is worth when it changes nothing: then nothing is wrapped.
+# Values at which an option changes nothing, so that nothing is wrapped.
 _OFF = {"f_divergence": "reverse_kl", "label_smoothing": 0, "ld_alpha": 1, "wpo": False}
 
 
-def build_with_options(objective: type[Loss], parameters: Mapping[str, Any]) -> Loss:
-    """An objective from its own parameters and from `OPTIONS`; its own win where a name is both.
+def build_with_options(objective: type[Objective], parameters: Mapping[str, Any]) -> Objective:
+    """Build an objective from its parameters and `OPTIONS`; a parameter wins over an option.
 
-    An option at the value that changes nothing (f_divergence: reverse_kl, label_smoothing: 0,
-    ld_alpha: 1, wpo: false) is as if it were left out; wpo: true is wpo: sampled. Raises
+    An option at a value that changes nothing (f_divergence: reverse_kl, label_smoothing: 0,
+    ld_alpha: 1, wpo: false) is ignored; wpo: true means wpo: sampled. Raises
     ValueError, naming the parameter, for one that is unknown, out of range, or does not apply to
     the objective.
     """
-    own = [field.name for field in fields(objective)]
+    names = [field.name for field in fields(objective)]
     for parameter in parameters:
-        if parameter not in own and parameter not in OPTIONS:
-            known = ", ".join(own) or "none"
+        if parameter not in names and parameter not in OPTIONS:
+            accepted = ", ".join(names) or "none"
             raise ValueError(
-                f"{parameter}: not a parameter of {objective.name}, which accepts {known}; "
+                f"{parameter}: not a parameter of {objective.name}, which accepts {accepted}; "
                 f"options of many objectives are {', '.join(OPTIONS)}"
             )
-    built: Any = objective(**{name: parameters[name] for name in parameters if name in own})
+    built: Any = objective(**{name: parameters[name] for name in parameters if name in names})
     options = {
         name: value
         for name, value in parameters.items()
-        if name not in own and not _is_off(name, value)
+        if name not in names and not _is_off(name, value)
     }
     if "f_divergence" in options:
         divergence = {
@@ -357,10 +364,10 @@ def _layers(objective: Any) -> list[Loss]:
 
 
 def _named(wrapper: Any) -> str:
-    """E.g. dpo(label_smoothing=0.1): the option, and what of its details is not the default."""
+    """Name such as dpo(label_smoothing=0.1): the option, and details that are not the default."""
     option, *details = [field for field in fields(wrapper) if field.name != "objective"]
-    told = [option, *(d for d in details if getattr(wrapper, d.name) != d.default)]
-    settings = ",".join(f"{field.name}={getattr(wrapper, field.name)}" for field in told)
+    shown = [option, *(d for d in details if getattr(wrapper, d.name) != d.default)]
+    settings = ",".join(f"{field.name}={getattr(wrapper, field.name)}" for field in shown)
     inner = wrapper.objective.name
     return f"({inner})({settings})" if " " in inner else f"{inner}({settings})"
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: sums over a step (`pairs`, `preference`), over a window, and where they go."""
+"""Metrics of a run: sums over a step (`pairs`, `preference`) and a window, and trackers."""
 
 from fastpref.metrics.pairs import (
     PAIR_METRICS,
@@ -10,7 +10,15 @@ from fastpref.metrics.pairs import (
     pair_sums,
     sums_and_counts,
 )
-from fastpref.metrics.trackers import JsonLines, TensorBoard, Tracker, WandB, lines, read, trackers
+from fastpref.metrics.trackers import (
+    JsonLines,
+    TensorBoard,
+    Tracker,
+    WandB,
+    iter_records,
+    open_trackers,
+    read_records,
+)
 from fastpref.metrics.window import TIMING_METRICS, NonFinite, Window, peak_memory
 
 __all__ = [
@@ -24,13 +32,13 @@ __all__ = [
     "WandB",
     "Window",
     "best_and_worst",
-    "lines",
+    "iter_records",
     "masked_sum",
     "mean",
     "means",
+    "open_trackers",
     "pair_sums",
     "peak_memory",
-    "read",
+    "read_records",
     "sums_and_counts",
-    "trackers",
 ]

@@ -1,8 +1,8 @@
-"""What a run measures and where it goes: names, windows of steps, files and trackers.
+"""Sums and counts of losses, rewards and log-probs, from which the metrics are means.
 
 `logps/*` are summed log-probs in nats; rewards are beta·(log pi − log pi_ref), or beta·log pi for
-objectives without a reference. Each metric is a mean over what it counts, whatever the
-micro-batches, and is left out where it counts nothing:
+objectives without a reference. Each metric is a mean over the items below, independent of the
+micro-batches, and is omitted if there are none:
 
 | metric | pairs | single responses | groups with unequal scores |
 |---|---|---|---|
@@ -21,10 +21,17 @@ import math
 import torch
 from torch import Tensor
 
-from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
+from fastpref.logps import (
+    GroupedLogps,
+    SequenceLogps,
+    TokenLogps,
+    UnpairedLogps,
+    segment_mask,
+)
 from fastpref.losses import GroupwiseOutput, Logps, LossOutput, Output, PointwiseOutput
 
-PAIR_METRICS = (  # of all kinds, where they are counted as stated above
+# Metrics of all kinds of objectives; see the table above.
+PAIR_METRICS = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -33,13 +40,11 @@ PAIR_METRICS = (  # of all kinds, where they are counted as stated above
     "logps/chosen",
     "logps/rejected",
 )
-
-
 Metrics = dict[str, float]
 
 
 def sums_and_counts(output: Output, policy: Logps) -> Tensor:
-    """Sums of PAIR_METRICS and how many each is a sum of, (2, 7) fp64, without host sync."""
+    """Sums and counts of PAIR_METRICS, (2, 7) fp64, without host sync."""
     if isinstance(output, PointwiseOutput):
         assert isinstance(policy, UnpairedLogps)
         return _response_sums(output, policy)
@@ -54,16 +59,18 @@ def sums_and_counts(output: Output, policy: Logps) -> Tensor:
 
 
 def means(sums: Tensor, names: tuple[str, ...] = PAIR_METRICS) -> Metrics:
-    """Means of the metrics that were counted; (2, M) sums and counts, with one host sync."""
-    found = {name: s / n for name, s, n in zip(names, *sums.tolist(), strict=True) if n}
+    """Means of the metrics with a nonzero count, from (2, M) sums and counts; one host sync."""
+    metrics = {name: s / n for name, s, n in zip(names, *sums.tolist(), strict=True) if n}
     sides = ("rewards/chosen", "rewards/rejected")
-    if "rewards/margins" not in found and all(side in found for side in sides):
-        found["rewards/margins"] = found[sides[0]] - found[sides[1]]
-    return found
+    if "rewards/margins" not in metrics and all(side in metrics for side in sides):
+        metrics["rewards/margins"] = metrics[sides[0]] - metrics[sides[1]]
+    return metrics
 
 
 def pair_sums(output: LossOutput, policy: SequenceLogps) -> Tensor:
     """Sums over pairs of PAIR_METRICS, (7,) fp64, without gradient or host sync."""
+    if output.metric_sums is not None:  # by the loss kernel, in its launch
+        return output.metric_sums
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     columns = (
         output.loss,
@@ -85,7 +92,7 @@ def _response_sums(output: PointwiseOutput, policy: UnpairedLogps) -> Tensor:
         (rewards, good),
         (rewards, ~good),
         (torch.where(good, rewards, -rewards) > 0, every),
-        (rewards, ~every),  # margins are those of the means
+        (rewards, ~every),  # no count: `means` computes the margin from the two means
         (policy.logps, good),
         (policy.logps, ~good),
     )
@@ -95,7 +102,8 @@ def _response_sums(output: PointwiseOutput, policy: UnpairedLogps) -> Tensor:
 def _group_sums(output: GroupwiseOutput, policy: GroupedLogps) -> Tensor:
     best, worst, unequal = best_and_worst(policy)
     scores, rewards, logps = policy.scores, output.rewards, policy.logps
-    worse = _members(policy) & (scores < scores[best][:, None])
+    members = segment_mask(policy.cu_groups, policy.logps.numel())
+    worse = members & (scores < scores[best][:, None])
     rival = torch.where(worse, rewards, -math.inf).amax(1)
     columns = (
         (output.loss, torch.ones_like(unequal)),
@@ -110,28 +118,24 @@ def _group_sums(output: GroupwiseOutput, policy: GroupedLogps) -> Tensor:
 
 
 def best_and_worst(policy: GroupedLogps) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the first best and first worst response of each group by its score, (G,), and
-    whether the two scores differ, (G,) bool."""
-    members, scores = _members(policy), policy.scores
+    """Indices of the best and the worst response of each group by score, and whether they differ.
+
+    Returns (G,) int64, (G,) int64 and (G,) bool; ties go to the first response.
+    """
+    members, scores = segment_mask(policy.cu_groups, policy.logps.numel()), policy.scores
     best = torch.where(members, scores, -math.inf).argmax(1)
     worst = torch.where(members, scores, math.inf).argmin(1)
     return best, worst, scores[best] > scores[worst]
 
 
-def _members(policy: GroupedLogps) -> Tensor:
-    """Whether a response belongs to a group, (G, S) bool."""
-    position = torch.arange(policy.logps.numel(), device=policy.logps.device)
-    return (policy.cu_groups[:-1, None] <= position) & (position < policy.cu_groups[1:, None])
-
-
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the values where the mask is true, and how many they are, (2,) fp64."""
-    kept = torch.where(mask, values.detach().double(), 0.0)
-    return torch.stack([kept.sum(), mask.double().sum()])
+    """Sum and count of the values where the mask is true, (2,) fp64."""
+    selected = torch.where(mask, values.detach().double(), 0.0)
+    return torch.stack([selected.sum(), mask.double().sum()])
 
 
 def mean(sum_and_count: Tensor) -> float:
-    """The mean of a (2,) sum and count."""
+    """Mean from a (2,) sum and count."""
     total, count = sum_and_count.tolist()
     mean: float = total / count
     return mean

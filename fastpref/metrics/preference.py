@@ -1,26 +1,26 @@
-"""What a run watches beside losses and rewards: displacement, lengths, preferences, contrast.
+"""Monitors in addition to losses and rewards: displacement, lengths, preferences and contrast.
 
-Every monitor is a mean over what it counts, whatever the micro-batches, and is left out where it
-counts nothing. Which responses are chosen and rejected, `fastpref.metrics` says for each kind.
+Every monitor is a mean over the items below, independent of the micro-batches, and is omitted if
+there are none. `fastpref.metrics.pairs` defines chosen and rejected responses for each kind.
 
 | monitor | mean over | of |
 |---|---|---|
 | `logps/chosen_change`, `logps/rejected_change` | as `logps/*`, with a reference | z − r, nats |
 | `lengths/chosen`, `lengths/rejected` | as `logps/*` | tokens of the response |
-| `lengths/empty` | responses | 1 for one without a token, which trains nothing |
+| `lengths/empty` | responses | 1 for a response without tokens, which trains nothing |
 | `preference/accuracy` | pairs with a soft label p | [ph and p on the same side of 1/2] |
 | `preference/mean_kl` | the same | KL of Bernoulli(p) to Bernoulli(ph), nats |
 | `preference/pci` | the same | min(ph, 1 − ph), the preference collapse index |
 | `contrast/mean` | pairs | Z |
-| `contrast/below`, `contrast/inside`, `contrast/above` | pairs | the share there of two margins |
+| `contrast/below`, `contrast/inside`, `contrast/above` | pairs | [Z there of the two margins] |
 
 An evaluation adds `contrast/histogram` of Z, and `preference/calibration`: sums of ph and of p in
 ten bins of ph.
 
-ph = sigmoid(z_w − z_l) is the policy's own probability of preferring `chosen`; PCI is 0 when every
-pair is decided and 1/2 when none is. Z is the contrastive logit of StaPO: the difference of the
-mean log-probs per token for an objective without a reference, and for one that has it the
-difference of the log-ratios, (z_w − r_w) − (z_l − r_l).
+ph = sigmoid(z_w − z_l) is the policy's probability of preferring `chosen`; PCI is 0 if every pair
+is decided and 1/2 if none is. Z is the contrastive logit of StaPO: for an objective with a
+reference, the difference of the log-ratios, (z_w − r_w) − (z_l − r_l); otherwise the difference of
+the mean log-probs per token.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def monitor_sums(
     contrast: Tensor | None,  # (B,) Z of each pair
     margins: tuple[float, float],
 ) -> Tensor:
-    """Sums of MONITORS and how many each is a sum of, (2, 12) fp64, without host sync."""
+    """Sums and counts of MONITORS, (2, 12) fp64, without host sync."""
     logps, lengths, chosen, rejected = _responses(policy)
     every = torch.ones_like(chosen)
     sums = dict.fromkeys(MONITORS, masked_sum(logps[:0], every[:0]))
@@ -80,7 +80,7 @@ def monitor_sums(
 
 
 def contrastive_logits(policy: Logps, reference: Logps | None, log_ratios: bool) -> Tensor | None:
-    """Z of each pair, (B,), without gradient; None for objectives that take no pairs.
+    """Z of each pair, (B,), without gradient; None for objectives on other kinds of data.
 
     log_ratios: whether Z is the difference of the log-ratios, which needs a reference.
     """
@@ -97,16 +97,16 @@ def contrastive_logits(policy: Logps, reference: Logps | None, log_ratios: bool)
 
 
 def histogram(values: Tensor, bins: int = 50) -> dict[str, list[float]]:
-    """`counts` (bins,) and `edges` (bins + 1,) between the least and the largest finite value."""
+    """Histogram: `counts` (bins,) and `edges` (bins + 1,) over the range of the finite values."""
     numbers = values.double().cpu().numpy()
     counts, edges = np.histogram(numbers[np.isfinite(numbers)], bins=bins)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
 def calibration_sums(policy: Logps, bins: int = 10) -> Tensor:
-    """Sums of ph, of p and of 1 over the pairs with a soft label, by the bin of ph, (3, bins) fp64.
+    """Sums of ph, p and 1 over the pairs with a soft label in each bin of ph, (3, bins) fp64.
 
-    Bin k of ph is [k / bins, (k + 1) / bins), the last one closed.
+    Bin k is [k / bins, (k + 1) / bins); the last bin includes 1.
     """
     logps, *_ = _responses(policy)
     sums = logps.new_zeros(3, bins, dtype=torch.float64)
@@ -118,11 +118,13 @@ def calibration_sums(policy: Logps, bins: int = 10) -> Tensor:
 
 
 def calibration(sums: Tensor) -> dict[str, list[float]]:
-    """`calibration_sums` as a record of metrics has them."""
+    """Format `calibration_sums` for a metrics record."""
     return dict(zip(("predicted", "target", "count"), sums.tolist(), strict=True))
 
 
 class _Responses(NamedTuple):
+    """Responses of a batch, with the chosen and the rejected ones marked."""
+
     logps: Tensor  # (S,) without gradient
     lengths: Tensor  # (S,)
     chosen: Tensor  # (S,) bool
@@ -130,7 +132,7 @@ class _Responses(NamedTuple):
 
 
 def _responses(policy: Logps) -> _Responses:
-    """All responses of a batch, and which of them are chosen and rejected."""
+    """All responses of a batch, with the chosen and the rejected ones marked."""
     if isinstance(policy, TokenLogps):
         policy = policy.sequences()
     if isinstance(policy, SequenceLogps):
@@ -149,13 +151,13 @@ def _responses(policy: Logps) -> _Responses:
 
 
 def _margins(logps: Tensor) -> Tensor:
-    """z_w − z_l of pairs from the log-probs (2 B,) of all chosen and then all rejected, fp64."""
+    """z_w − z_l of pairs, (B,) fp64, from the log-probs (2B,) of all chosen, then all rejected."""
     chosen, rejected = logps.double().chunk(2)
     return chosen - rejected
 
 
 def preferences(margin: Tensor, preference: Tensor) -> dict[str, Tensor]:
-    """What `preference/*` are means of, each (B,) fp64.
+    """Values of each pair whose means are `preference/*`, each (B,) fp64.
 
     margin: (B,) fp64, z_w − z_l. preference: (B,), p.
     """

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+"""Trackers that log metrics: `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from fastpref.utils.errors import UserError, first_line
 
 
 class Tracker(Protocol):
+    """Destination of metrics records."""
+
     def log(self, metrics: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line, each with its `step`."""
+    """The file `metrics.jsonl`: one JSON object per line, each with its `step`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as kept:
-            for line in lines(path) if resume_step else ():
-                if line["step"] <= resume_step:
-                    kept.write(json.dumps(line) + "\n")
+        # Records after the checkpoint will be written again.
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for record in iter_records(path) if resume_step else ():
+                if record["step"] <= resume_step:
+                    file.write(json.dumps(record) + "\n")
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -36,6 +39,8 @@ class JsonLines:
 
 
 class TensorBoard:
+    """TensorBoard event files in `tensorboard/` of the run directory."""
+
     def __init__(self, folder: Path, resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,6 +58,8 @@ class TensorBoard:
 
 
 class WandB:
+    """A Weights & Biases run."""
+
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         try:
             import wandb
@@ -62,7 +69,7 @@ class WandB:
             self._run: Any = wandb.init(
                 project="fastpref", name=folder.name, dir=folder, config=config, resume="allow"
             )
-        except Exception as error:  # no login, no network, no quota: its own types
+        except Exception as error:  # wandb raises many types: login, network, quota
             raise UserError(f"training.report_to: wandb failed: {first_line(error)}") from None
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -73,36 +80,36 @@ class WandB:
         self._run.finish()
 
 
-def trackers(
+def open_trackers(
     folder: Path, names: Iterable[str], config: dict[str, Any], resume_step: int
 ) -> list[Tracker]:
-    """The metrics file and whatever else was asked for; lines after `resume_step` are dropped.
+    """Open the metrics file and the trackers of `names`; drop records after `resume_step`.
 
-    The first rank writes for all.
+    Only rank 0 logs metrics; the list is empty on other ranks.
     """
     if not distributed.is_main_process():
         return []
-    made: list[Tracker] = [JsonLines(folder / "metrics.jsonl", resume_step)]
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", resume_step)]
     for name in names:
-        made.append(
+        trackers.append(
             TensorBoard(folder, resume_step) if name == "tensorboard" else WandB(folder, config)
         )
-    return made
+    return trackers
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, one at a time: there may be as many as a long run has steps.
+def iter_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics file, which may have one line per step of a long run.
 
-    A last line that a crash cut short is left out.
+    An incomplete last line, left by a crash, is skipped.
     """
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All `lines` of a metrics file."""
-    return list(lines(path))
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read all records of a metrics file."""
+    return list(iter_records(path))
 
 
 def _missing(name: str) -> UserError:

@@ -1,4 +1,4 @@
-"""Sums of the optimizer steps since the last line of metrics."""
+"""Sums over the optimizer steps since the last metrics record."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from torch import Tensor
 from fastpref import distributed
 from fastpref.metrics.pairs import PAIR_METRICS, Metrics, means
 
-TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")  # all else repeats bit for bit on CPU
+# All other metrics are bit-reproducible on CPU.
+TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")
 
 
 class NonFinite(NamedTuple):
+    """A metric that was not finite at a step."""
+
     step: int
     metric: str
     value: float
 
 
 class Window:
-    """Sums of the optimizer steps since the last line of metrics, kept on the device.
+    """Sums over the optimizer steps since the last metrics record, stored on the device.
 
-    Each rank adds its own. Reading them, which all ranks do at the same steps, adds them up; it is
-    the only host sync of the training loop.
+    Each rank adds its local sums. All ranks read the window at the same steps; reading all-reduces
+    the sums and is the only host sync of the training loop.
 
-    names: the metrics whose sums it keeps; the first is the loss.
+    names: the summed metrics; the first is the loss.
     """
 
     def __init__(self, names: tuple[str, ...] = PAIR_METRICS) -> None:
         self._names = names
         self._steps: list[int] = []
         self._rows: list[Tensor] = []  # each (1 + 2 M,): gradient norm, sums, counts
-        self._settled = 0  # so many of the rows are those of all ranks
+        self._reduced = 0  # rows before this index are already all-reduced
 
     def add(self, step: int, grad_norm: Tensor, sums: Tensor) -> None:
-        """Take in a step's gradient norm (), the same on all ranks, and sums and counts (2, M)."""
+        """Add a step's gradient norm (), equal on all ranks, and local sums and counts (2, M)."""
         self._steps.append(step)
         self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
     def first_non_finite(self) -> NonFinite | None:
-        """The first step with a sum of PAIR_METRICS, or a gradient norm, that is not finite."""
+        """First step with a non-finite sum of PAIR_METRICS or gradient norm, or None."""
         if not self._rows:
             return None
-        for step, row in zip(self._steps, self.state()[1].tolist(), strict=True):
+        for step, row in zip(self._steps, self.state_dict()[1].tolist(), strict=True):
             sums = zip(PAIR_METRICS, row[1:], strict=False)
             for metric, value in (*sums, ("grad_norm", row[0])):
                 if not math.isfinite(value):
@@ -53,14 +56,14 @@ class Window:
         return None
 
     def drop_last(self) -> None:
-        """Leave out the step that was taken in last, whose rows have been read."""
-        steps, rows = self.state()
-        self.restore(steps[:-1], rows[:-1])
+        """Remove the last step."""
+        steps, rows = self.state_dict()
+        self.load_state_dict(steps[:-1], rows[:-1])
 
     def flush(self) -> Metrics:
-        """Means over the window and the mean gradient norm, none of no step; empties the window."""
-        rows = self.state()[1]
-        self.restore([], rows[:0])
+        """Return the mean metrics and gradient norm ({} if there was no step); clear the window."""
+        rows = self.state_dict()[1]
+        self.load_state_dict([], rows[:0])
         if not len(rows):
             return {}
         return {
@@ -68,23 +71,25 @@ class Window:
             "grad_norm": rows[:, 0].mean().item(),
         }
 
-    def state(self) -> tuple[list[int], Tensor]:
-        """Steps and their rows of all ranks on the host, for a checkpoint."""
-        if self._settled < len(self._rows):
-            own = torch.stack(self._rows[self._settled :])
-            totals = distributed.all_reduce_sum_(own.clone())
-            totals[:, 0] = own[:, 0]
-            self._rows[self._settled :] = totals.cpu()
-            self._settled = len(self._rows)
+    def state_dict(self) -> tuple[list[int], Tensor]:
+        """Steps and their all-reduced rows on the host, for a checkpoint."""
+        if self._reduced < len(self._rows):
+            local = torch.stack(self._rows[self._reduced :])
+            totals = distributed.all_reduce_sum_(local.clone())
+            # The gradient norm is already the same on all ranks.
+            totals[:, 0] = local[:, 0]
+            self._rows[self._reduced :] = totals.cpu()
+            self._reduced = len(self._rows)
         empty = torch.zeros(0, 1 + 2 * len(self._names), dtype=torch.float64)
         return self._steps, torch.stack(self._rows) if self._rows else empty
 
-    def restore(self, steps: list[int], rows: Tensor) -> None:
-        self._steps, self._rows, self._settled = list(steps), list(rows), len(rows)
+    def load_state_dict(self, steps: list[int], rows: Tensor) -> None:
+        """Continue from the result of `state_dict`."""
+        self._steps, self._rows, self._reduced = list(steps), list(rows), len(rows)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at most so far, of the rank with most: allocated on its GPU, or resident in memory."""
+    """Peak memory in GiB, the maximum over ranks: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return distributed.all_reduce_max(torch.cuda.max_memory_allocated(device) / 2**30)
     return distributed.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

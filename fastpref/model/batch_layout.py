@@ -1,78 +1,81 @@
-"""How the groups of a run lie in a forward pass: chosen, checked on the model, and reported."""
+"""Choice of the layout of groups in a forward pass, and its check on the model."""
 
 from __future__ import annotations
 
-from fastpref.config import Config, ConfigError
+from fastpref.config import ConfigError, Training
 from fastpref.data.batch_plan import Layout, tokens_of
 from fastpref.data.dataset import Groups
 from fastpref.model import packed_attention
 from fastpref.model.policy import Policy
 from fastpref.utils.progress import Display
 
-# Largest relative difference of a hidden state, packed against alone, that is rounding.
-_ROUNDING = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+# Largest relative error of packed hidden states that is explained by rounding.
+_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 
 
-def choose_layout(policy: Policy, config: Config, groups: Groups, display: Display) -> None:
-    """Set `policy.layout`, and its attention code with it; say what that saves.
+def choose_layout(
+    policy: Policy, training: Training, attn_implementation: str, groups: Groups, display: Display
+) -> None:
+    """Set `policy.layout` and its attention implementation; note the number of tokens it saves.
 
-    Raises ConfigError for a layout that the config asks for and the model cannot have.
+    attn_implementation: `model.attn_implementation` of the config. Raises ConfigError if the model
+        does not support the layout of the config.
     """
-    policy.batch_invariant = config.training.batch_invariant
-    asked, layout = config.training.layout, wanted_layout(config)
-    if layout == "packed" and config.model.attn_implementation != "flash_attention_2":
+    policy.batch_invariant = training.batch_invariant
+    layout = preferred_layout(training, attn_implementation)
+    if layout == "packed" and attn_implementation != "flash_attention_2":
         raise ConfigError(
-            "training.layout: packed is for model.attn_implementation: flash_attention_2; set "
-            "that, or use prefix_shared"
+            "training.layout: packed needs model.attn_implementation: flash_attention_2; set it, "
+            "or use prefix_shared"
         )
     if layout == "prefix_shared" and not _can_share(policy, groups):
         name = type(policy.base).__name__
-        if asked == "prefix_shared":
+        if training.layout == "prefix_shared":
             raise ConfigError(
-                f"training.layout: {name} gives other hidden states for shared prompts; use padded"
+                f"training.layout: {name} computes different hidden states for shared prompts; "
+                "use padded"
             )
-        display.note(f"note: {name} cannot share prompts; each response has a row of its own")
+        display.note(f"note: {name} cannot share prompts; each response has its own row")
         layout = "padded"
     use_layout(policy, layout)
     if layout != "padded":
         display.note(_savings(groups, layout))
 
 
-def wanted_layout(config: Config) -> Layout:
-    """The layout of a run whose model can have it."""
-    if config.training.layout != "auto":
-        return config.training.layout
-    code = config.model.attn_implementation
-    if code == "auto":
+def preferred_layout(training: Training, attn_implementation: str) -> Layout:
+    """Layout of the config; for "auto" the best one, if the model supports it."""
+    if training.layout != "auto":
+        return training.layout
+    if attn_implementation == "auto":
         return "prefix_shared"
-    return "packed" if code == "flash_attention_2" else "padded"
+    return "packed" if attn_implementation == "flash_attention_2" else "padded"
 
 
 def use_layout(policy: Policy, layout: Layout) -> None:
-    """Set `policy.layout`, and the attention code that it needs."""
+    """Set `policy.layout` and the attention implementation that it needs."""
     if layout == "prefix_shared":
         policy.base.set_attn_implementation(packed_attention.register())
     policy.layout = layout
 
 
 def _can_share(policy: Policy, groups: Groups) -> bool:
-    """Whether the two longest groups have the hidden states that their sequences have alone."""
+    """Whether packing leaves the hidden states of the two longest groups unchanged."""
     longest = tokens_of(groups, "prefix_shared").argsort(kind="stable")[-2:]
-    computed = policy.compute_dtype if policy.sharded else policy.base.dtype  # without autocast
-    dtype = str(computed).removeprefix("torch.")
+    # The check runs without autocast, in the dtype of the weights.
+    dtype = policy.compute_dtype if policy.sharded else policy.base.dtype
     error = policy.packing_error([groups[int(index)] for index in longest])
-    return error <= _ROUNDING[dtype]
+    return error <= _TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
 def _savings(groups: Groups, layout: Layout) -> str:
-    """What a layout leaves out of padded rows, each group padded alone."""
-    padded, flat, packed = (
-        int(tokens_of(groups, each).sum()) for each in ("padded", "packed", layout)
+    """Message about the tokens that a layout saves, compared with padding each group alone."""
+    padded = int(tokens_of(groups, "padded").sum())
+    unpadded = int(tokens_of(groups, "packed").sum())
+    tokens = int(tokens_of(groups, layout).sum())
+    message = (
+        f"tokens: {tokens:,} in packed rows instead of {padded:,}; "
+        f"{(padded - unpadded) / padded:.0%} saved by leaving out padding"
     )
-    shared = (
-        f", {(flat - packed) / padded:.0%} by sharing prompts" if layout == "prefix_shared" else ""
-    )
-    return (
-        f"tokens: {packed:,} in packed rows instead of {padded:,}; "
-        f"{(padded - flat) / padded:.0%} saved by leaving out padding{shared}"
-    )
+    if layout == "prefix_shared":
+        message += f", {(unpadded - tokens) / padded:.0%} by sharing prompts"
+    return message

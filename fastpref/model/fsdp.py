@@ -1,14 +1,14 @@
-"""The policy over many ranks: FSDP2, from weights that no rank ever holds in full.
+"""Shard the policy over ranks with FSDP2; no rank ever holds the full weights.
 
-Every block is gathered for its own passes and then freed again; what is left, the embeddings, the
-last norm and the head, belongs to the root and is there for the whole of a forward pass, so that
-the head's log-probs, and the scores of Reward Calibration, are taken while it is gathered. Trained
-weights are fp32, what is gathered and computed has the compute dtype, gradients are added up in
-fp32. They are summed, not averaged: the loss of a step is divided by its groups on all ranks.
+Each block is gathered for its forward and backward pass and then resharded. The other weights
+(embeddings, last norm, head) belong to the root module and stay gathered for a whole forward pass,
+in which the head's log-probs and the scores of Reward Calibration are computed. Trained weights are
+fp32, gathered weights and computation use the compute dtype, and gradients are reduced in fp32.
+Gradients are summed, not averaged: the loss of a step is divided by its groups on all ranks.
 
-Adapters are small and stay whole on every rank: their gradients are added up once per step, by
-`fastpref.training.step_gradient`. So are those of all weights where nothing is cut
-(`parallel.shard: 1`), as it must be for a quantised base.
+Adapters are small and replicated on every rank; `fastpref.training.step_gradient` all-reduces their
+gradients once per step. With `parallel.shard: 1`, which a quantized base needs, all weights are
+replicated in this way.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from fastpref.utils.errors import ModelError
 
 
 def make_mesh(options: configs.Parallel, device: torch.device) -> DeviceMesh | None:
-    """The mesh of all ranks; None where each has the whole model, such as a rank alone.
+    """Device mesh of all ranks, or None if each rank has the whole model.
 
-    Raises ConfigError where `replicate · shard` is not their number.
+    Raises ConfigError unless `replicate · shard` is the number of ranks.
     """
     world = distributed.world_size()
     replicate, shard_size = options.sizes(world)
@@ -60,39 +60,41 @@ def make_mesh(options: configs.Parallel, device: torch.device) -> DeviceMesh | N
 
 
 def shard(policy: Policy, mesh: DeviceMesh, options: configs.Parallel) -> None:
-    """Cut the policy's weights over the mesh, in place; they may still be on the meta device."""
-    compute = policy.compute_dtype
-    offload = options.cpu_offload and mesh.device_type != "cpu"  # there they are already
-    shared: dict[str, Any] = {
+    """Shard the policy's weights over the mesh in place; they may be on the meta device."""
+    compute_dtype = policy.compute_dtype
+    offload = options.cpu_offload and mesh.device_type != "cpu"
+    fsdp_options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=torch.promote_types(compute, torch.float32)
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.promote_types(compute_dtype, torch.float32),
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "ignored_params": set(policy.adapter_parameters()),
     }
     for block in policy.blocks():
-        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **shared)
-    fully_shard(policy, **shared)
+        fully_shard(block, reshard_after_forward=options.reshard_after_forward, **fsdp_options)
+    fully_shard(policy, **fsdp_options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    for method in ("check_head", "packing_error"):  # also forward passes of the root
+    # These methods run forward passes of the root too.
+    for method in ("check_head", "packing_error"):
         register_fsdp_forward_method(policy, method)
     policy.sharded = True
 
 
 def materialize(policy: Policy, device: torch.device) -> None:
-    """Give shards on the meta device memory, without values; tied ones share it."""
-    made: dict[int, nn.Parameter] = {}
+    """Allocate uninitialized memory for shards on the meta device; tied parameters stay tied."""
+    allocated: dict[int, nn.Parameter] = {}
     for module in policy.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
                 continue
-            if id(parameter) not in made:
-                made[id(parameter)] = _empty(parameter, device)
-            setattr(module, name, made[id(parameter)])
+            if id(parameter) not in allocated:
+                allocated[id(parameter)] = _empty_like(parameter, device)
+            setattr(module, name, allocated[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
@@ -100,7 +102,7 @@ def materialize(policy: Policy, device: torch.device) -> None:
 def load(policy: Policy, folder: Path) -> None:
     """Read this rank's shards of the base from the safetensors files of a Hugging Face folder.
 
-    Raises ModelError where the files lack a weight under the name that the model has for it.
+    Raises ModelError if the files lack a weight under its name in the model.
     """
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
@@ -109,45 +111,46 @@ def load(policy: Policy, folder: Path) -> None:
     if missing:
         raise ModelError(
             f"model.path: {folder} has no weights named {missing[0]} (of {len(missing)} that are "
-            "missing) in safetensors files, as loading on many ranks needs them; load it on one "
-            "rank and save it again"
+            "missing) in safetensors files, which loading on several ranks needs; load the model "
+            "on one rank and save it again"
         )
     dcp.load(state, storage_reader=reader)
 
 
 def base_weights(policy: Policy) -> dict[str, Tensor]:
-    """Weights and buffers of the base by their names without adapters; tied ones once."""
+    """Weights and persistent buffers of the base by name, without adapters; tied ones once."""
     policy.reshard()
     base = policy.base
     adapters = {id(parameter) for parameter in policy.adapter_parameters()}
     persistent = base.state_dict().keys()
-    named = [
-        (name, tensor.detach())
-        for name, tensor in base.named_parameters()
-        if id(tensor) not in adapters
+    tensors = [
+        (name, parameter.detach())
+        for name, parameter in base.named_parameters()
+        if id(parameter) not in adapters
     ]
-    named += [(name, tensor) for name, tensor in base.named_buffers() if name in persistent]
-    return {name.replace(".base_layer", ""): tensor for name, tensor in named}
+    tensors += [(name, buffer) for name, buffer in base.named_buffers() if name in persistent]
+    return {name.replace(".base_layer", ""): tensor for name, tensor in tensors}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor on every rank, which must all ask for it."""
+    """Gather a sharded tensor on every rank, a collective; return other tensors unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
-    home: Any = tensor.to(tensor.device_mesh.device_type)  # shards may be offloaded
-    full: Tensor = home.full_tensor()
+    # Shards may be offloaded to the CPU, whose collectives the mesh does not run.
+    on_mesh: Any = tensor.to(tensor.device_mesh.device_type)
+    full: Tensor = on_mesh.full_tensor()
     return full
 
 
-def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+def _empty_like(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-    made: Any = torch.empty_like(local, device=device)
+    empty: Any = torch.empty_like(local, device=device)
     if isinstance(parameter, DTensor):
-        made = DTensor.from_local(
-            made,
+        empty = DTensor.from_local(
+            empty,
             parameter.device_mesh,
             parameter.placements,
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-    return nn.Parameter(made, requires_grad=parameter.requires_grad)
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)

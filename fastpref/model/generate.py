@@ -1,4 +1,4 @@
-"""Token ids that continue token ids, by the generation of transformers or by vllm."""
+"""Generate completions of token ids, with transformers or vllm."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from fastpref.utils.errors import UserError
 
 ENGINES = ("auto", "transformers", "vllm")
 Sequences = list[list[int]]
-Progress = Callable[[int], None]  # completions drawn
+Progress = Callable[[int], None]  # takes the number of completions so far
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn; `temperature` 0 is greedy. Raises UserError naming the option."""
+    """Sampling options of the command line; raises UserError that names the option.
 
-    n: int = 1  # completions of each prompt
+    n: completions per prompt.
+    temperature: 0 is greedy decoding.
+    top_p: sample from the smallest set of most likely tokens with this total probability.
+    batch_size: completions generated at a time.
+    engine: "auto" is vllm on CUDA if it is installed, otherwise transformers.
+    """
+
+    n: int = 1
     temperature: float = 1.0
-    top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability
+    top_p: float = 1.0
     max_new_tokens: int = 256
-    batch_size: int = 8  # completions at a time
+    batch_size: int = 8
     seed: int = 0
-    engine: str = "auto"  # vllm where it is installed and on CUDA, else transformers
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("n", "max_new_tokens", "batch_size"):
@@ -46,62 +53,63 @@ class Sampling:
 
 
 def require(name: str, value: Any, holds: bool, expected: str) -> None:
-    """Raise UserError about an option of the command line unless it holds."""
+    """Raise UserError about an option of the command line unless `holds`."""
     if not holds:
         raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
 
 
 def engine(name: str, device: torch.device, adapter: bool) -> str:
-    """`transformers` or `vllm`; raises UserError where vllm is asked for and cannot be used."""
-    obstacle = ""
+    """Return "transformers" or "vllm"; raise UserError if vllm is requested but unavailable."""
+    unavailable_reason = ""
     if importlib.util.find_spec("vllm") is None:
-        obstacle = "is not installed"
+        unavailable_reason = "is not installed"
     elif device.type != "cuda":
-        obstacle = "needs a GPU"
+        unavailable_reason = "needs a GPU"
     elif adapter:
-        obstacle = "is for whole models here, not for adapters"
-    if name == "vllm" and obstacle:
-        raise UserError(f"--engine: vllm {obstacle}; use --engine transformers")
-    return "transformers" if name == "transformers" or obstacle else "vllm"
+        unavailable_reason = "does not load adapters here"
+    if name == "vllm" and unavailable_reason:
+        raise UserError(f"--engine: vllm {unavailable_reason}; use --engine transformers")
+    return "transformers" if name == "transformers" or unavailable_reason else "vllm"
 
 
 @torch.inference_mode()
 def with_transformers(
     model: PreTrainedModel,
     prompts: Sequences,
-    ends: set[int],  # tokens after which a completion is at its end
+    ends: set[int],  # end-of-sequence tokens
     sampling: Sampling,
     progress: Progress,
 ) -> Sequences:
-    """One completion of each prompt; what follows the first of `ends` is padding."""
+    """Generate one completion per prompt; tokens after the first of `ends` are padding."""
     lm: Any = model
-    draws = sampling.temperature > 0
+    do_sample = sampling.temperature > 0
     options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    ours = GenerationConfig(
-        do_sample=draws,
-        **(options if draws else {}),
+    generation_config = GenerationConfig(
+        do_sample=do_sample,
+        **(options if do_sample else {}),
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=0,
     )
-    # What a config leaves open, a repetition penalty for one, is taken from the model's own.
-    models, lm.generation_config = lm.generation_config, GenerationConfig()
+    # transformers fills unset options, such as a repetition penalty, from the model's config.
+    models_config, lm.generation_config = lm.generation_config, GenerationConfig()
     torch.manual_seed(sampling.seed)
-    drawn: Sequences = []
+    completions: Sequences = []
     for chunk in chunks(prompts, sampling.batch_size):
         width = max(map(len, chunk))
-        padding = [width - len(ids) for ids in chunk]  # on the left, where no token attends to it
+        # Padding is on the left, where the mask hides it and completions start together.
+        padding = [width - len(ids) for ids in chunk]
         ids = [[0] * k + ids for k, ids in zip(padding, chunk, strict=True)]
         mask = [[0] * k + [1] * (width - k) for k in padding]
         output = lm.generate(
             torch.tensor(ids, device=lm.device),
             attention_mask=torch.tensor(mask, device=lm.device),
-            generation_config=ours,
+            generation_config=generation_config,
         )
-        drawn += output[:, width:].tolist()
-        progress(len(drawn))
-    lm.generation_config = models
-    return drawn
+        completions += output[:, width:].tolist()
+        progress(len(completions))
+    lm.generation_config = models_config
+    return completions
 
 
 def with_vllm(
@@ -112,14 +120,15 @@ def with_vllm(
     sampling: Sampling,
     progress: Progress,
 ) -> Sequences:
-    """One completion of each prompt, of a seed of its own; vllm makes the batches."""
+    """Generate one completion per prompt, each with its own seed; vllm forms the batches."""
     import vllm
 
     llm = vllm.LLM(
         source,
         dtype=dtype,
         max_model_len=max(map(len, prompts)) + sampling.max_new_tokens,
-        gpu_memory_utilization=0.6,  # the policy, which scores the completions, stays beside it
+        # The policy that scores the completions needs the rest of the memory.
+        gpu_memory_utilization=0.6,
     )
     parameters = [
         vllm.SamplingParams(

@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding and gated MLP of liger-kernel in the layers of a model.
 
-liger-kernel puts its functions into the model and, for the rotary embedding, into the transformers
-module of its architecture: they then serve every model of this architecture in the process.
+liger-kernel patches the model and, for the rotary embedding, the transformers module of its
+architecture, which affects every model of this architecture in the process.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from fastpref.utils.optional_packages import has, require
 OPTION = "model.kernels: liger"
 
 
-def use_liger(causal_lm: PreTrainedModel, asked: str, device: torch.device) -> bool:
-    """Do as `model.kernels` asks, and say whether the layers are liger-kernel's now.
+def use_liger(causal_lm: PreTrainedModel, kernels: str, device: torch.device) -> bool:
+    """Apply `model.kernels` ("auto", "liger" or "torch"); return whether layers were patched.
 
-    Raises ModelError, or MissingPackage, where `liger` is asked for by name and cannot be had.
+    Raises ModelError or MissingPackage if "liger" cannot be used.
     """
     kind = causal_lm.config.model_type
-    if asked == "auto":
-        float64 = causal_lm.dtype == torch.float64  # which its kernels do not compute in
-        usable = device.type == "cuda" and has("liger-kernel") and not float64
-        asked = "liger" if usable and _patch_of(kind) else "torch"
-    if asked == "torch":
+    if kernels == "auto":
+        # liger-kernel does not compute in fp64.
+        is_float64 = causal_lm.dtype == torch.float64
+        available = device.type == "cuda" and has("liger-kernel") and not is_float64
+        kernels = "liger" if available and _patch_of(kind) else "torch"
+    if kernels == "torch":
         return False
     if device.type != "cuda":
         raise ModelError(f"{OPTION} runs on CUDA, and this is {device.type}; use auto or torch")
@@ -41,7 +42,7 @@ def use_liger(causal_lm: PreTrainedModel, asked: str, device: torch.device) -> b
 
 
 def _patch_of(kind: str) -> Callable[..., Any] | None:
-    """liger-kernel's own function for an architecture."""
+    """Function of liger-kernel that patches an architecture, or None if there is none."""
     import liger_kernel.transformers as liger
 
     return getattr(liger, f"apply_liger_kernel_to_{kind}", None)

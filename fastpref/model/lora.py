@@ -1,7 +1,7 @@
-"""Adapters: a few trained weights beside the frozen ones of a model.
+"""LoRA adapters of peft: a few trained weights on top of a frozen base model.
 
-A fresh adapter adds zero, and the reference is the model without it. One that was loaded, or that
-computes in another way (DoRA), is its own reference: a frozen copy of it, under another name.
+The output of a new LoRA adapter is zero, so the reference is the model without it. For an adapter
+that was loaded, and for DoRA, the reference is a frozen copy of the adapter under another name.
 """
 
 from __future__ import annotations
@@ -20,118 +20,123 @@ from fastpref import config as configs
 from fastpref.model.policy import Policy
 from fastpref.utils.errors import ModelError, cannot_load
 
-TRAINED, REFERENCE = "default", "reference"
-_ADDS_ZERO = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # of a fresh adapter
-_BESIDE = ("modules_to_save", "trainable_token_indices", "layer_replication")
-_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change it
+# Names of the adapters in peft's model.
+TRAINED_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+# Parameters whose product is zero in a new adapter.
+_LORA_MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+# Options of peft that train or change weights of the base.
+_BASE_OPTIONS = ("modules_to_save", "trainable_token_indices", "layer_replication")
+# Initializations of peft that change weights of the base.
+_BASE_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def add_adapter(
     causal_lm: PreTrainedModel, adapter: configs.Adapter, with_reference: bool, sharded: bool
 ) -> nn.Module:
-    """The model with an adapter, a fresh one or that of `adapter.path`; `initialize` fills it.
+    """Wrap the model with a new adapter or that of `adapter.path`; `initialize` sets its values.
 
-    with_reference: make room for what it computes when it is loaded, for `as_loaded`. sharded: the
-    model will be. Raises ModelError for targets that the model lacks, and for an adapter that
-    cannot be trained on.
+    with_reference: also add the frozen copy for `as_reference`, unless the reference is the base.
+    sharded: whether the model will be sharded.
+
+    Raises ModelError if the model lacks a target module or the adapter cannot be trained.
     """
     import peft
 
-    option = "adapter.path" if adapter.path else "adapter.target_modules"
-    described = _read(adapter.path) if adapter.path else _fresh(adapter)
-    if sharded and described.use_dora:
+    field = "adapter.path" if adapter.path else "adapter.target_modules"
+    config = _read_config(adapter.path) if adapter.path else _new_config(adapter)
+    if sharded and config.use_dora:
         raise ModelError(
-            "adapter.dora: takes the norms of whole weights, and these are sharded over the ranks; "
+            "adapter.dora: needs the norms of full weights, and these are sharded over the ranks; "
             "train on one rank, or with adapter.quantize"
         )
     try:
-        wrapped: Any = peft.get_peft_model(causal_lm, described)
+        wrapped: Any = peft.get_peft_model(causal_lm, config)
     except ValueError as error:
         source = adapter.path or str(adapter.target_modules)
-        raise ModelError(cannot_load(option, source, error)) from None
-    _check_ends(causal_lm, option)
-    if with_reference and (adapter.path or described.use_dora):
-        frozen = replace(described, lora_dropout=0.0, inference_mode=True, init_lora_weights=False)
-        wrapped.add_adapter(REFERENCE, frozen)
+        raise ModelError(cannot_load(field, source, error)) from None
+    _check_head_is_plain(causal_lm, field)
+    if with_reference and (adapter.path or config.use_dora):
+        frozen = replace(config, lora_dropout=0.0, inference_mode=True, init_lora_weights=False)
+        wrapped.add_adapter(REFERENCE_ADAPTER, frozen)
     return wrapped
 
 
 def initialize(policy: Policy, adapter: configs.Adapter, seed: int) -> None:
-    """Give the adapter its values, the same on every rank, where its weights lie now.
+    """Set the adapter's values on their device; they are the same on every rank.
 
-    Raises ModelError where those at `adapter.path` are not of this model.
+    Raises ModelError if the weights at `adapter.path` do not fit the model.
     """
     import peft
 
     model: Any = policy.causal_lm
     if adapter.path:
-        _fill(model, adapter.path)
+        _load_weights(model, adapter.path)
         policy.fresh_adapter = False
     else:
         torch.manual_seed(seed)
-        for _, layer in _layers(policy.base):
-            layer.reset_lora_parameters(TRAINED, True)
-    if REFERENCE in model.peft_config:
-        values = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
-        peft.set_peft_model_state_dict(model, values, adapter_name=REFERENCE)
+        for _, layer in _adapted_layers(policy.base):
+            layer.reset_lora_parameters(TRAINED_ADAPTER, True)
+    if REFERENCE_ADAPTER in model.peft_config:
+        values = peft.get_peft_model_state_dict(model, adapter_name=TRAINED_ADAPTER)
+        peft.set_peft_model_state_dict(model, values, adapter_name=REFERENCE_ADAPTER)
 
 
 @contextmanager
-def as_loaded(policy: Policy) -> Iterator[None]:
-    """Within it, the policy computes what it did before its first update."""
+def as_reference(policy: Policy) -> Iterator[None]:
+    """Context manager in which the policy computes what it did before its first update."""
     model: Any = policy.causal_lm
-    if REFERENCE not in model.peft_config:
+    if REFERENCE_ADAPTER not in model.peft_config:
         with model.disable_adapter():
             yield
         return
-    model.set_adapter(REFERENCE, inference_mode=True)
+    model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
     try:
         yield
     finally:
-        model.set_adapter(TRAINED)
+        model.set_adapter(TRAINED_ADAPTER)
 
 
-def weights_as_loaded(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all that decides the policy's log-probs before its first update.
+def reference_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all tensors that determine the log-probs before the first update.
 
-    A fresh adapter is left out, but for the norms that DoRA takes of the weights; of one that was
-    loaded, its scales count too.
+    The matrices of a new adapter are left out, since their product is zero; the magnitudes of DoRA
+    are not. For a loaded adapter the scales are included.
     """
     for name, weight in policy.state_dict().items():
         parts = name.split(".")
-        fresh = policy.fresh_adapter and not set(_ADDS_ZERO).isdisjoint(parts)
-        if not fresh and REFERENCE not in parts:
+        is_zero = policy.fresh_adapter and not set(_LORA_MATRICES).isdisjoint(parts)
+        if not is_zero and REFERENCE_ADAPTER not in parts:
             yield name, weight
     if not policy.fresh_adapter:
-        for name, layer in _layers(policy.base):
-            scale = layer.scaling[TRAINED]
+        for name, layer in _adapted_layers(policy.base):
+            scale = layer.scaling[TRAINED_ADAPTER]
             yield f"{name}.scaling", torch.tensor(scale, dtype=torch.float64)
 
 
-def merged_updates(policy: Policy) -> dict[str, Callable[[], Tensor]]:
-    """For each weight of the base that has an adapter, what merging adds to it."""
+def adapter_updates(policy: Policy) -> dict[str, Callable[[], Tensor]]:
+    """For each base weight with an adapter, a function that returns the update to be merged."""
     return {
-        f"{name}.weight": partial(layer.get_delta_weight, TRAINED)
-        for name, layer in _layers(policy.base)
+        f"{name}.weight": partial(layer.get_delta_weight, TRAINED_ADAPTER)
+        for name, layer in _adapted_layers(policy.base)
     }
 
 
-def merged(policy: Policy) -> PreTrainedModel:
-    """The base itself with the adapter's update in its weights, none of them in 4 bits."""
+def merge_adapter(policy: Policy) -> PreTrainedModel:
+    """Merge the adapter into the base in place and return it; 4-bit weights are dequantized."""
     import peft
 
     model: Any = policy.causal_lm
     if policy.quantized:
-        described = model.peft_config[TRAINED]
-        values = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
+        config = model.peft_config[TRAINED_ADAPTER]
+        values = peft.get_peft_model_state_dict(model, adapter_name=TRAINED_ADAPTER)
         base = model.unload()
         base.dequantize(policy.compute_dtype)
-        model = peft.get_peft_model(base, described)
+        model = peft.get_peft_model(base, config)
         peft.set_peft_model_state_dict(model, values)
     return model.merge_and_unload()
 
 
-def _fresh(adapter: configs.Adapter) -> Any:
+def _new_config(adapter: configs.Adapter) -> Any:
     import peft
 
     return peft.LoraConfig(
@@ -145,76 +150,81 @@ def _fresh(adapter: configs.Adapter) -> Any:
     )
 
 
-def _read(path: str) -> Any:
-    """The description of the adapter in a folder or on the Hub."""
+def _read_config(path: str) -> Any:
+    """Read the peft config of an adapter in a folder or on the Hub; refuse unsupported ones."""
     import peft
 
     try:
-        described: Any = peft.PeftConfig.from_pretrained(path)
-    except Exception as error:  # peft, json and the Hub raise unrelated types
+        config: Any = peft.PeftConfig.from_pretrained(path)
+    # peft, json and the Hub raise unrelated types.
+    except Exception as error:
         raise ModelError(cannot_load("adapter.path", path, error)) from None
-    if not isinstance(described, peft.LoraConfig):
-        kind = described.peft_type.value
+    if not isinstance(config, peft.LoraConfig):
+        kind = config.peft_type.value
         raise ModelError(
-            f"adapter.path: {path} is of type {kind}; only LORA can be trained on, name such"
+            f"adapter.path: {path} is of type {kind}, and only LORA can be trained; use another"
         )
-    odd = [name for name in _BESIDE if getattr(described, name, None)]
-    if described.bias != "none":
-        odd.append("bias")
-    if str(described.init_lora_weights).startswith(_OF_THE_BASE):
-        odd.append("init_lora_weights")
-    if odd:
+    unsupported = [name for name in _BASE_OPTIONS if getattr(config, name, None)]
+    if config.bias != "none":
+        unsupported.append("bias")
+    if str(config.init_lora_weights).startswith(_BASE_INITIALIZATIONS):
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        option = unsupported[0]
         raise ModelError(
-            f"adapter.path: {path} changes weights of the model beside its own ({odd[0]}: "
-            f"{getattr(described, odd[0])}); merge it into the model, and train a fresh adapter"
+            f"adapter.path: {path} also changes weights of the base model ({option}: "
+            f"{getattr(config, option)}); merge it into the model and train a new adapter"
         )
-    described.inference_mode = False
-    described.base_model_name_or_path = None  # peft writes where the model is now
-    return described
+    config.inference_mode = False
+    # On saving, peft fills in the path of the present base.
+    config.base_model_name_or_path = None
+    return config
 
 
-def _check_ends(causal_lm: PreTrainedModel, option: str) -> None:
-    """Refuse adapters where the head could not see them."""
+def _check_head_is_plain(causal_lm: PreTrainedModel, field: str) -> None:
+    """Refuse adapters on the head and on tied embeddings: the fused head ignores them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     name = type(causal_lm).__name__
     if isinstance(causal_lm.get_output_embeddings(), BaseTunerLayer):
         raise ModelError(
-            f"{option}: the head of {name} must be a plain linear layer, whose weight is all that "
-            "its log-probs are made of, and this adapter is on it; leave it out"
+            f"{field}: the head of {name} must be a plain linear layer, since log-probs are "
+            "computed from its weight alone; remove the adapter on it"
         )
     tied = causal_lm.config.get_text_config().tie_word_embeddings
     if tied and isinstance(causal_lm.get_input_embeddings(), BaseTunerLayer):
         raise ModelError(
-            f"{option}: the embeddings of {name} are its head too, which an adapter on them would "
-            "not change; leave them out"
+            f"{field}: the embeddings of {name} are also its head, which an adapter on them would "
+            "not change; remove the adapter on them"
         )
 
 
-def _fill(wrapped: Any, path: str) -> None:
-    """Load an adapter's weights, all of them and no others."""
+def _load_weights(wrapped: Any, path: str) -> None:
+    """Load an adapter's weights; raise ModelError if one is missing, unexpected or misshaped."""
     import peft
 
     try:
         values = peft.load_peft_weights(path, device="cpu")
         result: Any = peft.set_peft_model_state_dict(wrapped, values)
-    except Exception as error:  # peft, safetensors and torch raise unrelated types
-        reason = str(error).strip().splitlines()[-1].strip()  # of many lines, the last is a shape
+    # peft, safetensors and torch raise unrelated types.
+    except Exception as error:
+        # The last line of torch's message names a weight and its shapes.
+        reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
-            f"adapter.path: {path} does not fit the model: {reason[:300]}; name one that was "
+            f"adapter.path: {path} does not fit the model: {reason[:300]}; use one that was "
             "trained on it"
         ) from None
-    wanted = peft.get_peft_model_state_dict(wrapped, adapter_name=TRAINED)
-    odd = [*sorted(wanted.keys() - values.keys()), *result.unexpected_keys]
-    if odd:
+    expected = peft.get_peft_model_state_dict(wrapped, adapter_name=TRAINED_ADAPTER)
+    mismatched = [*sorted(expected.keys() - values.keys()), *result.unexpected_keys]
+    if mismatched:
         raise ModelError(
-            f"adapter.path: {path} does not fit the model (differs in {odd[0]}); name one that was "
-            "trained on it"
+            f"adapter.path: {path} does not fit the model (differs in {mismatched[0]}); use one "
+            "that was trained on it"
         )
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers that have an adapter, by name."""
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and layers that have an adapter."""
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             yield name, module

@@ -23,26 +23,29 @@ from fastpref.utils.errors import ModelError
 
 
 class PolicyOutput(NamedTuple):
-    """Results of a forward pass over S responses with T tokens; fp32, fp64 for fp64 models."""
+    """Results of a forward pass over S responses with T tokens; fp32, or fp64 for fp64 models."""
 
     logps: Tensor  # (S,) summed log-probs of the responses, nats
-    token_logps: Tensor  # (T,) those of their tokens
-    entropy: Tensor | None = None  # (2,) sum over the tokens of their distributions' entropy, count
+    token_logps: Tensor  # (T,) log-probs of the response tokens, nats
+    entropy: Tensor | None = None  # (2,) entropies summed over the tokens, nats; number of tokens
     collision_entropy: Tensor | None = None  # (T,) nats
     kl: Tensor | None = None  # (T,) KL(reference || policy) of the distributions, nats
-    importance: Tensor | None = None  # (T,) of each token, by `fastpref.model.token_importance`
+    importance: Tensor | None = None  # (T,) see `fastpref.model.token_importance`
     geometry: ops.ScoreGeometry | None = None  # (B,) of each pair's scores of the head's weight
     head: tuple[Tensor, Tensor] | None = None  # hidden states (T, D) and weight (V, D)
 
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """What a forward pass brings beside log-probs; no part of it is made unasked.
+    """Optional outputs of a forward pass; nothing is computed unless requested.
 
-    entropy: one more pass over the head. collision_entropy: two. kl: two, from the `head` of the
-    reference at the same tokens. head: none. score_weights: the geometry, of batches of pairs and
-    heads without a bias, one or two; the function says from the output so far how much each token
-    counts in the scores, (T,), or None for all alike.
+    entropy: compute the entropy, one more pass over the head.
+    collision_entropy: compute the collision entropy, two more passes.
+    head: return the hidden states and the head's weight, no more passes.
+    reference: `head` output of the reference at the same tokens; computes `kl`, two more passes.
+    score_weights: function from the output so far to the weight of each token in the scores, (T,),
+        or None for equal weights; computes `geometry`, one or two more passes. Only for pairs and
+        heads without a bias.
     """
 
     entropy: bool = False
@@ -52,7 +55,7 @@ class ForwardOptions:
     score_weights: Callable[[PolicyOutput], Tensor | None] | None = None
 
 
-_NOTHING = ForwardOptions()
+_LOGPS_ONLY = ForwardOptions()
 
 
 class Policy(nn.Module):
@@ -62,11 +65,11 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm  # possibly wrapped by peft
         self.compute_dtype = compute_dtype
-        self.layout: Layout = "padded"  # how its batches lie; see `fastpref.model.batch_layout`
-        self.batch_invariant = True  # on CPU; see `batches`
-        self.sharded = False  # over many ranks; see `fastpref.model.fsdp`
-        self.kernels = "torch"  # of its layers; see `fastpref.model.liger`
-        self.fresh_adapter = True  # if it has one: it adds zero until it is trained
+        self.layout: Layout = "padded"  # see `fastpref.model.batch_layout`
+        self.batch_invariant = True  # see `batches`
+        self.sharded = False  # see `fastpref.model.fsdp`
+        self.kernels = "torch"  # "torch" or "liger" layers; see `fastpref.model.liger`
+        self.fresh_adapter = True  # False for an adapter that was loaded
         base = self.base
         self.logit_scale, self.softcap = _head_options(base.config)
         head = base.get_output_embeddings()
@@ -74,32 +77,32 @@ class Policy(nn.Module):
             kind = "none" if head is None else type(head).__name__
             raise ModelError(
                 f"model: the head of {type(base).__name__} must be a plain linear layer, got "
-                f"{kind}; adapters or quantisation on the head are not supported"
+                f"{kind}; adapters or quantization on the head are not supported"
             )
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model without the adapters' wrapper."""
+        """The Hugging Face model, without the wrapper of peft."""
         unwrap: Any = getattr(self.causal_lm, "get_base_model", None)
         return unwrap() if unwrap is not None else cast(PreTrainedModel, self.causal_lm)
 
     @property
     def quantized(self) -> bool:
-        """Whether the base has linear layers in 4 bits, which every rank must have whole."""
+        """Whether the base has 4-bit linear layers, which cannot be sharded."""
         return bool(getattr(self.base, "is_loaded_in_4bit", False))
 
     def blocks(self) -> nn.ModuleList:
-        """The layers of the trunk."""
+        """Transformer blocks: the longest module list of the trunk."""
         lists = (m for m in self.base.base_model.modules() if isinstance(m, nn.ModuleList))
         return max(lists, key=len)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name: of a sharded model this rank's shards."""
+        """Trainable parameters by name; for a sharded model, the shards of this rank."""
         self.reshard()
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def reshard(self) -> None:
-        """Of a sharded model, let go of what a forward pass without a backward pass leaves."""
+        """Reshard parameters left gathered by a forward pass without a backward pass (FSDP)."""
         if self.sharded:
             cast(Any, self).reshard()
 
@@ -110,50 +113,50 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: Batch, asked: ForwardOptions = _NOTHING) -> PolicyOutput:
-        """Log-probs of the batch's sequences and of their tokens, and what else is asked for."""
-        hidden = self.hidden_states(batch).index_select(0, batch.positions)
+    def forward(self, batch: Batch, options: ForwardOptions = _LOGPS_ONLY) -> PolicyOutput:
+        """Compute log-probs of the batch's sequences and tokens, and the requested outputs."""
+        hidden = self.hidden_states(batch).index_select(0, batch.predictor_positions)
         weight, bias = self.head()
-        of_the_tokens = hidden, weight, batch.labels
-        logps = ops.linear_logps(*of_the_tokens, bias=bias, **self.head_options)
+        head_inputs = hidden, weight, batch.labels
+        logps = ops.linear_logps(*head_inputs, bias=bias, **self.head_options)
         output = PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), logps)
-        if asked.entropy:
-            stats = ops.token_stats(*of_the_tokens, bias=bias, **self.head_options)
+        if options.entropy:
+            stats = ops.token_stats(*head_inputs, bias=bias, **self.head_options)
             count = stats.entropy.new_tensor(len(batch.labels))
             output = output._replace(entropy=torch.stack([stats.entropy.sum(), count]))
-        if asked.collision_entropy:
-            spread = ops.collision_entropy(*of_the_tokens, bias=bias, **self.head_options)
-            output = output._replace(collision_entropy=spread)
-        if asked.reference is not None:
-            kl = ops.linear_kl(hidden, weight, *asked.reference, **self.head_options)
+        if options.collision_entropy:
+            collision = ops.collision_entropy(*head_inputs, bias=bias, **self.head_options)
+            output = output._replace(collision_entropy=collision)
+        if options.reference is not None:
+            kl = ops.linear_kl(hidden, weight, *options.reference, **self.head_options)
             output = output._replace(kl=kl)
-        if asked.score_weights is not None:
+        if options.score_weights is not None:
             geometry = ops.score_geometry(
-                *of_the_tokens,
+                *head_inputs,
                 batch.cu_seqlens,
-                token_weights=asked.score_weights(output),
+                token_weights=options.score_weights(output),
                 per_pair=True,
                 **self.head_options,
             )
             output = output._replace(geometry=geometry)
-        return output._replace(head=(hidden, weight)) if asked.head else output
+        return output._replace(head=(hidden, weight)) if options.head else output
 
     def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
-        """The forward passes of a micro-batch, on this device and in the layout of this policy.
+        """Collate the batches of a micro-batch's forward passes, on the device of the policy.
 
-        One over all groups on CUDA, and where the model is sharded: ranks gather it together. On
-        CPU else, if `batch_invariant`, one for each: a group's log-probs do not depend then, to the
-        last bit, on the groups that it happens to meet.
+        On CUDA, and for a sharded model, whose ranks gather weights together, one batch holds all
+        groups. On CPU with `batch_invariant` each group has its own batch, so that its log-probs
+        are bit-identical whatever other groups are in the micro-batch.
         """
-        apart = self.batch_invariant and self.device.type == "cpu" and not self.sharded
-        parts = [[index] for index in indices] if apart else [indices]
+        separate = self.batch_invariant and self.device.type == "cpu" and not self.sharded
+        parts = [[index] for index in indices] if separate else [indices]
         return [
             collate([groups[i] for i in part], groups.kind, self.layout).to(self.device)
             for part in parts
         ]
 
     def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
-        """Last hidden states (R L, D) of all positions, from `embeddings` (R, L, D) if given."""
+        """Last hidden states (R·L, D) of all positions; `embeddings` (R, L, D) replace the ids."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if embeddings is not None:
             inputs = {"inputs_embeds": embeddings}
@@ -185,18 +188,18 @@ class Policy(nn.Module):
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """Those that `fastpref.ops` take for this model."""
+        """Options of `fastpref.ops` for this model's head."""
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def packing_error(self, groups: Sequence[TokenGroup]) -> float:
-        """`attention.packing_error` of this model."""
+        """Apply `packed_attention.packing_error` to the base model."""
         return packing_error(self.base, groups)
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Refuse a model whose own logits are not what the fused head makes of its hidden states.
+        """Compare log-probs of the fused head with those of the model's logits, on eight tokens.
 
-        Raises ModelError naming the model. Costs one forward pass over eight tokens.
+        Raises ModelError that names the model if they differ or are not finite.
         """
         rows = self.head()[0].shape[0]
         ids = torch.arange(1, 9, device=self.device).remainder(rows).unsqueeze(0)
@@ -205,14 +208,15 @@ class Policy(nn.Module):
         with self._autocast():
             logits = self.base(input_ids=ids, use_cache=False).logits
         labels = ids.flatten().roll(-1)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        expected = logits[0].to(wide).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        expected = logits[0].to(dtype).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         hidden = self._hidden(input_ids=ids)[0]
         weight, bias = self.head()
         ours = ops.linear_logps(hidden, weight, labels, bias=bias, **self.head_options)
         self.train(was_training)
         tolerance = 1e-3
-        if self.compute_dtype == torch.bfloat16:  # the model's own logits are rounded, to 2^-9
+        if self.compute_dtype == torch.bfloat16:
+            # The model rounds its logits to bfloat16, with a relative error of up to 2^-9.
             tolerance = max(0.1, 2**-7 * logits.abs().max().item())
         error = (ours - expected).abs().max().item()
         if not ours.isfinite().all():
@@ -223,12 +227,12 @@ class Policy(nn.Module):
         if not error <= tolerance:
             raise ModelError(
                 f"model: {type(self.base).__name__} computes its logits in a way that the fused "
-                f"head does not know (log-probs differ by {error:.3g}); this model is not supported"
+                f"head does not know (log-probs differ by {error:.3g}); use another model"
             )
 
 
 def _head_options(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) by architecture; `Policy.check_head` proves them."""
+    """Return (logit_scale, softcap) of an architecture; `Policy.check_head` verifies them."""
     config = config.get_text_config()
     kind = config.model_type
     scale = 1.0
@@ -242,7 +246,7 @@ def _head_options(config: Any) -> tuple[float, float | None]:
 
 
 def context_length(policy: Policy) -> int | None:
-    """Positions that the model was made for, or None where its config does not say."""
+    """Number of positions that the model supports, or None if its config has no such entry."""
     config = policy.base.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(getattr(config, name, None), int):

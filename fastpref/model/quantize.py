@@ -1,6 +1,6 @@
-"""A frozen base whose linear layers, but not the head, are kept in 4 bits (QLoRA).
+"""Frozen base models with 4-bit linear layers, except for the head (QLoRA).
 
-NF4 with double quantisation, arXiv:2305.14314, by bitsandbytes through transformers.
+NF4 with double quantization, arXiv:2305.14314, by bitsandbytes through transformers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from fastpref.utils.optional_packages import require
 OPTION = "adapter.quantize: nf4"
 
 
-def check_quantization(path: str, config: PreTrainedConfig, wanted: bool) -> None:
-    """Refuse a model that is quantised already, unless as it is `wanted`."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+def check_quantization(path: str, config: PreTrainedConfig, allow_nf4: bool) -> None:
+    """Raise ModelError for a quantized checkpoint, except for NF4 if `allow_nf4`."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return
-    if found.get("bnb_4bit_quant_type") != "nf4" or not found.get("load_in_4bit"):
-        kind = found.get("quant_method", "in an unknown way")
+    if quantization.get("bnb_4bit_quant_type") != "nf4" or not quantization.get("load_in_4bit"):
+        method = quantization.get("quant_method", "by an unknown method")
         raise ModelError(
-            f"model.path: {path} is quantised ({kind}), which is not supported; name the model "
-            "that it was made of"
+            f"model.path: {path} is quantized ({method}), which is not supported; use the model "
+            "before quantization"
         )
-    if not wanted:
+    if not allow_nf4:
         raise ModelError(
-            f"model.path: {path} is quantised, and only an adapter can be trained on it; set "
+            f"model.path: {path} is quantized, and only an adapter can be trained on it; set "
             f"{OPTION}"
         )
 
@@ -38,9 +38,9 @@ def check_quantization(path: str, config: PreTrainedConfig, wanted: bool) -> Non
 def load_in_4bit(
     source: str, config: PreTrainedConfig, device: torch.device, options: dict[str, Any]
 ) -> Any:
-    """`from_pretrained`, with `options`, onto the device; the linear layers in 4 bits.
+    """Load a model onto the device with 4-bit linear layers; `options` are for `from_pretrained`.
 
-    Raises ModelError or MissingPackage where that cannot be had.
+    Raises ModelError for fp64, and MissingPackage without bitsandbytes.
     """
     require("bitsandbytes", OPTION)
     dtype = options["dtype"]
@@ -59,15 +59,15 @@ def load_in_4bit(
     for module in causal_lm.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype
-            # On some CPUs it would lay weights out for inference, which then give no gradient.
+            # With AVX512-BF16, bitsandbytes repacks weights for inference, without gradients.
             module.support_avx512bf16_for_cpu = False
     return causal_lm
 
 
-def reloaded_in_4bit(causal_lm: Any, device: torch.device, options: dict[str, Any]) -> Any:
-    """A model that was built here, as if it had been loaded."""
+def reload_in_4bit(causal_lm: Any, device: torch.device, options: dict[str, Any]) -> Any:
+    """Quantize a model with random weights by saving it and loading it in 4 bits."""
     with TemporaryDirectory() as folder:
         causal_lm.save_pretrained(folder)
-        loaded = load_in_4bit(folder, causal_lm.config, device, options)
-    loaded.name_or_path = loaded.config._name_or_path = ""
-    return loaded
+        quantized = load_in_4bit(folder, causal_lm.config, device, options)
+    quantized.name_or_path = quantized.config._name_or_path = ""
+    return quantized

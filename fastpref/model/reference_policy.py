@@ -1,11 +1,10 @@
-"""Log-probs of the reference policy: the model as it was loaded, before the first update.
+"""Log-probs of the reference policy: the model before its first update.
 
-`cached` computes them once, in the order and the forward passes of the first epoch, and keeps them
-on disk under a hash of what decides them: the weights, the arithmetic and the token ids. Learning
-rate, objective, batch size and seed are not among those, so runs share them; a run that is stopped
-half-way leaves what it has. `frozen` and `adapter`
-run the reference beside the policy, in every step: they also bring its hidden states, from which a
-divergence between the two is measured.
+`cached` computes them once, in the order and the forward passes of the first epoch, and saves them
+under a hash of the weights, the arithmetic and the token ids. The hash does not include learning
+rate, objective, batch size or seed, so runs share the file; an interrupted run leaves a partial
+file, from which the next one continues. `frozen` and `adapter` run the reference in every step and
+also return its hidden states, from which the divergence between reference and policy is computed.
 """
 
 from __future__ import annotations
@@ -23,74 +22,85 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastpref import distributed, ops
-from fastpref.data.batch_plan import Plan
+from fastpref.data.batch_plan import Layout, Plan
 from fastpref.data.collate import Batch
 from fastpref.data.dataset import Groups
 from fastpref.data.readers import DataError
 from fastpref.logps import segment_positions
 from fastpref.model.fsdp import full_tensor
-from fastpref.model.lora import as_loaded, weights_as_loaded
+from fastpref.model.lora import as_reference, reference_weights
 from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.utils import atomic_files
 from fastpref.utils.progress import Display
 
-PARTS = 20  # so many times the log-probs known so far are put on disk
-_VERSION = "3"  # raise it when the same weights and tokens give other log-probs, or the layout
-Progress = Callable[[int], None]  # groups done
+SAVES = 20  # number of partial saves per pass
+# Raise it when the log-probs of the same weights and tokens change, or the format of the file.
+_VERSION = "3"
+Progress = Callable[[int], None]  # takes the number of completed groups
 
 
 class Reference(Protocol):
-    """Gives the reference's log-probs of a batch; None for objectives without a reference.
+    """Callable that returns the reference's output for a batch, or None without a reference.
 
-    logps, token_logps: the one that was asked for when the reference was made, or both.
-    head: the hidden states (T, E) and the head's weight (V, E), of a reference that is run.
+    A cached reference fills either `logps` or `token_logps`; the other one is empty. Only a
+    reference that is run fills `head`: hidden states (T, E) and the head's weight (V, E).
     """
 
     def __call__(self, batch: Batch) -> PolicyOutput | None: ...
 
 
 def no_reference(batch: Batch) -> None:
+    """No-op reference of objectives that need none."""
     return None
 
 
 class FrozenReference:
-    """A second model beside the policy, as it was loaded."""
+    """Reference that is a frozen copy of the initial policy."""
 
-    def __init__(self, loaded: Policy) -> None:
-        self._copy = loaded.eval().requires_grad_(False)
+    def __init__(self, initial_policy: Policy) -> None:
+        self._policy = initial_policy.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
-        output: PolicyOutput = self._copy(batch, ForwardOptions(head=True))
+        output: PolicyOutput = self._policy(batch, ForwardOptions(head=True))
         return output
 
 
 class AdapterReference:
-    """The policy itself, its adapters off or as they were when it was loaded."""
+    """Reference that is the policy itself, its adapter disabled or replaced by the initial one."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PolicyOutput:
-        with as_loaded(self._policy):
+        with as_reference(self._policy):
             output: PolicyOutput = self._policy(batch, ForwardOptions(head=True))
         return output
 
 
 class CachedReference:
-    """Log-probs computed before training, looked up by the responses' position in the data."""
+    """Reference log-probs computed before training, looked up by the indices of the responses.
+
+    logps: log-probs of all responses (N,), or with `starts` of all their tokens, concatenated.
+    starts: (N,) index in `logps` of each response's first token.
+    """
 
     def __init__(self, logps: Tensor, starts: Tensor | None = None) -> None:
-        self.logps = logps  # of all responses; with `starts`, of all their tokens
-        self._starts = starts  # position of each response's first token among those
+        self.logps = logps
+        self._starts = starts
 
     def __call__(self, batch: Batch) -> PolicyOutput:
-        nothing = self.logps.new_empty(0)
+        empty = self.logps.new_empty(0)
         if self._starts is None:
-            return PolicyOutput(self.logps[batch.responses], nothing)
-        owners, places = segment_positions(batch.cu_seqlens, len(batch.labels))
-        return PolicyOutput(nothing, self.logps[self._starts[batch.responses][owners] + places])
+            return PolicyOutput(self.logps[batch.responses], empty)
+        return PolicyOutput(empty, self.logps[_token_indices(batch, self._starts)])
+
+
+def _token_indices(batch: Batch, starts: Tensor) -> Tensor:
+    """Index (T,) of each label of the batch among the response tokens of the data set."""
+    segment_ids, positions = segment_positions(batch.cu_seqlens, len(batch.labels))
+    return starts[batch.responses][segment_ids] + positions
 
 
 def cached_reference(
@@ -101,21 +111,21 @@ def cached_reference(
     display: Display,
     per_token: bool = False,
 ) -> CachedReference:
-    """The reference for one data set; call it before the policy's first update.
+    """Read or compute the reference log-probs of a data set, before the policy's first update.
 
-    Sums of the responses, or log-probs of their tokens. Raises DataError where the data brings sums
-    and tokens are asked for.
+    per_token: log-probs of the response tokens instead of their sums. Raises DataError if the data
+        brings log-probs of its own, which are sums.
     """
-    given = groups.given_reference_logps()
-    if given is not None:
+    data_logps = groups.given_reference_logps()
+    if data_logps is not None:
         if per_token:
             raise DataError(
                 f"{groups.source}: ref_chosen_logps and ref_rejected_logps are sums, and this "
                 "objective needs the log-prob of each token; remove the columns"
             )
-        display.note(f"reference log-probs of {groups.source}: those that come with the data")
+        display.note(f"reference log-probs of {groups.source}: read from the data")
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
-        return CachedReference(torch.tensor(given, dtype=dtype, device=policy.device))
+        return CachedReference(torch.tensor(data_logps, dtype=dtype, device=policy.device))
     path = cache / "reference" / f"{_key(policy, groups, per_token)}.safetensors"
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
@@ -124,11 +134,12 @@ def cached_reference(
         assert complete is not None
         return CachedReference(complete["logps"].to(policy.device), starts)
     display.phase("reference", len(groups))
-    partial = path.with_suffix(".partial")
-    known = _Known.found(partial, _read(partial, display) or {}, policy, groups, per_token)
-    _compute(policy, groups, plan, starts, known, display.advance)
-    known.save(path)
-    return CachedReference(known.logps, starts)
+    partial_path = path.with_suffix(".partial")
+    saved = _read(partial_path, display) or {}
+    partial = _PartialLogps.load(partial_path, saved, policy, groups, per_token)
+    _compute(policy, groups, plan, starts, partial, display.advance)
+    partial.finish(path)
+    return CachedReference(partial.logps, starts)
 
 
 @torch.no_grad()
@@ -137,124 +148,134 @@ def _compute(
     groups: Groups,
     plan: Plan,
     starts: Tensor | None,
-    known: _Known,
+    partial: _PartialLogps,
     progress: Progress,
 ) -> None:
-    """Log-probs of all responses, or of all their tokens, under the policy as it is now."""
+    """Compute the missing log-probs with the policy as it is now."""
     was_training = policy.training
     policy.eval()
-    steps, own = plan.steps_per_epoch, torch.zeros_like(known.logps)
+    steps, local_logps = plan.steps_per_epoch, torch.zeros_like(partial.logps)
     for number in range(steps):
-        missing = [index for index in plan.groups(number) if not known.groups[index]]
+        missing = [index for index in plan.groups(number) if not partial.groups[index]]
         for indices in plan.parts(missing) if missing else ():
+            # A rank that has run out of groups takes part in the collectives with the shortest one.
             for batch in policy.batches(groups, indices or [plan.shortest]):
                 output: PolicyOutput = policy(batch)
                 if not indices:
                     continue
                 if starts is None:
-                    own[batch.responses] = output.logps
+                    local_logps[batch.responses] = output.logps
                 else:
-                    owners, places = segment_positions(batch.cu_seqlens, len(batch.labels))
-                    own[starts[batch.responses][owners] + places] = output.token_logps
-        known.groups[missing] = True
-        progress(int(known.groups.sum()))
+                    local_logps[_token_indices(batch, starts)] = output.token_logps
+        partial.groups[missing] = True
+        progress(int(partial.groups.sum()))
         last = number + 1 == steps
-        if last or (number + 1) % max(1, steps // PARTS) == 0:
-            known.take_in(own, save=not last)
+        if last or (number + 1) % max(1, steps // SAVES) == 0:
+            partial.merge(local_logps, save=not last)
     policy.train(was_training)
 
 
-class _Known:
-    """The log-probs that are known so far, of all ranks, in a file that a stopped run leaves."""
+class _PartialLogps:
+    """Reference log-probs computed so far on all ranks, saved so that another run can continue.
+
+    logps: log-probs of all responses or of all their tokens, 0 if not yet computed.
+    groups: (N,) bool on the CPU, whether the log-probs of a group are computed.
+    """
 
     def __init__(self, path: Path, logps: Tensor, groups: Tensor) -> None:
         self._path = path
-        self.logps = logps  # of all responses or tokens; 0 where it is not known
-        self.groups = groups  # (N,) bool, on the CPU
+        self.logps = logps
+        self.groups = groups
 
     @classmethod
-    def found(
+    def load(
         cls,
         path: Path,
         saved: dict[str, Tensor],
         policy: Policy,
         groups: Groups,
         per_token: bool,
-    ) -> _Known:
-        """What is on disk, where all ranks see the same; else nothing."""
+    ) -> _PartialLogps:
+        """Continue from `saved`, the content of `path`, if all ranks read the same; else start."""
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         size = int(groups.response_lengths.sum() if per_token else groups.offsets[-1])
-        alike = distributed.all_equal(float(saved["groups"].sum()) if saved else 0.0)
-        if not saved or not alike:
+        equal = distributed.all_equal(float(saved["groups"].sum()) if saved else 0.0)
+        if not saved or not equal:
             saved = {
                 "logps": torch.zeros(size, dtype=dtype),
                 "groups": torch.zeros(len(groups), dtype=torch.bool),
             }
         return cls(path, saved["logps"].to(policy.device), saved["groups"])
 
-    def take_in(self, own: Tensor, save: bool) -> None:
-        """Add what this rank has found since the last call; `own` begins anew."""
-        self.logps += distributed.all_reduce_sum_(own)
-        own.zero_()
+    def merge(self, local_logps: Tensor, save: bool) -> None:
+        """Add this rank's new log-probs to those of all ranks, and zero `local_logps`."""
+        self.logps += distributed.all_reduce_sum_(local_logps)
+        local_logps.zero_()
         if save:
             self._write(self._path, {"logps": self.logps, "groups": self.groups})
 
-    def save(self, path: Path) -> None:
-        """Write the complete log-probs; what was kept on the way goes."""
+    def finish(self, path: Path) -> None:
+        """Write the complete log-probs and delete the partial file."""
         self._write(path, {"logps": self.logps})
         if distributed.local_rank() == 0:
             self._path.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        if distributed.local_rank() == 0:  # the machines' disks may be their own
-            held = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        # One rank per node writes, because nodes may not share a disk.
+        if distributed.local_rank() == 0:
+            cpu_tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
             with atomic_files.replacing(path) as temporary:
-                save_file(held, temporary, {"crc32": _crc32(held)})
+                save_file(cpu_tensors, temporary, {"crc32": _crc32(cpu_tensors)})
 
 
 def _read(path: Path, display: Display) -> dict[str, Tensor] | None:
-    """The tensors of a file of the cache; None if it is not there, or not as it was written."""
+    """Read the tensors of a cache file; None if it is missing or its checksum is wrong."""
     try:
         with safe_open(path, "pt") as file:
-            held = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get("crc32") == _crc32(held):
-                return held
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get("crc32") == _crc32(tensors):
+                return tensors
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError):
         pass
-    display.note(f"{path} is damaged; its log-probs are computed again")
+    display.note(f"{path} is damaged; its log-probs are recomputed")
     return None
 
 
 def _crc32(tensors: dict[str, Tensor]) -> str:
-    total = 0
+    checksum = 0
     for name in sorted(tensors):
-        total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, total)
-    return str(total)
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, checksum)
+    return str(checksum)
+
+
+# Part of the cache key: the names that layouts had when caches were first written.
+_LAYOUT_KEYS: dict[Layout, str] = {"prefix_shared": "shared", "packed": "flat", "padded": "padded"}
 
 
 def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
-    like = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
+    """Hash of everything that determines the log-probs: weights, arithmetic and token ids."""
+    example = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
     arithmetic = {
         "version": _VERSION,
-        "head": ops.implementation(like),
+        "head": ops.implementation(example),
         "compute": str(policy.compute_dtype),
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,
-        "layout": policy.layout,
+        "layout": _LAYOUT_KEYS[policy.layout],
         "kernels": policy.kernels,
         "config": _architecture(policy),
     }
-    kept = "tokens" if per_token else "sums"
+    values = "tokens" if per_token else "sums"
     return atomic_files.sha256(
-        weights_sha256(policy), json.dumps(arithmetic), groups.fingerprint, kept
+        weights_sha256(policy), json.dumps(arithmetic), groups.fingerprint, values
     )
 
 
 def _architecture(policy: Policy) -> dict[str, object]:
-    """The model's config without what does not change its numbers."""
+    """Config of the model without the entries that do not change its outputs."""
     values = json.loads(policy.base.config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version", "use_cache", "dtype"):
         values.pop(name, None)
@@ -262,10 +283,10 @@ def _architecture(policy: Policy) -> dict[str, object]:
 
 
 def weights_sha256(policy: Policy) -> str:
-    """Hash of the weights as they were loaded, by name, shape, dtype and bytes."""
+    """Hash of names, shapes, dtypes and bytes of the weights before the first update."""
     digest = hashlib.sha256()
-    for name, weight in weights_as_loaded(policy):
+    for name, weight in reference_weights(policy):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        held = full_tensor(weight.detach()).cpu().contiguous().view(-1)
-        digest.update(held.view(torch.uint8).numpy().data)
+        flat = full_tensor(weight.detach()).cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,17 +1,16 @@
-"""The one seam between callers and implementations: validate, choose, call.
+"""The ops that users call: each validates its arguments and calls the chosen implementation.
 
 Shapes: T tokens, S sequences, D hidden size, V vocabulary. `hidden` (T, D), `weight` (V, D) and
 `bias` (V,) are fp16, bf16, fp32 or fp64, all of one dtype on one device; `labels` (T,) and
 `cu_seqlens` (S + 1,) are int32 or int64. Labels are vocabulary indices or -100, which means
 "ignored": every statistic is 0 and no gradient flows. Results are fp32 (fp64 for fp64 inputs), in
-nats. What the logits are and how half precision and autocast are treated is written once, in
-`fastpref.ops.reference`.
+nats. `fastpref.ops.reference` defines the logits, and how half precision and autocast are treated.
 
 `impl` is "auto" or the name of a row of `fastpref.ops.dispatch.TABLE`. "auto" takes the first
-row that is for that device and dtype and is installed; a named implementation is used or refused,
+row that is installed and accepts the device and dtype; a named implementation is used or refused,
 never replaced.
-Arguments are checked by shape, dtype and device only: reading a label's value would stall the
-device. Inside `torch.compile` an op is one node of the graph.
+Only shapes, dtypes and devices are checked: reading a label's value would stall the device. Inside
+`torch.compile` an op is one node of the graph.
 """
 
 import math
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastpref.ops import dispatch, reference, torch_ops
+from fastpref.ops.backend import Head
 from fastpref.ops.reference import IGNORE_INDEX, ScoreGeometry, TokenStats
 
 __all__ = [
@@ -52,18 +52,19 @@ def linear_logps(
         logits   = cap(logit_scale * (hidden @ weight.T + bias))
         cap(x)   = softcap * tanh(x / softcap), or x without a softcap
 
-    The value does not depend, in any bit, on which of the arguments require a gradient. Gradients
-    can be taken once; taking a gradient of a gradient raises RuntimeError.
+    No bit of the value depends on which arguments require a gradient. Gradients are first-order
+    only: a gradient of a gradient raises RuntimeError.
 
     Raises ValueError, naming the argument, for a wrong shape, dtype, device, scale or `impl`.
     """
-    _check_head(hidden, weight, bias, logit_scale, softcap)
+    head = Head(weight, bias, logit_scale, softcap)
+    _check_head(hidden, head)
     _check_labels(labels, hidden)
     if impl == "reference":
         return reference.linear_logps(
             hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
-    return torch_ops.linear_logps(hidden, weight, labels, bias, logit_scale, softcap, impl)
+    return torch_ops.linear_logps(hidden, head, labels, impl)
 
 
 def token_stats(
@@ -80,18 +81,19 @@ def token_stats(
 
         lse[t]     = logsumexp(logits[t])
         entropy[t] = -sum_v p[t, v] log p[t, v],  p = softmax(logits)
-        top1[t]    = logits[t, labels[t]] is the largest of its row (bool; a tie counts)
+        top1[t]    = logits[t, labels[t]] is the largest logit of its row (bool; a tie counts)
 
     `logps` equals `linear_logps` of the same implementation bit for bit. Raises ValueError as
     `linear_logps` does.
     """
-    _check_head(hidden, weight, bias, logit_scale, softcap)
+    head = Head(weight, bias, logit_scale, softcap)
+    _check_head(hidden, head)
     _check_labels(labels, hidden)
     if impl == "reference":
         return reference.token_stats(
             hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
-    return torch_ops.token_stats(hidden, weight, labels, bias, logit_scale, softcap, impl)
+    return torch_ops.token_stats(hidden, head, labels, impl)
 
 
 def collision_entropy(
@@ -108,21 +110,22 @@ def collision_entropy(
 
         collision_entropy[t] = -log sum_v p[t, v]^2 = 2 logsumexp(z[t]) - logsumexp(2 z[t])
 
-    with z the logits, so it is two calls of `token_stats`, the second at twice the logits. Of the
-    labels only which are ignored matters. Raises ValueError as `linear_logps` does.
+    with z the logits, so it takes two calls of `token_stats`, the second at twice the logits. The
+    labels only say which tokens are ignored. Raises ValueError as `linear_logps` does.
     """
     if impl == "reference":
         return reference.collision_entropy(
             hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
 
-    def lse(factor: float) -> Tensor:  # of the logits times the factor
+    def lse_of_scaled_logits(scale: float) -> Tensor:
         return token_stats(
-            hidden, weight, labels, bias=bias, logit_scale=factor * logit_scale,
-            softcap=None if softcap is None else factor * softcap, impl=impl,
+            hidden, weight, labels, bias=bias, logit_scale=scale * logit_scale,
+            softcap=None if softcap is None else scale * softcap, impl=impl,
         ).lse  # fmt: skip
 
-    return (2 * lse(1) - lse(2)).clamp(min=0)  # what rounding would take below
+    # Rounding may give a result slightly below 0.
+    return (2 * lse_of_scaled_logits(1) - lse_of_scaled_logits(2)).clamp(min=0)
 
 
 def linear_kl(
@@ -142,8 +145,9 @@ def linear_kl(
     Exactly 0, with gradient 0, where both have the same logits. Raises ValueError, naming the
     argument, for a wrong shape, dtype, device, scale or `impl`.
     """
-    _check_head(hidden, weight, None, logit_scale, softcap)
-    _check_head(ref_hidden, ref_weight, None, logit_scale, softcap, prefix="ref_")
+    head = Head(weight, None, logit_scale, softcap)
+    _check_head(hidden, head)
+    _check_head(ref_hidden, head._replace(weight=ref_weight), prefix="ref_")
     _check_device("ref_hidden", ref_hidden, hidden)
     if len(ref_hidden) != len(hidden):
         raise ValueError(
@@ -155,10 +159,11 @@ def linear_kl(
             f"ref_weight: expected the policy's vocabulary of {len(weight)} rows, "
             f"got {len(ref_weight)}; KL needs one vocabulary"
         )
-    heads = hidden, weight, ref_hidden, ref_weight
     if impl == "reference":
-        return reference.linear_kl(*heads, logit_scale=logit_scale, softcap=softcap)
-    return torch_ops.linear_kl(*heads, logit_scale, softcap, impl)
+        return reference.linear_kl(
+            hidden, weight, ref_hidden, ref_weight, logit_scale=logit_scale, softcap=softcap
+        )
+    return torch_ops.linear_kl(hidden, head, ref_hidden, ref_weight, impl)
 
 
 def score_geometry(
@@ -177,16 +182,17 @@ def score_geometry(
 
         s = sum over a sequence of c[t] * d logps[t] / d weight     (V, D)
 
-    with c the token weights, of any floating dtype and constant, or 1.
+    with c the token weights: constants of any floating dtype, 1 by default.
 
     Sequences are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}. The results are
     () for the batch-mean scores, (B,) with `per_pair`; the cosine is 0 where a norm is 0.
 
-    Keep `cu_seqlens` on the CPU, whatever device the rest is on: the sizes of the products come
-    from it, and reading it from a GPU waits for that GPU. Raises ValueError, naming the argument,
+    Keep `cu_seqlens` on the CPU, whatever device the rest is on: the sizes of the GEMMs come from
+    it, and reading it from a GPU waits for that GPU. Raises ValueError, naming the argument,
     for a wrong shape, dtype, device, scale or `impl`.
     """
-    _check_head(hidden, weight, None, logit_scale, softcap)
+    head = Head(weight, None, logit_scale, softcap)
+    _check_head(hidden, head)
     _check_labels(labels, hidden)
     _check_offsets(cu_seqlens, hidden if cu_seqlens.device.type != "cpu" else cu_seqlens)
     if len(cu_seqlens) < 3 or len(cu_seqlens) % 2 == 0:
@@ -201,9 +207,7 @@ def score_geometry(
             hidden, weight, labels, cu_seqlens.to(hidden.device), token_weights=token_weights,
             per_pair=per_pair, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
-    return torch_ops.score_geometry(
-        hidden, weight, labels, cu_seqlens, token_weights, per_pair, logit_scale, softcap, impl
-    )
+    return torch_ops.score_geometry(hidden, head, labels, cu_seqlens, token_weights, per_pair, impl)
 
 
 def segment_sum(
@@ -236,32 +240,26 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    prefix: str = "",
-) -> None:
-    name, other = f"{prefix}hidden", f"{prefix}weight"
+def _check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
+    weight, bias, logit_scale, softcap = head
+    hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
     if hidden.dim() != 2 or hidden.dtype not in _FLOATS:
         raise ValueError(
-            f"{name}: expected a (T, D) tensor of fp16, bf16, fp32 or fp64, "
+            f"{hidden_name}: expected a (T, D) tensor of fp16, bf16, fp32 or fp64, "
             f"got {_describe(hidden)}; flatten batch and time into T"
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
         raise ValueError(
-            f"{other}: expected shape (V, {hidden.shape[1]}) with V >= 1 to match {name}, "
-            f"got {tuple(weight.shape)}"
+            f"{weight_name}: expected shape (V, {hidden.shape[1]}) with V >= 1 to match "
+            f"{hidden_name}, got {tuple(weight.shape)}"
         )
     if hasattr(weight, "device_mesh"):
         raise ValueError(
-            f"{other}: got a DTensor, of which this rank holds a shard; call the op inside the "
-            f"forward of the FSDP module that owns it, where it is gathered"
+            f"{weight_name}: got a DTensor, of which this rank holds a shard; call the op inside "
+            f"the forward of the FSDP module that owns it, where it is gathered"
         )
-    _check_dtype(other, weight, hidden, name)
-    _check_device(other, weight, hidden, name)
+    _check_dtype(weight_name, weight, hidden, hidden_name)
+    _check_device(weight_name, weight, hidden, hidden_name)
     if bias is not None:
         if bias.shape != (len(weight),):
             raise ValueError(

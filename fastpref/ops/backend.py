@@ -1,103 +1,115 @@
-"""The methods of a backend; `fastpref.ops.torch_ops` makes differentiable ops of them.
+"""The head of a language model, and the methods that a backend implements.
 
-`BACKEND` of its module has these methods. Those ending in `_fwd` and `_bwd` fill in tensors that
-the caller made; arguments are checked, on one device and of one dtype.
+`fastpref.ops.torch_ops` turns the methods into differentiable ops. A backend is the object
+`BACKEND` of its module. Methods that end in `_fwd` and `_bwd` write into tensors that the caller
+allocated; arguments are checked, on one device and of one dtype.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Head(NamedTuple):
+    """Parameters of `logits = cap(logit_scale * (hidden @ weight.T + bias))`.
+
+    cap(x) = softcap * tanh(x / softcap), or x without a softcap.
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, part: slice) -> Head:
+        """The same head for a slice of the vocabulary."""
+        bias = None if self.bias is None else self.bias[part]
+        return self._replace(weight=self.weight[part], bias=bias)
 
 
 class Backend(Protocol):
     """T tokens, D hidden size, V vocabulary; labels are int64, -100 where a token is ignored.
 
-    A delta is d logps[t] / d (h_t . w_v), (T, V). Ignored tokens may hold NaN; their results are 0.
-    The log-probs must not depend, in any bit, on which of the other results are wanted.
+    `dlogits` is d logps[t] / d (h_t . w_v), (T, V): the gradient per unit upstream gradient.
+    Ignored tokens may hold NaN; their results are 0. No bit of the log-probs may depend on which
+    other results are requested.
     """
 
-    def kept_deltas(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
-        """Room for a trained head's deltas from forward to backward; None: made again instead."""
+    def new_dlogits_cache(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        """Uninitialized dlogits (T, V) of a trained head, kept from forward to backward.
+
+        None if they do not fit: the backward pass then recomputes them.
+        """
 
     def linear_logps_fwd(
         self,
         hidden: Tensor,  # (T, D)
-        weight: Tensor,  # (V, D)
+        head: Head,
         labels: Tensor,  # (T,) int64
-        bias: Tensor | None,  # (V,)
-        logit_scale: float,
-        softcap: float | None,
-        logps: Tensor,  # (T,), filled in
-        lse: Tensor,  # (T,), filled in
-        direction: Tensor | None,  # (T, D), filled in: d logps[t] / d h_t
-        deltas: Tensor | None,  # (T, V), filled in
+        logps: Tensor,  # (T,), written
+        lse: Tensor,  # (T,), written
+        dlogp_dhidden: Tensor | None,  # (T, D), written
+        dlogits: Tensor | None,  # (T, V), written
+        row_scale: Tensor | None,  # (T,), written; None without dlogits
     ) -> None:
-        """What lse and deltas hold is between this and the backward pass, which alone reads them:
-        by default the log-sum-exps and the deltas."""
+        """Log-probs, log-sum-exps and the inputs of the backward pass.
+
+        Token t's gradient by the logits is `row_scale[t] * dlogits[t]`: a backend may leave a
+        factor of each row out of the matrix.
+        """
 
     def linear_logps_bwd(
         self,
-        gain: Tensor,  # (T,) upstream gradient, 0 where ignored
+        grad_logps: Tensor,  # (T,) upstream gradient, 0 where ignored
         hidden: Tensor,  # (T, D)
-        weight: Tensor,  # (V, D)
+        head: Head,
         labels: Tensor,  # (T,) int64
-        bias: Tensor | None,  # (V,)
-        logit_scale: float,
-        softcap: float | None,
-        lse: Tensor,  # (T,) and
-        deltas: Tensor | None,  # (T, V) as the forward pass left them
-        grad_weight: Tensor | None,  # (V, D), filled in
-        grad_bias: Tensor | None,  # (V,), filled in
-    ) -> None: ...
+        lse: Tensor,  # (T,) of the forward pass
+        dlogits: Tensor | None,  # (T, V) of the forward pass; None: recompute them
+        row_scale: Tensor | None,  # (T,) of the forward pass
+        grad_weight: Tensor | None,  # (V, D), written
+        grad_bias: Tensor | None,  # (V,), written
+    ) -> None:
+        """Gradients of the head's weight and bias."""
 
-    def token_stats(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-    ) -> Sequence[Tensor]:
+    def token_stats(self, hidden: Tensor, head: Head, labels: Tensor) -> Sequence[Tensor]:
         """The four fields of `TokenStats`."""
 
     def linear_kl_fwd(
         self,
         hidden: Tensor,  # (T, D)
-        weight: Tensor,  # (V, D)
+        head: Head,
         ref_hidden: Tensor,  # (T, E)
-        ref_weight: Tensor,  # (V, E)
-        logit_scale: float,
-        softcap: float | None,
-        kl: Tensor,  # (T,), filled in
-        lse: Tensor,  # (T,), filled in
-        ref_lse: Tensor,  # (T,), filled in
-        direction: Tensor | None,  # (T, D), filled in: d kl[t] / d h_t
-    ) -> None: ...
+        ref_weight: Tensor,  # (V, E); scale and softcap are those of `head`
+        kl: Tensor,  # (T,), written
+        lse: Tensor,  # (T,), written
+        ref_lse: Tensor,  # (T,), written
+        dkl_dhidden: Tensor | None,  # (T, D), written
+    ) -> None:
+        """KL(reference || policy) of each token, and both models' log-sum-exps."""
 
     def linear_kl_bwd(
         self,
-        gain: Tensor,  # (T,)
-        hidden: Tensor,
-        weight: Tensor,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        logit_scale: float,
-        softcap: float | None,
-        lse: Tensor,  # (T,)
-        ref_lse: Tensor,  # (T,)
-        grad_weight: Tensor,  # (V, D), filled in
-    ) -> None: ...
+        grad_kl: Tensor,  # (T,) upstream gradient
+        hidden: Tensor,  # (T, D)
+        head: Head,
+        ref_hidden: Tensor,  # (T, E)
+        ref_weight: Tensor,  # (V, E)
+        lse: Tensor,  # (T,) of the forward pass
+        ref_lse: Tensor,  # (T,) of the forward pass
+        grad_weight: Tensor,  # (V, D), written
+    ) -> None:
+        """Gradient of the policy head's weight."""
 
-    def delta_panel(
+    def dlogits_panel(
         self,
         hidden: Tensor,  # (T, D), 0 where ignored
-        weight: Tensor,  # (n, D): rows of the head from `first` on
+        head: Head,
         labels: Tensor,  # (T,) int64
-        logit_scale: float,
-        softcap: float | None,
-        lse: Tensor,  # (T,) over the whole head
-        first: int,
-    ) -> Tensor:
-        """Those columns of the deltas, (T, n), in the dtype of hidden or a wider one."""
+        lse: Tensor,  # (T,) over the whole vocabulary
+        columns: slice,  # n entries of the vocabulary
+    ) -> Tensor:  # (T, n)
+        """Columns of dlogits, in the dtype of hidden or a wider one."""

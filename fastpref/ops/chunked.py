@@ -1,26 +1,28 @@
 """The ops in plain PyTorch, never holding more than a chunk of logits: runs on any device.
 
-The logits are those of `fastpref.ops.reference`. Let one pass be 2 T D V FLOPs.
+The logits are those of `fastpref.ops.reference`. One GEMM over the head costs 2 T D V FLOPs.
 
-    linear_logps           passes  saved for backward
-    nothing to train       1       nothing
-    head frozen            2       directions (T, D), then scaled by rows
-    head trained           4       directions (T, D), lse (T,)
-      deltas kept          3       directions (T, D), deltas (T, V)
+    linear_logps           GEMMs   saved for backward
+    no gradient            1       nothing
+    frozen head            2       dlogp_dhidden (T, D)
+    trained head           4       dlogp_dhidden (T, D), lse (T,)
+      dlogits cached       3       dlogp_dhidden (T, D), dlogits (T, V)
 
-The direction `d logps[t] / d h_t = (onehot - softmax) @ weight` does not depend on the upstream
-gradient, so the forward pass takes it from the logits while they are alive. For a trained head the
-backward pass recomputes them for a panel of the vocabulary at a time and all tokens at once: each
-row of dW is then one product, summed and rounded once, and no wider copy of dW exists. An
-implementation may instead keep the forward pass's `onehot - softmax` where memory allows.
-`linear_kl` works the same way with two heads, 2 passes for the value and one more product for the
-direction, 3 more for a trained head.
+    dlogits       = d logps[t] / d (h_t . w_v) = (onehot - softmax) * logit_scale * softcap's slope
+    dlogp_dhidden = d logps[t] / d h_t = dlogits @ weight
 
-All modes run the same operations on the same chunks to get the log-probs, so that a policy with
+`dlogp_dhidden` does not depend on the upstream gradient, so the forward pass computes it from the
+logits of the chunk; the backward pass only scales its rows. For a trained head the backward pass
+recomputes the logits of all tokens for one panel of the vocabulary at a time: each row of dW is
+then one GEMM, summed and rounded once, and no wider copy of dW exists. A `RowPass` may instead
+cache the dlogits of the forward pass where memory allows. `linear_kl` works the same way with two
+heads: 2 GEMMs for the value, one more for `dkl_dhidden`, 3 more for a trained head.
+
+All modes compute the log-probs by the same operations on the same chunks, so that a policy with
 gradients and its reference without agree bit for bit.
 
-What happens to logits between two products is a `RowPass`; `TORCH_ROWS`, the one of this module,
-runs anywhere. `fastpref.ops.cpu` brings another.
+A `RowPass` is the elementwise work between two GEMMs. `TORCH_ROWS`, the one of this module, runs
+anywhere; `fastpref.ops.cpu` has another.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,51 +32,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.ops.backend import Head
 from fastpref.ops.reference import IGNORE_INDEX, TokenStats, statistics_dtype
 
 # The memory of one chunk (forward) or panel (backward) of logits. On a 2-core CPU anything from 64
-# to 512 MiB runs equally fast, within the noise, at vocabularies of 32000 and 128256; a GPU wants
-# the rows: 2097 of them and 523.
+# to 512 MiB runs equally fast, within the noise, at vocabularies of 32000 and 128256; a GPU needs
+# the rows: 2097 and 523 of them.
 CHUNK_BYTES = 256 * 2**20
 
 # Temporaries the size of the logits (the slope of a softcap, entropy terms, widened weights) are
-# made for a sixteenth of a chunk at a time; on a CPU that also keeps the row passes in its cache.
+# allocated for a sixteenth of a chunk at a time; on a CPU that also keeps the row passes in its
+# cache.
 SLICES = 16
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class RowPass(NamedTuple):
-    """The elementwise work on rows of logits, and how much of it may be kept for the backward pass.
+    """The elementwise work on rows of logits, in place, and the policy of caching dlogits.
 
-    score(z, labels, entropy, gain) returns the statistics of each row of z (entropy 0 unless asked
-    for) and, unless gain is None, turns z into gain * (onehot - softmax) in place; without gain, z
-    is left in any state. delta(z, labels, lse, gain) does so for columns of known rows, gain (n,):
-    z becomes gain * (onehot - exp(z - lse)), where labels outside the columns have no onehot. The
-    statistics must not depend on gain or entropy. keeps_deltas(hidden, weight) says whether the
-    (T, V) deltas of a trained head stay in memory from forward to backward.
+    score(logits, labels, entropy, scale) returns the statistics of each row (entropy 0 unless
+    requested). With a scale it replaces the logits by scale * (onehot - softmax); without one
+    they are left in any state. The statistics must not depend on scale or entropy.
+
+    dlogits(logits, labels, lse, row_scale) replaces some columns of the logits by
+    row_scale[t] * (onehot - exp(logits - lse)); labels outside the columns have no onehot.
+
+    caches_dlogits(hidden, weight) says whether the (T, V) dlogits of a trained head stay in memory
+    from forward to backward.
     """
 
     score: Callable[[Tensor, Tensor, bool, float | None], TokenStats]
-    delta: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    keeps_deltas: Callable[[Tensor, Tensor], bool]
-
-
-class _Head(NamedTuple):
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
+    dlogits: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    caches_dlogits: Callable[[Tensor, Tensor], bool]
 
 
 @dataclass(frozen=True)
 class Chunked:
-    """The backend that any row pass makes; see `fastpref.ops.backend.Backend` for the methods."""
+    """The backend of a row pass; `fastpref.ops.backend.Backend` documents the methods."""
 
-    rows: RowPass
+    row_pass: RowPass
 
-    def kept_deltas(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
-        if not self.rows.keeps_deltas(hidden, weight):
+    def new_dlogits_cache(self, hidden: Tensor, weight: Tensor) -> Tensor | None:
+        if not self.row_pass.caches_dlogits(hidden, weight):
             return None
         shape = hidden.shape[0], weight.shape[0]
         return hidden.new_empty(shape, dtype=statistics_dtype(hidden))
@@ -82,157 +82,139 @@ class Chunked:
     def linear_logps_fwd(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         labels: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
         logps: Tensor,
         lse: Tensor,
-        direction: Tensor | None,
-        deltas: Tensor | None,
+        dlogp_dhidden: Tensor | None,
+        dlogits: Tensor | None,
+        row_scale: Tensor | None,
     ) -> None:
-        head = _Head(weight, bias, logit_scale, softcap)
-        stats = self._score(hidden, labels, head, direction=direction, deltas=deltas)
+        stats = self._score(hidden, head, labels, dlogp_dhidden=dlogp_dhidden, dlogits=dlogits)
         logps.copy_(stats.logps)
         lse.copy_(stats.lse)
+        if row_scale is not None:
+            row_scale.fill_(1.0)
 
     def linear_logps_bwd(
         self,
-        gain: Tensor,
+        grad_logps: Tensor,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         labels: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
         lse: Tensor,
-        deltas: Tensor | None,
+        dlogits: Tensor | None,
+        row_scale: Tensor | None,
         grad_weight: Tensor | None,
         grad_bias: Tensor | None,
     ) -> None:
-        hidden = _kept(hidden, labels)
+        hidden = _zero_ignored(hidden, labels)
         with torch.autocast(hidden.device.type, enabled=False):
-            if deltas is not None:  # each token's gain scales its row of the smaller factor
+            if dlogits is not None:  # row_scale is 1 here
                 if grad_bias is not None:
-                    torch.mv(deltas.T, gain, out=grad_bias)
+                    torch.mv(dlogits.T, grad_logps, out=grad_bias)
                 if grad_weight is not None:
-                    _outer(deltas, hidden * gain[:, None], out=grad_weight)
+                    # Scaling the rows of (T, D) is cheaper than scaling those of (T, V).
+                    _outer(dlogits, hidden * grad_logps[:, None], out=grad_weight)
                 return
-            head = _Head(weight, bias, logit_scale, softcap)
-            for columns, z in self._delta_panels(hidden, labels, head, lse, gain):
+            tokens = len(hidden)
+            panels = list(_panels(tokens, len(head.weight), grad_logps.itemsize))
+            buffer = grad_logps.new_empty(tokens * _size(panels[0]))
+            for columns in panels:
+                panel = buffer[: tokens * _size(columns)].view(tokens, _size(columns))
+                self._fill_grad_logits(panel, hidden, head, labels, lse, grad_logps, columns)
                 if grad_bias is not None:
-                    grad_bias[columns] = z.sum(0)
+                    grad_bias[columns] = panel.sum(0)
                 if grad_weight is not None:
-                    _outer(z, hidden, out=grad_weight[columns])
+                    _outer(panel, hidden, out=grad_weight[columns])
 
-    def token_stats(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-    ) -> TokenStats:
-        head = _Head(weight, bias, logit_scale, softcap)
-        stats = self._score(hidden, labels, head, entropy=True)
+    def token_stats(self, hidden: Tensor, head: Head, labels: Tensor) -> TokenStats:
+        stats = self._score(hidden, head, labels, entropy=True)
         return stats._replace(lse=stats.lse.masked_fill(labels == IGNORE_INDEX, 0.0))
 
-    def delta_panel(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        logit_scale: float,
-        softcap: float | None,
-        lse: Tensor,
-        first: int,
+    def dlogits_panel(
+        self, hidden: Tensor, head: Head, labels: Tensor, lse: Tensor, columns: slice
     ) -> Tensor:
-        gain = (labels != IGNORE_INDEX).to(lse.dtype)
-        z = lse.new_empty(hidden.shape[0], weight.shape[0])
-        self._delta(z, hidden, labels - first, _Head(weight, None, logit_scale, softcap), lse, gain)
-        return z
+        unit = (labels != IGNORE_INDEX).to(lse.dtype)
+        panel = lse.new_empty(hidden.shape[0], _size(columns))
+        self._fill_grad_logits(panel, hidden, head, labels, lse, unit, columns)
+        return panel
 
     def linear_kl_fwd(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         ref_hidden: Tensor,
         ref_weight: Tensor,
-        logit_scale: float,
-        softcap: float | None,
         kl: Tensor,
         lse: Tensor,
         ref_lse: Tensor,
-        direction: Tensor | None,
+        dkl_dhidden: Tensor | None,
     ) -> None:
-        tokens, vocabulary = hidden.shape[0], weight.shape[0]
-        head = _Head(weight, None, logit_scale, softcap)
-        ref_head = _Head(ref_weight, None, logit_scale, softcap)
+        tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
+        ref_head = head._replace(weight=ref_weight)
         # Two models' logits share a chunk.
         chunk = max(1, min(CHUNK_BYTES // (2 * kl.itemsize * vocabulary), tokens))
-        policy, reference = kl.new_empty(2, chunk, vocabulary)
+        policy_buffer, ref_buffer = kl.new_empty(2, chunk, vocabulary)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(tokens, chunk):
-                z, y = policy[: _size(rows)], reference[: _size(rows)]
-                _project(hidden[rows], weight, out=z)
-                _project(ref_hidden[rows], ref_weight, out=y)
+                logits, ref_logits = policy_buffer[: _size(rows)], ref_buffer[: _size(rows)]
+                _project(hidden[rows], head.weight, out=logits)
+                _project(ref_hidden[rows], ref_weight, out=ref_logits)
                 for part in _slices(_size(rows), -(-chunk // SLICES)):
                     t = slice(rows.start + part.start, rows.start + part.stop)
-                    slope = _finish_logits(z[part], head, None, direction is not None)
-                    _finish_logits(y[part], ref_head, None, False)
-                    kl[t], lse[t], ref_lse[t] = _kl_rows(z[part], y[part])
-                    z[part].mul_(logit_scale)
+                    slope = _finish_logits(logits[part], head, dkl_dhidden is not None)
+                    _finish_logits(ref_logits[part], ref_head, False)
+                    kl[t], lse[t], ref_lse[t] = _kl_rows(logits[part], ref_logits[part])
+                    logits[part].mul_(head.logit_scale)
                     if slope is not None:
-                        z[part].mul_(slope)
-                if direction is not None:
-                    sums = z.new_zeros(_size(rows), hidden.shape[1])
-                    direction[rows] = _pull_back(z, weight, sums)
+                        logits[part].mul_(slope)
+                if dkl_dhidden is not None:
+                    sums = logits.new_zeros(_size(rows), hidden.shape[1])
+                    dkl_dhidden[rows] = _pull_back(logits, head.weight, sums)
 
     def linear_kl_bwd(
         self,
-        gain: Tensor,
+        grad_kl: Tensor,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         ref_hidden: Tensor,
         ref_weight: Tensor,
-        logit_scale: float,
-        softcap: float | None,
         lse: Tensor,
         ref_lse: Tensor,
         grad_weight: Tensor,
     ) -> None:
         with torch.autocast(hidden.device.type, enabled=False):
-            tokens = hidden.shape[0]
-            panels = list(_panels(tokens, weight.shape[0], 2 * gain.itemsize))
-            buffer = gain.new_empty(2 * tokens * _size(panels[0]))
+            tokens, ref_head = hidden.shape[0], head._replace(weight=ref_weight)
+            panels = list(_panels(tokens, head.weight.shape[0], 2 * grad_kl.itemsize))
+            buffer = grad_kl.new_empty(2 * tokens * _size(panels[0]))
             for columns in panels:
-                head = _Head(weight[columns], None, logit_scale, softcap)
-                ref_head = _Head(ref_weight[columns], None, logit_scale, softcap)
-                z, y = buffer[: 2 * tokens * _size(columns)].view(2, tokens, _size(columns))
-                _project(hidden, head.weight, out=z)
-                _project(ref_hidden, ref_head.weight, out=y)
-                for t in _slices(len(z), max(1, -(-len(z) // SLICES))):
-                    slope = _finish_logits(z[t], head, None, True)
-                    _finish_logits(y[t], ref_head, None, False)
-                    z[t].sub_(lse[t, None]).exp_().sub_(y[t].sub_(ref_lse[t, None]).exp_())
-                    z[t].mul_(gain[t, None] * logit_scale)
+                part, ref_part = head.rows(columns), ref_head.rows(columns)
+                size = 2 * tokens * _size(columns)
+                logits, ref_logits = buffer[:size].view(2, tokens, _size(columns))
+                _project(hidden, part.weight, out=logits)
+                _project(ref_hidden, ref_part.weight, out=ref_logits)
+                for t in _slices(tokens, max(1, -(-tokens // SLICES))):
+                    slope = _finish_logits(logits[t], part, True)
+                    _finish_logits(ref_logits[t], ref_part, False)
+                    p = logits[t].sub_(lse[t, None]).exp_()
+                    p.sub_(ref_logits[t].sub_(ref_lse[t, None]).exp_())
+                    p.mul_(grad_kl[t, None] * head.logit_scale)
                     if slope is not None:
-                        z[t].mul_(slope)
-                _outer(z, hidden, out=grad_weight[columns])
+                        p.mul_(slope)
+                _outer(logits, hidden, out=grad_weight[columns])
 
     def _score(
         self,
         hidden: Tensor,  # (T, D)
+        head: Head,
         labels: Tensor,  # (T,)
-        head: _Head,
         *,
-        direction: Tensor | None = None,  # (T, D), filled with d logps[t] / d h_t
-        deltas: Tensor | None = None,  # (T, V), filled with d logps[t] / d (h_t . w_v)
+        dlogp_dhidden: Tensor | None = None,  # (T, D), written
+        dlogits: Tensor | None = None,  # (T, V), written
         entropy: bool = False,
     ) -> TokenStats:
-        """Statistics of each token, a chunk at a time; entropy stays 0 unless asked for.
+        """Statistics of each token, a chunk at a time; entropy is 0 unless requested.
 
         An ignored token's lse is that of a zero hidden state, so that the backward pass stays
         finite.
@@ -242,125 +224,117 @@ class Chunked:
         columns = labels.masked_fill(ignored, 0)
         dtype = statistics_dtype(hidden)
         chunk = max(1, min(CHUNK_BYTES // (dtype.itemsize * vocabulary), tokens))
-        buffer = hidden.new_empty(chunk if deltas is None else 0, vocabulary, dtype=dtype)
-        gain = None if direction is None and deltas is None else head.logit_scale
+        buffer = hidden.new_empty(chunk if dlogits is None else 0, vocabulary, dtype=dtype)
+        scale = None if dlogp_dhidden is None and dlogits is None else head.logit_scale
         logps, lse, entropies = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
         top1 = torch.zeros_like(ignored)
 
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(tokens, chunk):
-                logits = buffer[: _size(rows)] if deltas is None else deltas[rows]
-                _project(_kept(hidden[rows], labels[rows]), head.weight, out=logits)
+                logits = buffer[: _size(rows)] if dlogits is None else dlogits[rows]
+                _project(_zero_ignored(hidden[rows], labels[rows]), head.weight, out=logits)
                 for part in _slices(_size(rows), -(-chunk // SLICES)):
-                    z = logits[part]
                     t = slice(rows.start + part.start, rows.start + part.stop)
-                    slope = _finish_logits(z, head, head.bias, gain is not None)
-                    stats = self.rows.score(z, columns[t], entropy, gain)
+                    slope = _finish_logits(logits[part], head, scale is not None)
+                    stats = self.row_pass.score(logits[part], columns[t], entropy, scale)
                     logps[t], lse[t], entropies[t], top1[t] = stats
                     if slope is not None:
-                        z.mul_(slope)
-                if direction is not None:
+                        logits[part].mul_(slope)
+                if dlogp_dhidden is not None:
                     sums = logits.new_zeros(_size(rows), hidden.shape[1])
-                    direction[rows] = _pull_back(logits, head.weight, sums)
+                    dlogp_dhidden[rows] = _pull_back(logits, head.weight, sums)
 
         logps.masked_fill_(ignored, 0.0)
         return TokenStats(logps, lse, entropies.masked_fill_(ignored, 0.0), top1 & ~ignored)
 
-    def _delta_panels(
+    def _fill_grad_logits(
         self,
-        hidden: Tensor,  # (T, D), zeros where ignored
+        panel: Tensor,  # (T, n), written
+        hidden: Tensor,  # (T, D)
+        head: Head,
         labels: Tensor,  # (T,)
-        head: _Head,
         lse: Tensor,  # (T,)
-        gain: Tensor,  # (T,), zeros where ignored
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Panels of the vocabulary and gain * delta of all tokens there, in one buffer."""
-        tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
-        panels = list(_panels(tokens, vocabulary, gain.itemsize))
-        buffer = gain.new_empty(tokens * _size(panels[0]))
-        for columns in panels:
-            z = buffer[: tokens * _size(columns)].view(tokens, _size(columns))
-            bias = None if head.bias is None else head.bias[columns]
-            part = head._replace(weight=head.weight[columns], bias=bias)
-            self._delta(z, hidden, labels - columns.start, part, lse, gain)
-            yield columns, z
-
-    def _delta(
-        self, z: Tensor, hidden: Tensor, labels: Tensor, head: _Head, lse: Tensor, gain: Tensor
+        grad_logps: Tensor,  # (T,)
+        columns: slice,  # n entries of the vocabulary
     ) -> None:
-        """z = gain * delta for some rows of the head, from logits made again."""
-        _project(hidden, head.weight, out=z)
-        for t in _slices(len(z), max(1, -(-len(z) // SLICES))):
-            slope = _finish_logits(z[t], head, head.bias, True)
-            self.rows.delta(z[t], labels[t], lse[t], gain[t] * head.logit_scale)
+        """panel = grad_logps * dlogits for some columns, from recomputed logits."""
+        head, labels = head.rows(columns), labels - columns.start
+        _project(hidden, head.weight, out=panel)
+        for t in _slices(len(panel), max(1, -(-len(panel) // SLICES))):
+            slope = _finish_logits(panel[t], head, True)
+            self.row_pass.dlogits(panel[t], labels[t], lse[t], grad_logps[t] * head.logit_scale)
             if slope is not None:
-                z[t].mul_(slope)
+                panel[t].mul_(slope)
 
 
-def _torch_score(z: Tensor, labels: Tensor, entropy: bool, gain: float | None) -> TokenStats:
-    largest = z.amax(1, keepdim=True)
-    target = z.gather(1, labels[:, None])
-    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+def _torch_score(logits: Tensor, labels: Tensor, entropy: bool, scale: float | None) -> TokenStats:
+    row_max = logits.amax(1, keepdim=True)
+    target = logits.gather(1, labels[:, None])
+    exp_logits = logits.sub_(row_max).exp_()
+    total = exp_logits.sum(1, keepdim=True)
     log_total = total.log()
     entropies = torch.zeros_like(total)
     if entropy:
-        tiny = torch.finfo(z.dtype).tiny  # below it x log x counts as 0, at 0 it would be NaN
-        terms = z.clamp(min=tiny).log_().mul_(z).sum(1, keepdim=True)
+        # Below the smallest normal number x log x counts as 0; log 0 would give NaN.
+        tiny = torch.finfo(logits.dtype).tiny
+        terms = exp_logits.clamp(min=tiny).log_().mul_(exp_logits).sum(1, keepdim=True)
         entropies = log_total - terms / total
-    if gain is not None:
-        z.mul_(-gain / total)
-        z.scatter_(1, labels[:, None], z.gather(1, labels[:, None]) + gain)
-    logps = (target - largest) - log_total
-    columns = logps, largest + log_total, entropies, target >= largest
+    if scale is not None:
+        dlogits = exp_logits.mul_(-scale / total)
+        dlogits.scatter_(1, labels[:, None], dlogits.gather(1, labels[:, None]) + scale)
+    logps = (target - row_max) - log_total
+    columns = logps, row_max + log_total, entropies, target >= row_max
     return TokenStats(*(x.squeeze(1) for x in columns))
 
 
-def _torch_delta(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
-    z.sub_(lse[:, None]).exp_().mul_(-gain[:, None])
-    outside = (labels < 0) | (labels >= z.shape[1])
+def _torch_dlogits(logits: Tensor, labels: Tensor, lse: Tensor, row_scale: Tensor) -> None:
+    dlogits = logits.sub_(lse[:, None]).exp_().mul_(-row_scale[:, None])
+    outside = (labels < 0) | (labels >= dlogits.shape[1])
     columns = labels.masked_fill(outside, 0)[:, None]
-    z.scatter_(1, columns, z.gather(1, columns) + gain.masked_fill(outside, 0.0)[:, None])
+    onehot = row_scale.masked_fill(outside, 0.0)[:, None]
+    dlogits.scatter_(1, columns, dlogits.gather(1, columns) + onehot)
 
 
-TORCH_ROWS = RowPass(_torch_score, _torch_delta, keeps_deltas=lambda hidden, weight: False)
+TORCH_ROWS = RowPass(_torch_score, _torch_dlogits, caches_dlogits=lambda hidden, weight: False)
 BACKEND = Chunked(TORCH_ROWS)
 
 
-def _kl_rows(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL and both log-sum-exps of rows of logits, y the reference's; leaves p - q in z."""
-    largest, ref_largest = z.amax(1, keepdim=True), y.amax(1, keepdim=True)
-    z.sub_(largest)
-    y.sub_(ref_largest)
-    q = y.exp()
-    # Divided by the sum at the end: normalised first, its rounding would multiply the whole KL.
-    dot = y.sub_(z).mul_(q).sum(1, keepdim=True)
-    total, ref_total = z.exp_().sum(1, keepdim=True), q.sum(1, keepdim=True)
+def _kl_rows(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, lse and ref_lse of rows of logits; leaves p - q in `logits`."""
+    row_max, ref_max = logits.amax(1, keepdim=True), ref_logits.amax(1, keepdim=True)
+    logits.sub_(row_max)
+    ref_logits.sub_(ref_max)
+    q = ref_logits.exp()
+    # Divided by the sum at the end: normalized first, its rounding would multiply the whole KL.
+    dot = ref_logits.sub_(logits).mul_(q).sum(1, keepdim=True)
+    total, ref_total = logits.exp_().sum(1, keepdim=True), q.sum(1, keepdim=True)
     log_total, ref_log_total = total.log(), ref_total.log()
     kl = dot / ref_total - ref_log_total + log_total
-    z.div_(total).sub_(q.div_(ref_total))
-    rows = kl, largest + log_total, ref_largest + ref_log_total
-    return rows[0].squeeze(1), rows[1].squeeze(1), rows[2].squeeze(1)
+    logits.div_(total).sub_(q.div_(ref_total))
+    lse, ref_lse = row_max + log_total, ref_max + ref_log_total
+    return kl.squeeze(1), lse.squeeze(1), ref_lse.squeeze(1)
 
 
-def _finish_logits(z: Tensor, head: _Head, bias: Tensor | None, want_slope: bool) -> Tensor | None:
-    """Turn products into logits in place; return the slope of the softcap, if there is one."""
-    if bias is not None:
-        z.add_(bias)
+def _finish_logits(raw: Tensor, head: Head, want_slope: bool) -> Tensor | None:
+    """Turn hidden @ weight.T into logits in place; return the slope of the softcap, if any."""
+    if head.bias is not None:
+        raw.add_(head.bias)
     if head.logit_scale != 1.0:
-        z.mul_(head.logit_scale)
+        raw.mul_(head.logit_scale)
     if head.softcap is None:
         return None
-    z.div_(head.softcap).tanh_()
-    slope = z.square().neg_().add_(1.0) if want_slope else None
-    z.mul_(head.softcap)
+    raw.div_(head.softcap).tanh_()
+    slope = raw.square().neg_().add_(1.0) if want_slope else None
+    raw.mul_(head.softcap)
     return slope
 
 
-def _kept(hidden: Tensor, labels: Tensor) -> Tensor:
-    """hidden with zeros where ignored; itself, not a copy, on a CPU that sees none ignored."""
+def _zero_ignored(hidden: Tensor, labels: Tensor) -> Tensor:
+    """hidden with zeros where ignored; not copied on a CPU if no token is ignored."""
     # Padding rows may hold NaN (attention over nothing); times a zero gradient that is still NaN.
+    # Reading labels on the CPU waits for no device.
     if hidden.device.type == "cpu" and not (labels.numpy() == IGNORE_INDEX).any():
-        return hidden  # looking waits for no device here
+        return hidden
     return hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0.0)
 
 
@@ -376,23 +350,23 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, weight[columns].float().T, out=out[:, columns])
 
 
-def _pull_back(delta: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
-    """sums += delta @ weight, with half-precision operands where the device multiplies those."""
+def _pull_back(dlogits: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
+    """sums += dlogits @ weight, with half-precision operands where the device multiplies those."""
     if weight.dtype not in _HALF:
-        return sums.addmm_(delta, weight)
-    column_bytes = 2 * len(delta) if delta.is_cuda else 4 * weight.shape[1]
+        return sums.addmm_(dlogits, weight)
+    column_bytes = 2 * len(dlogits) if dlogits.is_cuda else 4 * weight.shape[1]
     for columns in _slices(len(weight), _slice_size(column_bytes)):
-        sums += _mm_half(delta[:, columns], weight[columns], weight.dtype)
+        sums += _mm_half(dlogits[:, columns], weight[columns], weight.dtype)
     return sums
 
 
-def _outer(delta: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out = delta.T @ hidden, rounded once."""
+def _outer(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out = dlogits.T @ hidden, rounded once."""
     if hidden.dtype not in _HALF:
-        torch.mm(delta.T, hidden, out=out)
+        torch.mm(dlogits.T, hidden, out=out)
         return
     for columns in _slices(len(out), _slice_size(2 * len(hidden) + 4 * hidden.shape[1])):
-        out[columns] = _mm_half(delta[:, columns].T, hidden, hidden.dtype)
+        out[columns] = _mm_half(dlogits[:, columns].T, hidden, hidden.dtype)
 
 
 def _mm_half(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -407,8 +381,9 @@ def _panels(tokens: int, vocabulary: int, itemsize: int) -> Iterator[slice]:
     return _slices(vocabulary, max(1, CHUNK_BYTES // (itemsize * max(1, tokens))))
 
 
-def _slice_size(bytes_each: int) -> int:
-    return max(1, CHUNK_BYTES // SLICES // max(1, bytes_each))
+def _slice_size(item_bytes: int) -> int:
+    """Number of items of this size in a slice of a chunk."""
+    return max(1, CHUNK_BYTES // SLICES // max(1, item_bytes))
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

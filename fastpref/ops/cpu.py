@@ -1,16 +1,16 @@
 """The ops on a CPU: `fastpref.ops.chunked` with its row passes in C++.
 
-The chunks, the products and the gradients are those of `chunked`; what lies between two
-products is one call into the library built from `csrc/cpu/rows.cpp`, which reads a row of logits
-from memory once where PyTorch reads it in each of half a dozen operations. fp32 inputs only.
+The chunks, the GEMMs and the gradients are those of `chunked`; the elementwise work between two
+GEMMs is one call into the library built from `csrc/cpu/rows.cpp`. It reads a row of logits from
+memory once, where PyTorch reads it in each of half a dozen operations. fp32 inputs only.
 
-A trained head keeps its deltas, `onehot - softmax` of every token, between forward and backward if
-they fit `CACHE_BYTES`: 3 products instead of 4.
+A trained head caches the dlogits of every token between forward and backward if they fit
+`CACHE_BYTES`: 3 GEMMs instead of 4.
 
-Labels outside the vocabulary are a ValueError here: the library would read past a row.
+Labels outside the vocabulary raise ValueError: the library would read past a row.
 
-The library is an optional part of the package, built when it is installed where there is a C++
-compiler; `missing` says what keeps it from being used.
+The library is an optional part of the package, built at installation where there is a C++
+compiler; `unavailable_reason` says why it cannot be used.
 """
 
 import ctypes
@@ -28,20 +28,23 @@ from fastpref.ops.reference import TokenStats
 
 LIBRARY = Path(__file__).with_name(f"_rows{sysconfig.get_config_var('EXT_SUFFIX')}")
 
-# The most memory that a trained head's deltas may take from forward to backward, over as many calls
-# as `calls_alive` says; 0 never keeps them. They take no more than CACHE_CHUNKS chunks either, so
-# that lowering `chunked.CHUNK_BYTES` lowers all memory. A backward pass without products to repeat
-# is 1.4 times as fast (D 64 to 512).
+# The most memory for the cached dlogits of a trained head, divided among the calls that
+# `calls_alive` announces; 0 disables the cache. They also take at most CACHE_CHUNKS chunks, so
+# that lowering `chunked.CHUNK_BYTES` lowers all memory. A backward pass that recomputes no GEMM is
+# 1.4 times as fast (D 64 to 512).
 CACHE_BYTES = 2**30
 CACHE_CHUNKS = 4
 _calls = 1
 
-_VERSION = 1  # of the signatures below, as the library reports it
+_VERSION = 1  # of the C signatures below, as the library reports it
 
 
 @contextmanager
 def calls_alive(count: int) -> Iterator[None]:
-    """Within, `count` calls of about one size await their backward pass and share the cache."""
+    """Context manager in which `count` calls of similar size share the cache.
+
+    It is for forward passes that all run before the first backward pass.
+    """
     global _calls
     before, _calls = _calls, max(1, count)
     try:
@@ -51,8 +54,8 @@ def calls_alive(count: int) -> Iterator[None]:
 
 
 @functools.cache
-def missing(device: str) -> str:
-    """What keeps the library from being used and what to do about it; empty if nothing does."""
+def unavailable_reason(device: str) -> str:
+    """Reason why the library cannot be used, and what to do about it; empty if it can."""
     if device != "cpu":
         return f"cannot run on {device}; move the inputs"
     remedy = "install a C++ compiler and then fastpref again"
@@ -79,44 +82,49 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _score(z: Tensor, labels: Tensor, entropy: bool, gain: float | None) -> TokenStats:
+def _score(logits: Tensor, labels: Tensor, entropy: bool, scale: float | None) -> TokenStats:
     labels = labels.contiguous()
-    logps, lse, entropies = z.new_empty(len(z)), z.new_empty(len(z)), z.new_zeros(len(z))
-    top1 = torch.empty(len(z), dtype=torch.bool)
-    strangers = _library().fastpref_score_rows(
-        *_matrix(z),
+    rows, vocabulary = logits.shape
+    logps, lse, entropies = logits.new_empty(rows), logits.new_empty(rows), logits.new_zeros(rows)
+    top1 = torch.empty(rows, dtype=torch.bool)
+    out_of_range = _library().fastpref_score_rows(
+        *_matrix(logits),
         labels.data_ptr(),
-        None if gain is None else ctypes.byref(ctypes.c_float(gain)),
+        None if scale is None else ctypes.byref(ctypes.c_float(scale)),
         logps.data_ptr(),
         lse.data_ptr(),
         entropies.data_ptr() if entropy else None,
         top1.data_ptr(),
         torch.get_num_threads(),
     )
-    if strangers:
+    if out_of_range:
         raise ValueError(
-            f"labels: expected -100 or an index below {z.shape[1]}, the rows of weight; "
-            f"{strangers} of {len(z)} are neither, correct or ignore them"
+            f"labels: expected -100 or an index below {vocabulary}, the rows of weight, got "
+            f"{out_of_range} of {rows} out of range; correct them or set them to -100"
         )
     return TokenStats(logps, lse, entropies, top1)
 
 
-def _delta(z: Tensor, labels: Tensor, lse: Tensor, gain: Tensor) -> None:
-    labels, lse, gain = labels.contiguous(), lse.contiguous(), gain.contiguous()
+def _dlogits(logits: Tensor, labels: Tensor, lse: Tensor, row_scale: Tensor) -> None:
+    labels, lse, row_scale = labels.contiguous(), lse.contiguous(), row_scale.contiguous()
     _library().fastpref_delta_rows(
-        *_matrix(z), labels.data_ptr(), lse.data_ptr(), gain.data_ptr(), torch.get_num_threads()
+        *_matrix(logits),
+        labels.data_ptr(),
+        lse.data_ptr(),
+        row_scale.data_ptr(),
+        torch.get_num_threads(),
     )
 
 
-def _matrix(z: Tensor) -> tuple[int, int, int, int]:
-    assert z.dtype == torch.float32 and z.stride(1) == 1
-    return z.data_ptr(), z.shape[0], z.shape[1], z.stride(0)
+def _matrix(logits: Tensor) -> tuple[int, int, int, int]:
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1
+    return logits.data_ptr(), logits.shape[0], logits.shape[1], logits.stride(0)
 
 
-def _keeps_deltas(hidden: Tensor, weight: Tensor) -> bool:
-    deltas = _calls * hidden.itemsize * hidden.shape[0] * weight.shape[0]
-    return deltas <= min(CACHE_BYTES, CACHE_CHUNKS * chunked.CHUNK_BYTES)
+def _caches_dlogits(hidden: Tensor, weight: Tensor) -> bool:
+    needed = _calls * hidden.itemsize * hidden.shape[0] * weight.shape[0]
+    return needed <= min(CACHE_BYTES, CACHE_CHUNKS * chunked.CHUNK_BYTES)
 
 
-_ROWS = chunked.RowPass(_score, _delta, _keeps_deltas)
+_ROWS = chunked.RowPass(_score, _dlogits, _caches_dlogits)
 BACKEND = chunked.Chunked(_ROWS)

@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: the table, and the choice from it."""
+"""The table of implementations, and the choice of the one that runs an op."""
 
 from importlib import import_module
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from fastpref.ops.backend import Backend
 
 class Implementation(NamedTuple):
     name: str
-    module: str  # with a BACKEND, or, of the reference, the functions themselves
+    module: str  # has a BACKEND; that of the reference has the functions themselves
     devices: frozenset[str] | None  # device types on which "auto" takes it; None means all
     dtypes: frozenset[torch.dtype] | None = None  # of hidden; None means any
-    optional: bool = False  # its module has missing(device) -> str: what it lacks, or ""
+    optional: bool = False  # the module has unavailable_reason(device) -> str, empty if it can run
 
 
 # In the order in which "auto" tries them.
@@ -35,36 +35,36 @@ TABLE = (
 
 
 def choose(impl: str, device: str, dtype: torch.dtype) -> Implementation:
-    """The row that `impl`, a name or "auto", means for inputs on a type of device.
+    """Row of TABLE for `impl`, a name or "auto", and inputs on a type of device.
 
     Raises ValueError for an `impl` that does not exist or cannot take such inputs.
     """
     for row in TABLE:
         if impl == "auto" and (row.devices is None or device in row.devices):
-            if not _obstacle(row, device, dtype):
+            if not _unavailable_reason(row, device, dtype):
                 return row
         elif impl == row.name:
-            obstacle = _obstacle(row, device, dtype)
-            if obstacle:
-                raise ValueError(f"impl: {impl!r} {obstacle}, or use impl='auto'")
+            reason = _unavailable_reason(row, device, dtype)
+            if reason:
+                raise ValueError(f"impl: {impl!r} {reason}, or use impl='auto'")
             return row
-    names = [repr(row.name) for row in TABLE if not _obstacle(row, device, dtype)]
+    names = [repr(row.name) for row in TABLE if not _unavailable_reason(row, device, dtype)]
     raise ValueError(f"impl: expected 'auto' or one of {', '.join(names)}, got {impl!r}")
 
 
 def backend_for(impl: str, hidden: Tensor) -> Backend:
-    """The backend of the implementation that `impl` means for inputs like `hidden`."""
+    """The backend of the implementation that `choose` returns for inputs like `hidden`."""
     row = choose(impl, hidden.device.type, hidden.dtype)
     backend: Backend = import_module(row.module).BACKEND
     return backend
 
 
-def _obstacle(row: Implementation, device: str, dtype: torch.dtype) -> str:
-    """Why `row` cannot take such inputs, and what would help; empty if it can."""
+def _unavailable_reason(row: Implementation, device: str, dtype: torch.dtype) -> str:
+    """Reason why `row` cannot take such inputs, and what would help; empty if it can."""
     if row.dtypes is not None and dtype not in row.dtypes:
-        known = ", ".join(sorted(str(dtype) for dtype in row.dtypes))
-        return f"takes {known}, got {dtype}; cast the inputs"
+        accepted = ", ".join(sorted(str(dtype) for dtype in row.dtypes))
+        return f"takes {accepted}, got {dtype}; cast the inputs"
     if not row.optional:
         return ""
-    missing: str = import_module(row.module).missing(device)
-    return missing
+    reason: str = import_module(row.module).unavailable_reason(device)
+    return reason

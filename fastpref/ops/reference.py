@@ -6,8 +6,8 @@ Logits, everywhere in the package, are
     logit = softcap * tanh(raw / softcap)   if softcap, else raw
 
 and are held in fp32 for fp16, bf16 and fp32 inputs and in fp64 for fp64 inputs: half-precision
-inputs are widened before the product, so no logit and no statistic is ever rounded to half. The
-active autocast state is ignored. A token labelled `IGNORE_INDEX` gives 0 for every statistic and
+inputs are widened before the GEMM, so no logit and no statistic is ever rounded to half. The
+active autocast state is ignored. A token labeled `IGNORE_INDEX` gives 0 for every statistic and
 no gradient, whatever its hidden state holds.
 
 These functions build the (T, V) logits, so they are for tests and small inputs. Arguments are
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastpref.logps import segment_sum as segment_sum
+from fastpref.ops.backend import Head
 
 IGNORE_INDEX = -100
 
@@ -52,7 +53,7 @@ def linear_logps(
 ) -> Tensor:  # (T,)
     """Log-prob of each label: `logits[t, labels[t]] - logsumexp(logits[t])`."""
     ignored = labels == IGNORE_INDEX
-    logits = _logits(_drop(hidden, ignored), weight, bias, logit_scale, softcap)
+    logits = _logits(_drop(hidden, ignored), Head(weight, bias, logit_scale, softcap))
     columns = labels.masked_fill(ignored, 0).long()
     logps = logits.log_softmax(1).gather(1, columns[:, None]).squeeze(1)
     return logps.masked_fill(ignored, 0.0)
@@ -68,9 +69,9 @@ def token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """Log-prob, log-sum-exp, entropy and whether the label is the most likely token."""
+    """Log-prob, log-sum-exp and entropy of each token, and whether its label is the most likely."""
     ignored = labels == IGNORE_INDEX
-    logits = _logits(_drop(hidden, ignored), weight, bias, logit_scale, softcap)
+    logits = _logits(_drop(hidden, ignored), Head(weight, bias, logit_scale, softcap))
     target = logits.gather(1, labels.masked_fill(ignored, 0).long()[:, None]).squeeze(1)
     lse = logits.logsumexp(1)
     return TokenStats(
@@ -94,9 +95,10 @@ def linear_kl(
 
     kl[t] = sum_v q[t, v] * (log q[t, v] - log p[t, v]), q the reference and p the policy.
     """
-    logp = _logits(hidden, weight, None, logit_scale, softcap).log_softmax(1)
+    head = Head(weight, None, logit_scale, softcap)
+    logp = _logits(hidden, head).log_softmax(1)
     with torch.no_grad():
-        logq = _logits(ref_hidden, ref_weight, None, logit_scale, softcap).log_softmax(1)
+        logq = _logits(ref_hidden, head._replace(weight=ref_weight)).log_softmax(1)
     return (logq.exp() * (logq - logp)).sum(1)
 
 
@@ -110,9 +112,9 @@ def collision_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:  # (T,)
-    """Renyi's entropy of order 2 of each token's distribution, `-log sum_v p[t, v]^2`, in nats."""
+    """Rényi entropy of order 2 of each token's distribution, `-log sum_v p[t, v]^2`, in nats."""
     ignored = labels == IGNORE_INDEX
-    logp = _logits(_drop(hidden, ignored), weight, bias, logit_scale, softcap).log_softmax(1)
+    logp = _logits(_drop(hidden, ignored), Head(weight, bias, logit_scale, softcap)).log_softmax(1)
     return (-(2 * logp).logsumexp(1)).masked_fill(ignored, 0.0)
 
 
@@ -132,20 +134,20 @@ def score_geometry(
 
     The score of a sequence is the gradient of its summed log-prob with respect to `weight`,
 
-        s = delta.T @ H     (V, D),     delta[t, v] = d logps[t] / d (h_t . w_v),
+        s = dlogits.T @ H     (V, D),     dlogits[t, v] = d logps[t] / d (h_t . w_v),
 
-    over its tokens; with token weights c that of sum_t c[t] logps[t], delta.T @ diag(c) @ H. With
-    `per_pair` each pair's own scores are measured; otherwise the means of the chosen and of the
-    rejected scores over the batch. The cosine is 0 if a norm is 0.
+    over its tokens. With token weights c it is the gradient of sum_t c[t] logps[t],
+    dlogits.T @ diag(c) @ H. With `per_pair` the scores of each pair are measured; otherwise the
+    means of the chosen and of the rejected scores over the batch. The cosine is 0 if a norm is 0.
     """
     ignored = labels == IGNORE_INDEX
-    kept = _drop(hidden, ignored).to(statistics_dtype(hidden))
-    delta = _score_deltas(kept, weight, labels, ignored, logit_scale, softcap)
+    rows = _drop(hidden, ignored).to(statistics_dtype(hidden))
+    dlogits = _dlogits(rows, Head(weight, None, logit_scale, softcap), labels)
     if token_weights is not None:
-        kept = kept * token_weights.to(kept)[:, None]
+        rows = rows * token_weights.to(rows)[:, None]
     segments = _segment_ids(cu_seqlens, len(labels))
     scores = torch.stack(
-        [(delta * (segments == s)[:, None]).T @ kept for s in range(len(cu_seqlens) - 1)]
+        [(dlogits * (segments == s)[:, None]).T @ rows for s in range(len(cu_seqlens) - 1)]
     ).flatten(1)  # (S, V * D)
     chosen, rejected = scores.chunk(2)
     if not per_pair:
@@ -156,15 +158,13 @@ def score_geometry(
     return ScoreGeometry(chosen_norm, rejected_norm, cosine.masked_fill(norms == 0, 0.0))
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, head: Head) -> Tensor:
     dtype = statistics_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(dtype) @ weight.to(dtype).T
-        if bias is not None:
-            logits = logits + bias.to(dtype)
-        return _cap(logits * logit_scale, softcap)
+        logits = hidden.to(dtype) @ head.weight.to(dtype).T
+        if head.bias is not None:
+            logits = logits + head.bias.to(dtype)
+        return _cap(logits * head.logit_scale, head.softcap)
 
 
 def _cap(raw: Tensor, softcap: float | None) -> Tensor:
@@ -181,21 +181,15 @@ def _drop(hidden: Tensor, ignored: Tensor) -> Tensor:
     return hidden.masked_fill(ignored[:, None], 0.0)
 
 
-def _score_deltas(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignored: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """`d logps[t] / d (h_t . w_v)`, (T, V), by autograd on the products themselves."""
+def _dlogits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """d logps[t] / d (h_t . w_v), (T, V), by autograd with respect to hidden @ weight.T."""
+    ignored = labels == IGNORE_INDEX
     with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-        products = (hidden @ weight.detach().to(hidden.dtype).T).detach().requires_grad_()
-        logps = _cap(products * logit_scale, softcap).log_softmax(1)
+        raw = (hidden @ head.weight.detach().to(hidden.dtype).T).detach().requires_grad_()
+        logps = _cap(raw * head.logit_scale, head.softcap).log_softmax(1)
         target = logps.gather(1, labels.masked_fill(ignored, 0).long()[:, None]).squeeze(1)
-        (delta,) = torch.autograd.grad(target.masked_fill(ignored, 0.0).sum(), products)
-    return delta
+        (dlogits,) = torch.autograd.grad(target.masked_fill(ignored, 0.0).sum(), raw)
+    return dlogits
 
 
 def _segment_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:

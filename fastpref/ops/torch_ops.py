@@ -1,14 +1,14 @@
 """The differentiable ops as torch knows them: one schema, shapes and derivative for all backends.
 
-Each is opaque to tracing, so `torch.compile` keeps the graph whole, and has a fake implementation
-that needs shapes alone. A backend fills in numbers; derivatives are written once, here:
+Each op is opaque to tracing, so `torch.compile` keeps the graph whole, and has a fake
+implementation that only needs shapes. A backend computes the numbers; the derivatives are here:
 
-    logps[t] = log-prob of a token's label       kl[t] = KL(reference || policy) of a token
-    d logps[t] / d hidden_t = direction_t        computed forward: it knows no upstream gradient
-    d hidden_t = g_t * direction_t               all that is left to do backward, g the upstream
-    d weight, d bias                             by the backend, from deltas kept or made again
+    logps[t] = log-prob of a token's label     kl[t] = KL(reference || policy) of a token
+    dlogp_dhidden[t] = d logps[t] / d h_t      computed forward: it needs no upstream gradient
+    grad_hidden[t] = g_t * dlogp_dhidden[t]    computed backward, g the upstream gradient
+    grad_weight, grad_bias                     by the backend, from cached or recomputed dlogits
 
-Only `fastpref.ops` calls this module; arguments arrive checked.
+Only `fastpref.ops.api` calls this module; it has checked the arguments.
 """
 
 from itertools import pairwise
@@ -17,21 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.ops.backend import Head
 from fastpref.ops.dispatch import backend_for
 from fastpref.ops.reference import IGNORE_INDEX, ScoreGeometry, TokenStats, statistics_dtype
 from fastpref.ops.score_products import score_products
 
 
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    impl: str,
-) -> Tensor:
-    """Log-probs (T,) by the backend that `impl` means, differentiable once."""
+def linear_logps(hidden: Tensor, head: Head, labels: Tensor, impl: str) -> Tensor:
+    """Log-probs (T,) by the backend for `impl`, differentiable once."""
+    weight, bias, logit_scale, softcap = head
     trained = torch.is_grad_enabled()
     train_hidden = trained and hidden.requires_grad
     train_head = trained and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -42,62 +36,48 @@ def linear_logps(
     return outputs[0]
 
 
-def token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    impl: str,
-) -> TokenStats:
-    """Statistics of each token by the backend that `impl` means."""
-    bias = None if bias is None else bias.detach()
-    scale, cap = float(logit_scale), _number(softcap)
-    return TokenStats(
-        *_token_stats(hidden.detach(), weight.detach(), labels, bias, scale, cap, impl)
-    )
+def token_stats(hidden: Tensor, head: Head, labels: Tensor, impl: str) -> TokenStats:
+    """Statistics of each token by the backend for `impl`."""
+    bias = None if head.bias is None else head.bias.detach()
+    outputs: tuple[Tensor, ...] = _token_stats(
+        hidden.detach(), head.weight.detach(), labels, bias, float(head.logit_scale),
+        _number(head.softcap), impl,
+    )  # fmt: skip
+    return TokenStats(*outputs)
 
 
 def linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    impl: str,
+    hidden: Tensor, head: Head, ref_hidden: Tensor, ref_weight: Tensor, impl: str
 ) -> Tensor:
-    """KL(reference || policy) (T,) by the backend that `impl` means, differentiable once."""
+    """KL(reference || policy) (T,) by the backend for `impl`, differentiable once."""
     trained = torch.is_grad_enabled()
     outputs: tuple[Tensor, ...] = _linear_kl(
-        hidden, weight, ref_hidden.detach(), ref_weight.detach(), float(logit_scale),
-        _number(softcap), trained and hidden.requires_grad, trained and weight.requires_grad,
-        impl,
+        hidden, head.weight, ref_hidden.detach(), ref_weight.detach(), float(head.logit_scale),
+        _number(head.softcap), trained and hidden.requires_grad,
+        trained and head.weight.requires_grad, impl,
     )  # fmt: skip
     return outputs[0]
 
 
 def score_geometry(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
     per_pair: bool,
-    logit_scale: float,
-    softcap: float | None,
     impl: str,
 ) -> ScoreGeometry:
-    """Norms and cosine of the scores by the backend that `impl` means."""
+    """Norms and cosine of the scores by the backend for `impl`."""
     token_weights = None if token_weights is None else token_weights.detach()
-    geometry: tuple[Tensor, ...] = _score_geometry(
-        hidden.detach(), weight.detach(), labels, cu_seqlens, token_weights, per_pair,
-        float(logit_scale), _number(softcap), impl,
+    outputs: tuple[Tensor, ...] = _score_geometry(
+        hidden.detach(), head.weight.detach(), labels, cu_seqlens, token_weights, per_pair,
+        float(head.logit_scale), _number(head.softcap), impl,
     )  # fmt: skip
-    return ScoreGeometry(*geometry)
+    return ScoreGeometry(*outputs)
 
 
+# An op returns tensors only, so an output that is not computed is an empty tensor, (0,).
 @torch.library.custom_op("fastpref::linear_logps", mutates_args=())
 def _linear_logps(
     hidden: Tensor,
@@ -109,48 +89,49 @@ def _linear_logps(
     train_hidden: bool,
     train_head: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # logps, lse, and direction and deltas or (0,)
-    backend = backend_for(impl, hidden)
-    logps, lse = _empty_rows(hidden, 2)
-    direction = _empty_direction(hidden) if train_hidden else None
-    deltas = backend.kept_deltas(hidden, weight) if train_head else None
-    backend.linear_logps_fwd(
-        hidden, weight, labels.long(), bias, logit_scale, softcap, logps, lse, direction, deltas
-    )
-    return logps, lse, _or_nothing(direction, hidden), _or_nothing(deltas, hidden)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, lse, dlogp_dhidden or (0,), dlogits and row_scale or (0,) each."""
+    outputs = _empty_logps_outputs(hidden, weight, train_hidden, train_head, impl)
+    head = Head(weight, bias, logit_scale, softcap)
+    backend_for(impl, hidden).linear_logps_fwd(hidden, head, labels.long(), *outputs)
+    logps, lse, dlogp_dhidden, dlogits, row_scale = outputs
+    return (
+        logps, lse, _or_empty(dlogp_dhidden, hidden), _or_empty(dlogits, hidden),
+        _or_empty(row_scale, hidden),
+    )  # fmt: skip
 
 
 @_linear_logps.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, train_hidden, train_head, impl = rest
-    logps, lse = _empty_rows(hidden, 2)
-    direction = _empty_direction(hidden) if train_hidden else None
-    deltas = backend_for(impl, hidden).kept_deltas(hidden, weight) if train_head else None
-    return logps, lse, _or_nothing(direction, hidden), _or_nothing(deltas, hidden)
+    outputs = _empty_logps_outputs(hidden, weight, train_hidden, train_head, impl)
+    return tuple(_or_empty(x, hidden) for x in outputs)
 
 
 def _save_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, *ctx.options, train_hidden, train_head, ctx.impl = inputs
-    _, lse, direction, deltas = output
-    ctx.mark_non_differentiable(lse, direction, deltas)
+    hidden, weight, labels, bias, logit_scale, softcap, train_hidden, train_head, impl = inputs
+    _, lse, dlogp_dhidden, dlogits, row_scale = output
+    ctx.logit_scale, ctx.softcap, ctx.impl = logit_scale, softcap, impl
+    ctx.mark_non_differentiable(lse, dlogp_dhidden, dlogits, row_scale)
     ctx.set_materialize_grads(False)
-    of_the_head = (hidden, weight, bias, lse, deltas) if train_head else (None,) * 5
-    ctx.save_for_backward(labels, direction if train_hidden else None, *of_the_head)
+    saved_for_head = (hidden, weight, bias, lse, dlogits, row_scale) if train_head else (None,) * 6
+    ctx.save_for_backward(labels, dlogp_dhidden if train_hidden else None, *saved_for_head)
 
 
-def _logps_bwd(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _logps_bwd(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     grad_hidden = grad_weight = grad_bias = None
-    if upstream is not None:
-        labels, direction, hidden, weight, bias, lse, deltas = ctx.saved_tensors
-        gain = upstream.masked_fill(labels == IGNORE_INDEX, 0.0)
-        if need_weight or need_bias:  # first, while there is no grad_hidden beside its temporaries
+    if grad_logps is not None:
+        labels, dlogp_dhidden, hidden, weight, bias, lse, dlogits, row_scale = ctx.saved_tensors
+        grad_logps = grad_logps.masked_fill(labels == IGNORE_INDEX, 0.0)
+        # The head comes first: grad_hidden would be alive during its temporaries.
+        if need_weight or need_bias:
             grad_weight, grad_bias = _linear_logps_bwd(
-                gain, hidden, weight, labels, bias, *ctx.options, lse, deltas, need_weight,
-                need_bias, ctx.impl,
+                grad_logps, hidden, weight, labels, bias, ctx.logit_scale, ctx.softcap, lse,
+                dlogits, row_scale, need_weight, need_bias, ctx.impl,
             )  # fmt: skip
         if need_hidden:
-            grad_hidden = _scale_rows(direction, gain)
+            grad_hidden = _scale_rows(dlogp_dhidden, grad_logps)
     return (
         grad_hidden, grad_weight if need_weight else None, None, grad_bias if need_bias else None,
         *(None,) * 5,
@@ -162,7 +143,7 @@ _linear_logps.register_autograd(_logps_bwd, setup_context=_save_logps)
 
 @torch.library.custom_op("fastpref::linear_logps_bwd", mutates_args=())
 def _linear_logps_bwd(
-    gain: Tensor,
+    grad_logps: Tensor,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -170,35 +151,39 @@ def _linear_logps_bwd(
     logit_scale: float,
     softcap: float | None,
     lse: Tensor,
-    deltas: Tensor,  # or (0,)
+    dlogits: Tensor,
+    row_scale: Tensor,
     need_weight: bool,
     need_bias: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:  # gradients of weight and bias, or (0,)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, or (0,) for one that is not needed."""
+    head = Head(weight, bias, logit_scale, softcap)
     grad_weight = torch.empty_like(weight) if need_weight else None
     grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
+    cached = dlogits.dim() == 2
     backend_for(impl, hidden).linear_logps_bwd(
-        gain, hidden, weight, labels.long(), bias, logit_scale, softcap, lse,
-        deltas if deltas.dim() == 2 else None, grad_weight, grad_bias,
+        grad_logps, hidden, head, labels.long(), lse, dlogits if cached else None,
+        row_scale if cached else None, grad_weight, grad_bias,
     )  # fmt: skip
-    return _or_nothing(grad_weight, hidden), _or_nothing(grad_bias, hidden)
+    return _or_empty(grad_weight, hidden), _or_empty(grad_bias, hidden)
 
 
 @_linear_logps_bwd.register_fake
-def _(gain: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, bias, *_, need_weight, need_bias, _ = rest
-    wanted = (weight if need_weight else None, bias if need_bias else None)
-    return tuple(hidden.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
+    parameters = (weight if need_weight else None, bias if need_bias else None)
+    return tuple(hidden.new_empty(0) if x is None else torch.empty_like(x) for x in parameters)
 
 
 @torch.library.custom_op("fastpref::scale_rows", mutates_args=())
-def _scale_rows(rows: Tensor, gain: Tensor) -> Tensor:
-    """gain[:, None] * rows, multiplied in the dtype of gain and rounded once, without a copy."""
-    return torch.mul(rows, gain[:, None], out=torch.empty_like(rows))
+def _scale_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """scale[:, None] * rows, multiplied in the dtype of scale and rounded once, without a copy."""
+    return torch.mul(rows, scale[:, None], out=torch.empty_like(rows))
 
 
 @_scale_rows.register_fake
-def _(rows: Tensor, gain: Tensor) -> Tensor:
+def _(rows: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(rows)
 
 
@@ -212,9 +197,9 @@ def _token_stats(
     softcap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logps, lse, entropy, top1 = backend_for(impl, hidden).token_stats(
-        hidden, weight, labels.long(), bias, logit_scale, softcap
-    )
+    head = Head(weight, bias, logit_scale, softcap)
+    backend = backend_for(impl, hidden)
+    logps, lse, entropy, top1 = backend.token_stats(hidden, head, labels.long())
     return logps, lse, entropy, top1
 
 
@@ -235,42 +220,51 @@ def _linear_kl(
     train_hidden: bool,
     train_head: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # kl, lse, ref_lse, and direction or (0,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL, lse, ref_lse, and dkl_dhidden or (0,)."""
+    head = Head(weight, None, logit_scale, softcap)
     kl, lse, ref_lse = _empty_rows(hidden, 3)
-    direction = _empty_direction(hidden) if train_hidden else None
+    dkl_dhidden = _contiguous_empty_like(hidden) if train_hidden else None
     backend_for(impl, hidden).linear_kl_fwd(
-        hidden, weight, ref_hidden, ref_weight, logit_scale, softcap, kl, lse, ref_lse, direction
+        hidden, head, ref_hidden, ref_weight, kl, lse, ref_lse, dkl_dhidden
     )
-    return kl, lse, ref_lse, _or_nothing(direction, hidden)
+    return kl, lse, ref_lse, _or_empty(dkl_dhidden, hidden)
 
 
 @_linear_kl.register_fake
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, train_hidden, _, _ = rest
     kl, lse, ref_lse = _empty_rows(hidden, 3)
-    direction = _empty_direction(hidden) if train_hidden else None
-    return kl, lse, ref_lse, _or_nothing(direction, hidden)
+    dkl_dhidden = _contiguous_empty_like(hidden) if train_hidden else None
+    return kl, lse, ref_lse, _or_empty(dkl_dhidden, hidden)
 
 
 def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *heads, logit_scale, softcap, train_hidden, train_head, ctx.impl = inputs
-    ctx.options = logit_scale, softcap
-    _, lse, ref_lse, direction = output
-    ctx.mark_non_differentiable(lse, ref_lse, direction)
+    (
+        hidden, weight, ref_hidden, ref_weight, logit_scale, softcap, train_hidden, train_head,
+        impl,
+    ) = inputs  # fmt: skip
+    _, lse, ref_lse, dkl_dhidden = output
+    ctx.logit_scale, ctx.softcap, ctx.impl = logit_scale, softcap, impl
+    ctx.mark_non_differentiable(lse, ref_lse, dkl_dhidden)
     ctx.set_materialize_grads(False)
-    of_the_head = (*heads, lse, ref_lse) if train_head else (None,) * 6
-    ctx.save_for_backward(direction if train_hidden else None, *of_the_head)
+    saved_for_head = (hidden, weight, ref_hidden, ref_weight, lse, ref_lse)
+    ctx.save_for_backward(
+        dkl_dhidden if train_hidden else None, *(saved_for_head if train_head else (None,) * 6)
+    )
 
 
-def _kl_bwd(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _kl_bwd(ctx: Any, grad_kl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, *_ = ctx.needs_input_grad
     grad_hidden = grad_weight = None
-    if upstream is not None:
-        direction, *of_the_head = ctx.saved_tensors
+    if grad_kl is not None:
+        dkl_dhidden, *saved_for_head = ctx.saved_tensors
         if need_hidden:
-            grad_hidden = _scale_rows(direction, upstream)
+            grad_hidden = _scale_rows(dkl_dhidden, grad_kl)
         if need_weight:
-            grad_weight = _linear_kl_bwd(upstream, *of_the_head, *ctx.options, ctx.impl)
+            grad_weight = _linear_kl_bwd(
+                grad_kl, *saved_for_head, ctx.logit_scale, ctx.softcap, ctx.impl
+            )
     return grad_hidden, grad_weight, *(None,) * 7
 
 
@@ -279,7 +273,7 @@ _linear_kl.register_autograd(_kl_bwd, setup_context=_save_kl)
 
 @torch.library.custom_op("fastpref::linear_kl_bwd", mutates_args=())
 def _linear_kl_bwd(
-    gain: Tensor,
+    grad_kl: Tensor,
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
@@ -290,16 +284,16 @@ def _linear_kl_bwd(
     softcap: float | None,
     impl: str,
 ) -> Tensor:
+    head = Head(weight, None, logit_scale, softcap)
     grad_weight = torch.empty_like(weight)
     backend_for(impl, hidden).linear_kl_bwd(
-        gain, hidden, weight, ref_hidden, ref_weight, logit_scale, softcap, lse, ref_lse,
-        grad_weight,
-    )  # fmt: skip
+        grad_kl, hidden, head, ref_hidden, ref_weight, lse, ref_lse, grad_weight
+    )
     return grad_weight
 
 
 @_linear_kl_bwd.register_fake
-def _(gain: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _(grad_kl: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -325,23 +319,16 @@ def _score_geometry(
     if per_pair:
         spans = [slice(a, b) for a, b in pairwise(ends)]
         groups = list(zip(spans[:pairs], spans[pairs:], strict=True))
-    # Padding rows may hold NaN (attention over nothing); times a delta of 0 that is still NaN.
-    kept = hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0.0)
-    backend, labels = backend_for(impl, hidden), labels.long()
+    # Padding rows may hold NaN (attention over nothing); times a gradient of 0 that is still NaN.
+    hidden = hidden.masked_fill((labels == IGNORE_INDEX)[:, None], 0.0)
+    head, labels = Head(weight, None, logit_scale, softcap), labels.long()
+    backend = backend_for(impl, hidden)
     logps, lse = _empty_rows(hidden, 2)
-    backend.linear_logps_fwd(
-        kept, weight, labels, None, logit_scale, softcap, logps, lse, None, None
-    )
-
-    def delta(hidden: Tensor, labels: Tensor, lse: Tensor, panel: slice) -> Tensor:
-        return backend.delta_panel(
-            hidden, weight[panel], labels, logit_scale, softcap, lse, panel.start
-        )
-
+    backend.linear_logps_fwd(hidden, head, labels, logps, lse, None, None, None)
     with torch.autocast(hidden.device.type, enabled=False):
-        products = score_products(kept, labels, lse, token_weights, len(weight), groups, delta)
+        products = score_products(backend, hidden, head, labels, lse, token_weights, groups)
     chosen, rejected, product = products.unbind(1)
-    # A norm that rounding would take below 0 is 0.
+    # Rounding may give a squared norm slightly below 0.
     chosen, rejected = chosen.clamp(min=0).sqrt(), rejected.clamp(min=0).sqrt()
     size = chosen * rejected
     cosine = (product / size).masked_fill(size == 0, 0.0).clamp(-1, 1)
@@ -367,9 +354,20 @@ def _empty_rows(hidden: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(count))
 
 
-def _empty_direction(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape)  # contiguous, whatever the strides of hidden
+def _empty_logps_outputs(
+    hidden: Tensor, weight: Tensor, train_hidden: bool, train_head: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logps, lse, dlogp_dhidden, dlogits and row_scale; None for those that are not needed."""
+    logps, lse = _empty_rows(hidden, 2)
+    dlogp_dhidden = _contiguous_empty_like(hidden) if train_hidden else None
+    dlogits = backend_for(impl, hidden).new_dlogits_cache(hidden, weight) if train_head else None
+    row_scale = None if dlogits is None else torch.empty_like(lse)
+    return logps, lse, dlogp_dhidden, dlogits, row_scale
 
 
-def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x  # an op returns tensors only
+def _contiguous_empty_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)  # empty_like would copy the strides of x
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x

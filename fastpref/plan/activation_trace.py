@@ -1,9 +1,9 @@
-"""What a trunk keeps and computes, counted on tensors without values.
+"""Bytes and FLOPs of a trunk's passes, counted on tensors without values.
 
 The model's own code runs forward and backward, with its autocast, adapters and checkpointing, on
-fake tensors that have shapes alone; a dispatch mode adds up the storages that are alive. It runs
-with a few blocks and with twice as many, on a short and on a long input, and what lies between and
-beyond is linear in both.
+fake tensors, which have shapes and no values; a dispatch mode adds up the live storages. It runs
+with a few blocks and with twice as many, on a short and on a long input. Bytes and FLOPs are linear
+in both numbers, so other sizes are interpolated and extrapolated.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes and FLOPs of the trunk's passes; of attention's scores no FLOPs."""
+    """Bytes and FLOPs of the trunk's passes; FLOPs exclude the scores of attention."""
 
-    kept: Line  # bytes from forward to backward
-    forward: Line  # bytes at most beyond that while the forward pass runs
-    backward: Line  # and while a backward pass runs, without the gradients that it leaves
+    saved: Line  # bytes from the forward to the backward pass
+    forward: Line  # peak bytes beyond `saved` during the forward pass
+    backward: Line  # peak bytes beyond `saved` during the backward pass, without its gradients
     forward_flops: Line
-    backward_flops: Line  # with what is computed again
+    backward_flops: Line  # recomputation included
 
 
 class _Run(NamedTuple):
-    kept: float
+    saved: float
     forward: float
     backward: float
     forward_flops: float
@@ -60,15 +60,15 @@ class _Run(NamedTuple):
 
 
 def trace(policy: Policy, group: Sequence[int], layout: Layout, one_kernel: bool) -> Trace:
-    """Of an empty policy, which it uses up, over a group and over one twice as long.
+    """Trace an empty policy over a group and over one twice as long; the policy loses its blocks.
 
-    group: tokens of the prompt and of the responses. one_kernel: attention takes a packed row at
+    group: tokens of the prompt and of each response. one_kernel: attention takes a packed row at
     once; else sequence by sequence, as on CPU. Raises ModelError for a model whose code needs
     values.
     """
     if policy.base.config._attn_implementation != "eager":
-        # With a packing or without, it keeps what flash attention does; transformers would make
-        # masks for tensors without values.
+        # Packed attention saves as much as flash attention, with a packing or without; the code of
+        # transformers would build masks, which needs values.
         use_layout(policy, "prefix_shared")
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -87,7 +87,7 @@ def _fit(policy: Policy, batches: list[Batch]) -> Trace:
     blocks = policy.blocks()
     count = len(blocks)
     alike = len({sum(p.numel() for p in block.parameters()) for block in blocks}) == 1
-    # Selective checkpointing comes round every second block.
+    # Selective checkpointing repeats every second block.
     many = min(count, 4) if alike else count
     few = max(1, many // 2)
     runs = {}
@@ -97,7 +97,8 @@ def _fit(policy: Policy, batches: list[Batch]) -> Trace:
     lines = []
     for name in _Run._fields:
         low, high = (getattr(run, name) for run in runs[many])
-        if name != "backward" and many > few:  # one block at a time is computed backward
+        # The backward pass works on one block at a time, so its peak is that of any number.
+        if name != "backward" and many > few:
             less = [getattr(run, name) for run in runs[few]]
             scale = (count - many) / (many - few)
             low, high = low + scale * (low - less[0]), high + scale * (high - less[1])
@@ -113,39 +114,39 @@ def _batch(lengths: Sequence[int], layout: Layout, one_kernel: bool) -> Batch:
 
 
 def _run(policy: Policy, batch: Batch) -> _Run:
-    """One forward and one backward pass of the trunk from its embeddings."""
+    """Run one forward and one backward pass of the trunk, from its embeddings."""
     embeddings = cast(Tensor, policy.base.get_input_embeddings().weight)
     shape = *batch.input_ids.shape, embeddings.shape[1]
     hooks = [
-        p.register_post_accumulate_grad_hook(_forget_gradient)
+        p.register_post_accumulate_grad_hook(_drop_gradient)
         for p in policy.parameters()
         if p.requires_grad
     ]
-    with FlopCounterMode(display=False) as flops, _Alive(policy.parameters()) as alive:
+    with FlopCounterMode(display=False) as flops, _LiveBytes(policy.parameters()) as live:
         inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
         root = policy.hidden_states(batch, inputs).sum()
-        kept, forward, forward_flops = alive.now, alive.peak, flops.get_total_flops()
-        alive.peak = kept
+        saved, forward, forward_flops = live.now, live.peak, flops.get_total_flops()
+        live.peak = saved
         root.backward()
         total = flops.get_total_flops()
     for hook in hooks:
         hook.remove()
-    return _Run(kept, forward - kept, alive.peak - kept, forward_flops, total - forward_flops)
+    return _Run(saved, forward - saved, live.peak - saved, forward_flops, total - forward_flops)
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of the storages that were made within and still exist, and the most there were."""
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of live storages that were allocated inside the context, now and at their peak."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._storages: dict[int, Any] = {}
         for tensor in existing:
-            self._see(tensor.untyped_storage(), size=0)
+            self._add(tensor.untyped_storage(), size=0)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -154,17 +155,17 @@ class _Alive(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                self._see(storage, storage.nbytes())
+                self._add(storage, storage.nbytes())
         return output
 
-    def _see(self, storage: Any, size: int) -> None:
+    def _add(self, storage: Any, size: int) -> None:
         key = id(storage)
-        if key in self._known:
+        if key in self._storages:
             return
         self.now += size
         self.peak = max(self.peak, self.now)
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, size))
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self.now -= size
-        del self._known[key]
+        del self._storages[key]

@@ -1,4 +1,4 @@
-"""`fastpref plan`: lengths in, a prediction out, as a table and as JSON."""
+"""`fastpref plan`: the prediction for a config, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.config import Config
+from fastpref.config import Config, Data, Model
 from fastpref.data.dataset import load_groups
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.losses import Kind
 from fastpref.model.load import announce_code
-from fastpref.plan.devices import named
-from fastpref.plan.predict import Prediction, Predictor
-from fastpref.plan.suggestions import Setup, fitting
-from fastpref.plan.workload import Sizes
+from fastpref.plan.devices import find_device
+from fastpref.plan.predict import Prediction, Predictor, Setup
+from fastpref.plan.suggestions import fitting_changes
+from fastpref.plan.workload import GroupLengths
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import ModelError, UserError
+from fastpref.utils.progress import format_duration
 
 GIB = 2**30
+# Responses of a group if `--lengths` names one.
 RESPONSES: dict[Kind, int] = {"pairwise": 2, "pointwise": 1, "groupwise": 4}
 
 
@@ -35,35 +37,40 @@ def run(
     lengths: str | None,
     out: Path | None,
 ) -> bool:
-    """Predict a run, print it, write it to `out`, and say whether it fits.
+    """Predict a run, print the prediction, write it to `out`, and return whether it fits.
 
-    Raises UserError in one line.
+    lengths: the option `--lengths`, used instead of the data. Raises UserError in one line.
     """
-    dtype = getattr(torch, config.model.dtype)
-    announce_code(config.model, partial(_say, console))
-    sizes, vocabulary = _sizes(config, lengths)
-    predict = Predictor(named(device, dtype), vocabulary)
-    setup = Setup(config, sizes, ranks)
-    predicted = predict(config, sizes, ranks)
+    announce_code(config.model, partial(_print, console))
+    kind: Kind = config.build_loss().kind
+    vocabulary = None
+    if lengths is None:
+        groups, vocabulary = _read_lengths(config.model, config.data, kind)
+    else:
+        groups = _uniform_lengths(lengths, kind, config.training.batch_size)
+    predict = Predictor(find_device(device, getattr(torch, config.model.dtype)), vocabulary)
+    setup = Setup(config, groups, ranks)
+    predicted = predict(setup)
     console.print(_table(predicted, whole_epoch=lengths is None), highlight=False)
-    _say(console, verdict(predicted))
-    found = [] if predicted.fits else fitting(predict, setup)
-    for changed, then in found:
-        _say(
+    _print(console, verdict(predicted))
+    solutions = [] if predicted.fits else fitting_changes(predict, setup)
+    for changed, p in solutions:
+        changes = " ".join(changed.changes)
+        _print(console, f"  {changes}: {_memory(p)}, {format_duration(p.seconds)} a step")
+    if not predicted.fits and not solutions:
+        _print(
             console,
-            f"  {' '.join(changed.changes)}: {_memory(then)}, {_duration(then.seconds)} a step",
+            "  no single change or pair of changes known to the planner makes it fit",
         )
-    if not predicted.fits and not found:
-        _say(console, "  no one or two changes that are known here make it fit")
     if out is not None:
-        changes = [{"changes": s.changes, **p.record()} for s, p in found]
+        records = [{"changes": s.changes, **p.record()} for s, p in solutions]
         with replacing(out) as temporary:
-            temporary.write_text(json.dumps({**predicted.record(), "changes": changes}, indent=1))
+            temporary.write_text(json.dumps({**predicted.record(), "changes": records}, indent=1))
     return predicted.fits
 
 
 def verdict(p: Prediction) -> str:
-    """One line: whether it fits, how tightly, or what is missing."""
+    """One line: whether the run fits, and how much memory it takes or lacks."""
     usable = p.device.usable / GIB
     where = f"{usable:.1f} GiB of {p.device.name} that a run can use"
     if p.fits:
@@ -72,51 +79,48 @@ def verdict(p: Prediction) -> str:
     return f"does not fit: {_memory(p)}, {missing:.1f} GiB more than the {where}"
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _sizes(config: Config, lengths: str | None) -> tuple[Sizes, int | None]:
-    """Lengths of the groups, and the tokenizer's number of tokens if there was need of one."""
-    kind: Kind = config.build_loss().kind
-    if lengths is not None:
-        prompt, *responses = _numbers(lengths)
-        if len(responses) == 1:
-            responses *= RESPONSES[kind]
-        return Sizes.alike(kind, config.training.batch_size, prompt, responses), None
-    if not Path(config.data.train).expanduser().is_file():
+def _read_lengths(model: Model, data: Data, kind: Kind) -> tuple[GroupLengths, int]:
+    """Lengths of the groups in the data, and the number of tokens of the tokenizer."""
+    if not Path(data.train).expanduser().is_file():
         raise UserError(
-            f"data.train: {config.data.train} is not a file here; give --lengths PROMPT,RESPONSE, "
+            f"data.train: {data.train} is not a file here; give --lengths PROMPT,RESPONSE, "
             "mean tokens"
         )
     try:
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(model, data, kind)
     except ModelError as error:
         raise UserError(f"{error}; or give --lengths PROMPT,RESPONSE, mean tokens") from None
-    groups = load_groups(config.data.train, tokenizer, config.data, kind)
-    return Sizes.of(groups), len(tokenizer)
+    groups = load_groups(data.train, tokenizer, data, kind)
+    return GroupLengths.of(groups), len(tokenizer)
 
 
-def _numbers(lengths: str) -> list[int]:
+def _uniform_lengths(lengths: str, kind: Kind, count: int) -> GroupLengths:
+    """`count` groups with the lengths of the option."""
     try:
-        found = [int(part) for part in lengths.split(",")]
+        prompt, *responses = [int(part) for part in lengths.split(",")]
     except ValueError:
-        found = []
-    if len(found) < 2 or min(found) < 1:
+        prompt, responses = 0, []
+    if not responses or min(prompt, *responses) < 1:
         raise UserError(
             "--lengths: must be tokens of the prompt and of each response, such as 200,300, got "
             f"{lengths}"
         )
-    return found
+    if len(responses) == 1:
+        responses *= RESPONSES[kind]
+    return GroupLengths.uniform(kind, count, prompt, responses)
 
 
 def _table(p: Prediction, whole_epoch: bool) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    of = p.parts.total
+    total = p.parts.total
     for field in fields(p.parts):
         if size := getattr(p.parts, field.name):
-            table.add_row(field.name, f"{size / GIB:8.2f} GiB {size / of:4.0%}")
-    table.add_row("peak", f"{of / GIB:8.2f} GiB, at: {p.moment}")
+            table.add_row(field.name, f"{size / GIB:8.2f} GiB {size / total:4.0%}")
+    table.add_row("peak", f"{total / GIB:8.2f} GiB, at: {p.moment}")
     if p.host_bytes:
         table.add_row("in host memory", f"{p.host_bytes / GIB:8.2f} GiB")
     for name, text in _figures(p, whole_epoch):
@@ -132,21 +136,14 @@ def _figures(p: Prediction, whole_epoch: bool) -> list[tuple[str, str]]:
     rows = [
         ("tokens a step", f"{p.tokens:,.0f} in {p.micro_batches:.1f} micro-batches a rank"),
         ("FLOPs a step", f"{f.total:.3g} a rank ({shares})"),
-        ("time a step", f"{_duration(p.seconds)} on {p.ranks} × {p.device.name}"),
+        ("time a step", f"{format_duration(p.seconds)} on {p.ranks} × {p.device.name}"),
     ]
     if whole_epoch:
-        rows.append(("an epoch", f"{p.steps:,} steps, {_duration(p.steps * p.seconds)}"))
+        rows.append(("an epoch", f"{p.steps:,} steps, {format_duration(p.steps * p.seconds)}"))
         if p.reference_seconds:
-            rows.append(("reference, once", _duration(p.reference_seconds)))
+            rows.append(("reference, once", format_duration(p.reference_seconds)))
     return rows
 
 
 def _memory(p: Prediction) -> str:
     return f"{p.parts.total / GIB:.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.2g} s"

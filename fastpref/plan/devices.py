@@ -1,4 +1,4 @@
-"""Devices a run can be planned for: speed, bandwidth and memory."""
+"""Devices that a run can be planned for: speed, bandwidth and memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 
 from fastpref.utils.errors import UserError
 
-# What torch cannot give a run: CUDA context and libraries, and a share lost between blocks.
+# Memory that a run cannot use: CUDA context and libraries, and a share lost to fragmentation.
 RUNTIME_BYTES = 2**30
 FRAGMENTED = 0.05
 
 
 @dataclass(frozen=True)
 class Device:
-    """flops: dense bf16 products per second at their peak; attainable: the share of it that a
-    whole training step reaches; bandwidth: bytes per second; memory: bytes."""
+    """Speed, bandwidth and memory of one device.
+
+    flops: peak dense bf16 FLOPs per second; attainable: the share of it that a whole training step
+    reaches; bandwidth: bytes per second; memory: bytes.
+    """
 
     name: str
     flops: float
@@ -33,7 +36,7 @@ class Device:
 
     @property
     def usable(self) -> int:
-        """Bytes that weights, activations and the rest may take."""
+        """Bytes that a run can use."""
         return int((self.memory - RUNTIME_BYTES) * (1 - FRAGMENTED))
 
 
@@ -42,9 +45,9 @@ def _gpu(name: str, tflops: float, attainable: float, gbytes: float, mib: int) -
 
 
 # Peaks and bandwidths: NVIDIA's data sheets, SXM versions, without sparsity; memory: as nvidia-smi
-# reports it. Attainable: model FLOP utilisation that public training runs of 7B to 70B models
-# report, rounded down (Llama 3, arXiv:2407.21783: 0.38 to 0.43 on thousands of H100s; single
-# machines more); none of them is measured here.
+# reports it. Attainable: model FLOP utilization that public training runs of 7B to 70B models
+# report, rounded down (Llama 3, arXiv:2407.21783: 0.38 to 0.43 on thousands of H100s; more on
+# single machines); none of these numbers was measured here.
 _GPUS = (
     _gpu("h100", 989, 0.45, 3350, 81559),
     _gpu("h200", 989, 0.45, 4800, 143771),
@@ -57,10 +60,10 @@ _GPUS = (
 GPUS = {device.name: device for device in _GPUS}
 
 
-def named(name: str, dtype: torch.dtype) -> Device:
-    """A device by name; `cpu` is this machine, its products in `dtype` measured in a moment.
+def find_device(name: str, dtype: torch.dtype) -> Device:
+    """A device by name; `cpu` is this machine, whose GEMMs in `dtype` are timed for a moment.
 
-    Raises UserError for a name that is not known.
+    Raises UserError for an unknown name.
     """
     if name == "cpu":
         return _this_cpu(dtype)
@@ -70,12 +73,14 @@ def named(name: str, dtype: torch.dtype) -> Device:
 
 
 def _this_cpu(dtype: torch.dtype) -> Device:
-    side = 256 if dtype == torch.bfloat16 else 768  # some CPUs make nothing of bf16
-    a, source, target = torch.ones(side, side, dtype=dtype), *torch.ones(2, 2**23)
-    product = min(_seconds(lambda: a @ a) for _ in range(4))
+    # bf16 is slow on CPUs without instructions for it.
+    side = 256 if dtype == torch.bfloat16 else 768
+    a = torch.ones(side, side, dtype=dtype)
+    source, target = torch.ones(2, 2**23)
+    gemm = min(_seconds(lambda: a @ a) for _ in range(4))
     copy = min(_seconds(lambda: target.copy_(source)) for _ in range(4))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", 2 * side**3 / product, 0.7, 2 * source.nbytes / copy, memory)
+    return Device("cpu", 2 * side**3 / gemm, 0.7, 2 * source.nbytes / copy, memory)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -2,9 +2,9 @@
 
     time = FLOPs / (attainable · peak) + bytes of the optimizer's update / bandwidth
 
-FLOPs are those of matrix products: the trunk's as counted on it, 4 W for each pair of tokens that
-attend (W: width of all heads), 3.5 times as many where there is a backward pass, and the head's
-passes. Communication between ranks is not in it.
+FLOPs are those of GEMMs: the trunk's as counted on it, 4 W for each pair of tokens that attend
+(W: width of all heads), 3.5 times as many if there is a backward pass, and the head's passes.
+Communication between ranks is not included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastpref.plan.workload import Pass, Step
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one rank's products in a step."""
+    """FLOPs of one rank in a step."""
 
     trunk: float
     attention: float
@@ -29,14 +29,16 @@ class Flops:
         return self.trunk + self.attention + self.head
 
 
-def flops(memory: Memory, step: Step) -> Flops:
-    """Forward and backward, with what is computed again and with a reference that runs beside."""
+def step_flops(memory: Memory, step: Step, checkpointing: str) -> Flops:
+    """Forward and backward, with recomputed blocks and with a reference that runs in each step.
+
+    checkpointing: `training.activation_checkpointing`.
+    """
     passes = [p for batch in step for p in batch]
-    trace, shapes, config = memory.trace, memory.shapes, memory.config
-    beside = config.reference_mode in ("frozen", "adapter")
-    again = {"full": 1.0, "selective": 0.5, "off": 0.0}[config.training.activation_checkpointing]
-    forwards = 1 + beside
-    attention = 4.0 * shapes.attention_width * shapes.blocks * (forwards + again + 2.5)
+    trace, shapes = memory.trace, memory.shapes
+    forwards = 2 if memory.head.runs_reference else 1
+    recomputed = {"full": 1.0, "selective": 0.5, "off": 0.0}[checkpointing]
+    attention = 4.0 * shapes.attention_width * shapes.blocks * (forwards + recomputed + 2.5)
     return Flops(
         sum(
             forwards * trace.forward_flops(p.tokens) + trace.backward_flops(p.tokens)
@@ -48,7 +50,7 @@ def flops(memory: Memory, step: Step) -> Flops:
 
 
 def reference_flops(memory: Memory, step: Step) -> float:
-    """Of the forward passes that a cached reference takes once."""
+    """FLOPs of the forward passes that compute a cached reference once."""
     passes = [p for batch in step for p in batch]
     attention = 4.0 * memory.shapes.attention_width * memory.shapes.blocks
     return sum(

@@ -1,31 +1,52 @@
-"""The prediction for one config on one device: what `fastpref plan` shows."""
+"""The prediction for one config on one device, as `fastpref plan` shows it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastpref.config import Config, ConfigError
-from fastpref.model.batch_layout import wanted_layout
+from fastpref.config import Config, ConfigError, Parallel
+from fastpref.data.batch_plan import Layout
+from fastpref.model.batch_layout import preferred_layout
 from fastpref.plan import flops as speed
 from fastpref.plan.activation_trace import Trace, trace
 from fastpref.plan.devices import Device
+from fastpref.plan.head import Head
 from fastpref.plan.memory import Memory, Parts
 from fastpref.plan.model_shapes import Shapes, empty_policy, shapes_of
-from fastpref.plan.workload import Sizes, Step, steps_of
+from fastpref.plan.workload import GroupLengths, Step, steps_of
 
-Traced = tuple[Shapes, Trace]
+
+@dataclass(frozen=True)
+class Setup:
+    """A run to predict: its config, the lengths of its data, its ranks.
+
+    changes: of the config that the user has, as they are typed on the command line.
+    """
+
+    config: Config
+    lengths: GroupLengths
+    ranks: int
+    changes: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        return preferred_layout(self.config.training, self.config.model.attn_implementation)
+
+    @property
+    def in_4bit(self) -> bool:
+        return self.config.adapter is not None and self.config.adapter.quantize is not None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a rank in the first epoch; memory of its fullest micro-batch, the rest means of steps."""
+    """Memory of a rank's fullest micro-batch, and means over the steps of the first epoch."""
 
     device: Device
     ranks: int
     moment: str  # of the peak
     parts: Parts
-    host_bytes: int  # of checkpoints and of what is offloaded, in the machine's memory
+    host_bytes: int  # of checkpoints and of offloaded tensors, in host memory
     steps: int
     tokens: float  # of a step, over all ranks
     micro_batches: float  # of a rank's step
@@ -43,88 +64,117 @@ class Prediction:
         return self.seconds * self.ranks
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The prediction for JSON."""
         return {**asdict(self), "total_bytes": self.parts.total, "fits": self.fits}
 
 
 class Predictor:
-    """Predictions on one device; what is traced once serves all configs that trace alike."""
+    """Predictions on one device; configs with the same model and layout share one trace."""
 
     def __init__(self, device: Device, vocabulary: int | None) -> None:
         self.device, self._vocabulary = device, vocabulary
-        self._traced: dict[str, Traced] = {}
+        self._traces: dict[str, tuple[Shapes, Trace]] = {}
 
-    def __call__(self, config: Config, sizes: Sizes, ranks: int) -> Prediction:
-        """Raises UserError where a config cannot run at all."""
-        shard = shard_size(config, ranks)
+    def __call__(self, setup: Setup) -> Prediction:
+        """Raises UserError for a config that cannot run at all."""
+        config, ranks = setup.config, setup.ranks
+        shard = shard_size(config.parallel, setup.in_4bit, ranks)
         one_by_one = self.device.is_cpu and shard == 1
-        steps = steps_of(config, sizes, ranks, one_by_one)
-        shapes, traced = self._trace(config, sizes, steps, shard > 1, one_by_one)
-        memory = Memory(config, shapes, traced, shard, self.device.is_cpu)
+        steps = steps_of(config.training, setup.layout, setup.lengths, ranks, one_by_one)
+        memory = self._memory(setup, steps, shard, one_by_one)
         moment, parts = max(
             (memory.peak(batch, len(step) > 1) for step in steps for batch in step),
-            key=lambda found: found[1].total,
+            key=lambda peak: peak[1].total,
         )
-        flops = [speed.flops(memory, step) for step in steps]
-        mean = speed.Flops(
-            *(
-                sum(getattr(f, n) for f in flops) / len(steps)
-                for n in ("trunk", "attention", "head")
-            )
-        )
-        once = 0.0
+        checkpointing = config.training.activation_checkpointing
+        flops = _mean([speed.step_flops(memory, step, checkpointing) for step in steps])
+        reference_flops = 0.0
         if config.reference_mode == "cached":
-            once = sum(speed.reference_flops(memory, step) for step in steps)
+            reference_flops = sum(speed.reference_flops(memory, step) for step in steps)
         host = 0 if self.device.is_cpu else memory.host_copy
         if memory.offloads:
             host += 2 * memory.trained_bytes + memory.optimizer_bytes
         tokens = sum(p.tokens for step in steps for batch in step for p in batch)
         return Prediction(
-            self.device,
-            ranks,
-            moment,
-            parts,
-            host,
-            len(steps),
-            tokens * ranks / len(steps),
-            sum(map(len, steps)) / len(steps),
-            mean,
-            speed.seconds(self.device, mean.total) + speed.update_seconds(self.device, memory),
-            speed.seconds(self.device, once),
+            device=self.device,
+            ranks=ranks,
+            moment=moment,
+            parts=parts,
+            host_bytes=host,
+            steps=len(steps),
+            tokens=tokens * ranks / len(steps),
+            micro_batches=sum(map(len, steps)) / len(steps),
+            flops=flops,
+            seconds=speed.seconds(self.device, flops.total)
+            + speed.update_seconds(self.device, memory),
+            reference_seconds=speed.seconds(self.device, reference_flops),
+        )
+
+    def _memory(self, setup: Setup, steps: list[Step], shard: int, one_by_one: bool) -> Memory:
+        config = setup.config
+        shapes, traced = self._trace(setup, steps, shard > 1, one_by_one)
+        head = Head(
+            shapes,
+            self.device.is_cpu,
+            sharded=shard > 1,
+            log_every=config.training.log_every,
+            calibrated=config.calibration is not None,
+            runs_reference=config.reference_mode in ("frozen", "adapter"),
+            full_kl="kl" in getattr(config.build_loss(), "columns", ()),
+        )
+        return Memory(
+            shapes,
+            traced,
+            head,
+            config.optim,
+            config.parallel,
+            config.reference_mode,
+            dpo_pg=config.update == "dpo_pg",
+            checkpoints=config.training.checkpoint_every is not None,
+            shard=shard,
+            on_cpu=self.device.is_cpu,
         )
 
     def _trace(
-        self, config: Config, sizes: Sizes, steps: list[Step], sharded: bool, one_by_one: bool
-    ) -> Traced:
-        key = repr(
-            (
+        self, setup: Setup, steps: list[Step], sharded: bool, one_by_one: bool
+    ) -> tuple[Shapes, Trace]:
+        config, lengths = setup.config, setup.lengths
+        checkpointing = config.training.activation_checkpointing
+        key = repr((config.model, config.adapter, checkpointing, setup.layout, sharded))
+        if key not in self._traces:
+            policy = empty_policy(
                 config.model,
-                config.adapter,
-                config.training.activation_checkpointing,
-                wanted_layout(config),
+                self._vocabulary,
                 sharded,
+                adapter=config.adapter,
+                activation_checkpointing=checkpointing,
             )
-        )
-        if key not in self._traced:
-            policy = empty_policy(config, self._vocabulary, sharded)
-            shapes = shapes_of(policy, config)
+            shapes = shapes_of(policy, setup.in_4bit)
             longest = max(p.tokens for step in steps for batch in step for p in batch)
-            group = sizes.group(int(sizes.padded_lengths.argmax()))
+            group = lengths.group(int(lengths.padded_lengths.argmax()))
             half = [max(1, round(n * longest / sum(group) / 2)) for n in group]
-            traced = trace(policy, half, wanted_layout(config), one_kernel=not one_by_one)
-            self._traced[key] = shapes, traced
-        return self._traced[key]
+            traced = trace(policy, half, setup.layout, one_kernel=not one_by_one)
+            self._traces[key] = shapes, traced
+        return self._traces[key]
 
 
-def shard_size(config: Config, ranks: int) -> int:
-    """Ranks that share one copy of the base, as `fastpref.model.fsdp.make_mesh` cuts them.
+def _mean(flops: list[speed.Flops]) -> speed.Flops:
+    return speed.Flops(
+        trunk=sum(f.trunk for f in flops) / len(flops),
+        attention=sum(f.attention for f in flops) / len(flops),
+        head=sum(f.head for f in flops) / len(flops),
+    )
 
-    Raises ConfigError where the mesh does not make that many ranks.
+
+def shard_size(parallel: Parallel, in_4bit: bool, ranks: int) -> int:
+    """Ranks that share one copy of the base, as in `fastpref.model.fsdp.make_mesh`.
+
+    Raises ConfigError if `parallel` needs another number of ranks.
     """
-    replicate, shard = config.parallel.sizes(ranks)
+    replicate, shard = parallel.sizes(ranks)
     if replicate * shard != ranks:
         raise ConfigError(
             f"parallel: replicate {replicate} · shard {shard} needs {replicate * shard} ranks; "
             f"plan with --ranks {replicate * shard}"
         )
-    return 1 if config.adapter is not None and config.adapter.quantize else shard
+    return 1 if in_4bit else shard

@@ -1,70 +1,38 @@
 """Changes of a config that make it fit, the cheapest first.
 
-A change's cost is that of a step: seconds times devices. Each is tried alone; where none is enough,
-any two together.
+The cost of a change is seconds of a step times devices. Each change is tried alone, then any two
+together if no single one is enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import yaml
 
 from fastpref import config as configs
-from fastpref.config import Config
 from fastpref.data.batch_plan import tokens_of
-from fastpref.model.batch_layout import wanted_layout
-from fastpref.plan.predict import Prediction, Predictor
-from fastpref.plan.workload import Sizes
+from fastpref.plan.predict import Prediction, Predictor, Setup
 from fastpref.utils.errors import UserError
 
 SHOWN = 3
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What a prediction is made of, and the changes that led to it, as one would type them."""
-
-    config: Config
-    sizes: Sizes
-    ranks: int
-    changes: tuple[str, ...] = ()
-
-    def set(self, **values: Any) -> Setup:
-        """With fields `section__key` of the config changed; raises ConfigError."""
-        raw = yaml.safe_load(self.config.to_yaml())
-        for name, value in values.items():
-            section, _, key = name.partition("__")
-            if key:
-                raw[section][key] = value
-            else:
-                raw[section] = value
-        words = [f"{name.replace('__', '.')}={_typed(value)}" for name, value in values.items()]
-        return replace(self, config=configs.parse(raw), changes=(*self.changes, *words))
-
-
-def _typed(value: Any) -> str:
-    """A value as one types it."""
-    if not isinstance(value, dict):
-        return str(value)
-    return "'" + yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip() + "'"
-
-
 Change = Callable[[Setup], Iterator[Setup]]  # settings to try in turn, until one fits
 
 
-def fitting(predict: Predictor, setup: Setup) -> list[tuple[Setup, Prediction]]:
+def fitting_changes(predict: Predictor, setup: Setup) -> list[tuple[Setup, Prediction]]:
     """The cheapest changes, at most `SHOWN`, after which the run fits."""
     for size in (1, 2):
-        found = []
+        solutions = []
         for changes in combinations(CHANGES, size):
-            first = _first_that_fits(predict, setup, changes)
-            found += [] if first is None else [first]
-        if found:
-            return sorted(found, key=lambda each: each[1].cost)[:SHOWN]
+            solution = _first_that_fits(predict, setup, changes)
+            if solution is not None:
+                solutions.append(solution)
+        if solutions:
+            return sorted(solutions, key=lambda solution: solution[1].cost)[:SHOWN]
     return []
 
 
@@ -74,80 +42,102 @@ def _first_that_fits(
     change, *rest = changes
     for changed in change(setup):
         if rest:
-            found = _first_that_fits(predict, changed, tuple(rest))
-            if found is not None:
-                return found
+            solution = _first_that_fits(predict, changed, tuple(rest))
+            if solution is not None:
+                return solution
             continue
         try:
-            predicted = predict(changed.config, changed.sizes, changed.ranks)
-        except UserError:  # not a config that can run
+            predicted = predict(changed)
+        except UserError:  # the changed config cannot run
             continue
         if predicted.fits:
             return changed, predicted
     return None
 
 
+def _with(setup: Setup, **values: Any) -> Setup:
+    """Set fields `section__key` of the config; raises ConfigError."""
+    raw = yaml.safe_load(setup.config.to_yaml())
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        if key:
+            raw[section][key] = value
+        else:
+            raw[section] = value
+    changes = [f"{name.replace('__', '.')}={_typed(value)}" for name, value in values.items()]
+    return replace(setup, config=configs.parse(raw), changes=(*setup.changes, *changes))
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "'" + yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip() + "'"
+
+
+def _longest_group(setup: Setup) -> int:
+    """Tokens of the longest group in the layout of the run."""
+    return int(tokens_of(setup.lengths, setup.layout).max())  # type: ignore[arg-type]
+
+
 def _smaller_batches(setup: Setup) -> Iterator[Setup]:
-    """Half of `training.micro_batch_tokens`, and so on, down to what the longest group needs."""
-    layout = wanted_layout(setup.config)
-    longest = int(tokens_of(setup.sizes, layout).max())  # type: ignore[arg-type]
+    """Halve `training.micro_batch_tokens` again and again, down to the longest group."""
+    longest = _longest_group(setup)
     tokens = setup.config.training.micro_batch_tokens
     while tokens > longest:
         tokens = max(tokens // 2, longest)
-        yield setup.set(training__micro_batch_tokens=tokens)
+        yield _with(setup, training__micro_batch_tokens=tokens)
 
 
 def _checkpointing(setup: Setup) -> Iterator[Setup]:
     if setup.config.training.activation_checkpointing != "full":
-        yield setup.set(training__activation_checkpointing="full")
+        yield _with(setup, training__activation_checkpointing="full")
 
 
 def _adapter(setup: Setup) -> Iterator[Setup]:
     """Adapters instead of all weights; then the base in 4 bits."""
     adapter = setup.config.adapter
     if adapter is None:
-        yield setup.set(adapter="lora")
-        yield setup.set(adapter={"name": "lora", "quantize": "nf4"})
+        yield _with(setup, adapter="lora")
+        yield _with(setup, adapter={"name": "lora", "quantize": "nf4"})
     elif adapter.quantize is None:
-        yield setup.set(adapter__quantize="nf4")
+        yield _with(setup, adapter__quantize="nf4")
 
 
 def _eight_bit(setup: Setup) -> Iterator[Setup]:
     if setup.config.optim.name == "adamw":
-        yield setup.set(optim__name="adamw_8bit")
+        yield _with(setup, optim__name="adamw_8bit")
 
 
-def _cached_reference(setup: Setup) -> Iterator[Setup]:
-    if setup.config.reference_mode == "frozen":
-        yield from (setup.set(reference=mode) for mode in _modes(setup))
+def _cheaper_reference(setup: Setup) -> Iterator[Setup]:
+    """A reference that is no second model."""
+    if setup.config.reference_mode != "frozen":
+        return
+    # A divergence compares whole distributions, which are not cached.
+    if "kl" not in getattr(setup.config.build_loss(), "columns", ()):
+        yield _with(setup, reference="cached")
+    elif setup.config.adapter is not None:
+        yield _with(setup, reference="adapter")
 
 
 def _shorter(setup: Setup) -> Iterator[Setup]:
-    """Half of `data.max_length`, twice, where that cuts the longest group."""
-    for part in (2, 4):
-        length = setup.config.data.max_length // part
-        cut = setup.sizes.cut(length)
-        if len(cut) and cut.padded_lengths.max() < setup.sizes.padded_lengths.max():
-            longest = int(tokens_of(cut, wanted_layout(setup.config)).max())  # type: ignore[arg-type]
-            tokens = min(setup.config.training.micro_batch_tokens, longest)
-            shorter = setup.set(data__max_length=length, training__micro_batch_tokens=tokens)
-            yield replace(shorter, sizes=cut)
+    """Halve `data.max_length`, then halve it again, where that cuts the longest group."""
+    for divisor in (2, 4):
+        max_length = setup.config.data.max_length // divisor
+        truncated = setup.lengths.truncate(max_length)
+        longest = setup.lengths.padded_lengths.max()
+        if len(truncated) and truncated.padded_lengths.max() < longest:
+            shorter = replace(setup, lengths=truncated)
+            tokens = min(setup.config.training.micro_batch_tokens, _longest_group(shorter))
+            yield _with(shorter, data__max_length=max_length, training__micro_batch_tokens=tokens)
 
 
 def _more_ranks(setup: Setup) -> Iterator[Setup]:
-    """Twice as many, up to eight times, that share one copy of the model."""
+    """Twice, four and eight times as many ranks, which share one copy of the model."""
     for factor in (2, 4, 8):
         ranks = factor * setup.ranks
-        wider = setup.set(parallel__shard=None, parallel__replicate=None)
+        wider = _with(setup, parallel__shard=None, parallel__replicate=None)
         yield replace(wider, ranks=ranks, changes=(*setup.changes, f"--ranks {ranks}"))
-
-
-def _modes(setup: Setup) -> Iterator[str]:
-    columns = getattr(setup.config.build_loss(), "columns", ())
-    if "kl" not in columns:  # which compares whole distributions
-        yield "cached"
-    elif setup.config.adapter is not None:
-        yield "adapter"
 
 
 CHANGES: tuple[Change, ...] = (
@@ -155,7 +145,7 @@ CHANGES: tuple[Change, ...] = (
     _checkpointing,
     _adapter,
     _eight_bit,
-    _cached_reference,
+    _cheaper_reference,
     _shorter,
     _more_ranks,
 )

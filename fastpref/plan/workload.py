@@ -1,4 +1,4 @@
-"""Which tokens meet in a step: the plan of a run over lengths alone."""
+"""The forward passes of each step: the batch plan of a run, over lengths alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from fastpref.config import Config
+from fastpref.config import Training
 from fastpref.data.batch_plan import Layout, Plan, tokens_of
 from fastpref.data.dataset import UNITS, Groups, Lengths
 from fastpref.losses import Kind
-from fastpref.model.batch_layout import wanted_layout
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Tokens of N groups; see `fastpref.data.tokenize.Groups`, of which it is a part."""
+class GroupLengths:
+    """Tokens of N groups: the lengths of `fastpref.data.dataset.Groups`, without their tokens."""
 
     kind: Kind
     prompt_lengths: Lengths  # (N,)
@@ -25,11 +24,11 @@ class Sizes:
     offsets: Lengths  # (N + 1,)
 
     @classmethod
-    def of(cls, groups: Groups) -> Sizes:
+    def of(cls, groups: Groups) -> GroupLengths:
         return cls(groups.kind, groups.prompt_lengths, groups.response_lengths, groups.offsets)
 
     @classmethod
-    def alike(cls, kind: Kind, count: int, prompt: int, responses: Sequence[int]) -> Sizes:
+    def uniform(cls, kind: Kind, count: int, prompt: int, responses: Sequence[int]) -> GroupLengths:
         """`count` groups of the same lengths."""
         return cls(
             kind,
@@ -46,62 +45,65 @@ class Sizes:
         longest = np.maximum.reduceat(self.response_lengths, self.offsets[:-1])
         return self.prompt_lengths + longest
 
-    def cut(self, max_length: int) -> Sizes:
-        """With responses cut where prompt and response exceed a length; groups without room go."""
+    def truncate(self, max_length: int) -> GroupLengths:
+        """Cut responses so that prompt + response fits; drop groups whose prompt leaves no room."""
         counts = np.diff(self.offsets)
-        kept = self.prompt_lengths < max_length
+        has_room = self.prompt_lengths < max_length
         room = (max_length - self.prompt_lengths).repeat(counts)
-        responses = np.minimum(self.response_lengths, room)[kept.repeat(counts)]
-        offsets = np.concatenate([[0], counts[kept].cumsum()])
-        return Sizes(self.kind, self.prompt_lengths[kept], responses, offsets)
+        responses = np.minimum(self.response_lengths, room)[has_room.repeat(counts)]
+        offsets = np.concatenate([[0], counts[has_room].cumsum()])
+        return GroupLengths(self.kind, self.prompt_lengths[has_room], responses, offsets)
 
     def group(self, index: int) -> list[int]:
-        """Tokens of the prompt and of the responses of a group."""
-        own = self.response_lengths[self.offsets[index] : self.offsets[index + 1]]
-        return [int(n) for n in (self.prompt_lengths[index], *own)]
+        """Tokens of the prompt and of each response of a group."""
+        responses = self.response_lengths[self.offsets[index] : self.offsets[index + 1]]
+        return [int(n) for n in (self.prompt_lengths[index], *responses)]
 
 
 class Pass(NamedTuple):
     """One forward pass, of one or more groups."""
 
-    tokens: int  # positions, with their padding
+    tokens: int  # positions, padding included
     scored: int  # tokens of the responses
-    attended: int  # pairs of tokens of which one attends to the other
-    beside: int = 1  # passes of its micro-batch, which await their backward passes together
+    attended: int  # pairs of tokens in which one attends to the other
+    batch_passes: int = 1  # forward passes of its micro-batch; all precede the backward passes
 
 
 MicroBatch = tuple[Pass, ...]
 Step = list[MicroBatch]
 
 
-def steps_of(config: Config, sizes: Sizes, ranks: int, one_by_one: bool) -> list[Step]:
-    """The steps of the first epoch as the first rank sees them, which has the fullest batches.
+def steps_of(
+    training: Training, layout: Layout, lengths: GroupLengths, ranks: int, one_by_one: bool
+) -> list[Step]:
+    """The steps of the first epoch on the first rank, which has the fullest batches.
 
-    one_by_one: a forward pass for each group. Raises DataError where the longest does not fit.
+    one_by_one: a forward pass for each group. Raises DataError if the longest group does not fit.
     """
-    layout, training = wanted_layout(config), config.training
-    groups = cast(Groups, sizes)
-    counts = np.diff(sizes.offsets)
+    groups = cast(Groups, lengths)
+    counts = np.diff(lengths.offsets)
     padded = layout == "padded"
-    costs = sizes.padded_lengths if padded else tokens_of(groups, layout)
+    costs = lengths.padded_lengths if padded else tokens_of(groups, layout)
     plan = Plan(
         costs,
         counts if padded else None,
         training.batch_size,
         training.micro_batch_tokens,
         training.seed,
-        UNITS[sizes.kind],
+        UNITS[lengths.kind],
         ranks,
     )
-    scored = np.add.reduceat(sizes.response_lengths, sizes.offsets[:-1])
-    attended = _attended(sizes, layout)
+    scored = np.add.reduceat(lengths.response_lengths, lengths.offsets[:-1])
+    attended = _attended(lengths, layout)
 
-    def pass_over(indices: Sequence[int], beside: int) -> Pass:
-        own = np.array(indices)
+    def pass_over(indices: Sequence[int], batch_passes: int) -> Pass:
+        index = np.array(indices)
         if not padded:
-            return Pass(_sum(costs[own]), _sum(scored[own]), _sum(attended[own]), beside)
-        rows, width = _sum(counts[own]), int(costs[own].max())
-        return Pass(rows * width, _sum(scored[own]), rows * _triangle(width), beside)
+            return Pass(
+                _sum(costs[index]), _sum(scored[index]), _sum(attended[index]), batch_passes
+            )
+        rows, width = _sum(counts[index]), int(costs[index].max())
+        return Pass(rows * width, _sum(scored[index]), rows * _triangle(width), batch_passes)
 
     def passes(indices: Sequence[int]) -> MicroBatch:
         parts = [[index] for index in indices] if one_by_one else [indices]
@@ -111,14 +113,14 @@ def steps_of(config: Config, sizes: Sizes, ranks: int, one_by_one: bool) -> list
     return [[passes(i or [plan.shortest]) for i in plan.step(k)] for k in range(number)]
 
 
-def _attended(sizes: Sizes, layout: Layout) -> Lengths:
-    """Pairs of tokens of each group, (N,), in packed rows; a token attends to itself."""
-    counts = np.diff(sizes.offsets)
-    prompts = sizes.prompt_lengths.repeat(counts)
-    own = prompts * sizes.response_lengths + _triangle(sizes.response_lengths)
+def _attended(lengths: GroupLengths, layout: Layout) -> Lengths:
+    """Attended pairs of tokens of each group in packed rows, (N,); a token attends to itself."""
+    counts = np.diff(lengths.offsets)
+    prompts = lengths.prompt_lengths.repeat(counts)
+    by_response = prompts * lengths.response_lengths + _triangle(lengths.response_lengths)
     copies = 1 if layout == "prefix_shared" else counts
-    pairs = np.add.reduceat(own, sizes.offsets[:-1])
-    return pairs + copies * _triangle(sizes.prompt_lengths)
+    pairs = np.add.reduceat(by_response, lengths.offsets[:-1])
+    return pairs + copies * _triangle(lengths.prompt_lengths)
 
 
 def _triangle(length: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`fastpref report`: what runs have left on disk, as one page of pictures, readings and tables."""
+"""`fastpref report`: one page with charts, their readings and tables of finished or live runs."""
 
 from fastpref.report.page import report
 

@@ -1,4 +1,4 @@
-"""What a picture is, and the words that its readings share."""
+"""Chart types and the formatting of numbers and sentences in their readings."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from fastpref.report.runs import Run
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture of some runs, and in words what is to be seen: a line for each run."""
+class Chart:
+    """Figure of some runs, and a reading in words with one line for each run."""
 
     figure: Figure
     reading: str
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A kind of picture.
+class ChartSpec:
+    """Kind of chart on a report page.
 
-    draw: from all runs of a report; a position in them decides a colour.
-    needs: the metrics without which it is left out, and what in a config brings them.
+    name: stem of its files.
+    draw: draws all runs of a report, colored by position; None if no run has the metrics.
+    needs: required metrics, and the config fields that enable them.
     """
 
-    name: str  # of its files
+    name: str
     title: str
-    draw: Callable[[Sequence[Run]], Drawn | None]  # None: no run has what it needs
+    draw: Callable[[Sequence[Run]], Chart | None]
     needs: str
 
 
 def number(x: float) -> str:
-    """Three digits, and thousands in full."""
+    """Format a number with three significant digits, or all digits from 1,000 on."""
     text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
     return text.replace("-", "−")
 
 
 def moved(first: float, last: float, unit: str = "") -> str:
-    """`fell from 2 to 1 nats`."""
+    """Describe a change, such as `fell from 2 to 1 nats`."""
     start, end = number(first), number(last)
     unit = f" {unit}" if unit else ""
     if start == end:
@@ -48,7 +49,7 @@ def moved(first: float, last: float, unit: str = "") -> str:
 
 
 def sentence(runs: Sequence[Run], parts: dict[str, str]) -> str:
-    """What is said of each run; a line each, under its name, where there are several."""
+    """Join the readings of the runs: a sentence for one run, a named line each for several."""
     if len(runs) == 1:
         (text,) = parts.values()
         return f"{text[0].upper()}{text[1:]}."

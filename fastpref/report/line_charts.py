@@ -1,4 +1,4 @@
-"""Pictures of metrics against the optimizer step, all runs in one panel."""
+"""Charts of metrics over the optimizer steps, with all runs in one panel."""
 
 from __future__ import annotations
 
@@ -6,49 +6,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastpref.report.chart import Drawn, moved, number, sentence
+from fastpref.report.chart import Chart, moved, number, sentence
 from fastpref.report.runs import Run, Series
-from fastpref.report.style import DASHES, LINE, Entry, colour, legend, panels, run_entries
+from fastpref.report.style import DASHES, LINE, Entry, color, legend, panels, run_entries
 
 STEPS = "optimizer step"
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": ""}
 
 
 @dataclass(frozen=True)
-class Lines:
-    """One metric, or the chosen and the rejected one of two.
+class LineChart:
+    """Line chart of one metric, or of a metric for chosen and rejected responses.
 
-    label: of the vertical axis, with the unit.
-    unit: as the reading says it.
-    held_out: whether to draw the evaluations' dots beside the line of training.
+    subject: subject of the reading's sentence.
+    metric: name of the metric; `{side}` in it stands for chosen and rejected.
+    label: label of the vertical axis, with the unit.
+    unit: unit in the reading.
+    held_out: whether to draw evaluations as dots in addition to the training line.
     """
 
-    metric: str  # `{side}` in it stands for chosen and rejected
+    subject: str
+    metric: str
     label: str
     unit: str = ""
     held_out: bool = True
     log: bool = False
 
-    def draw(self, runs: Sequence[Run]) -> Drawn | None:
+    def draw(self, runs: Sequence[Run]) -> Chart | None:
         sides = list(DASHES) if "{side}" in self.metric else [""]
         figure, (axis,) = panels()
         parts: dict[str, str] = {}
-        dotted = False
+        has_dots = False
         for position, run in enumerate(runs):
-            said = []
+            readings = []
             for side in sides:
                 metric = self.metric.format(side=side)
                 trained, held_out = run.series(metric), run.series(f"eval_{metric}")
                 if self.held_out and len(held_out.steps):
-                    axis.plot(*held_out.thinned(100)[:2], color=colour(position), **_DOTS)
-                    dotted = True
-                draw_series(axis, trained, colour(position), DASHES.get(side, "-"))
+                    axis.plot(*held_out.thinned(100)[:2], color=color(position), **_DOTS)
+                    has_dots = True
+                draw_series(axis, trained, color(position), DASHES.get(side, "-"))
+                reading = ""
                 if len(trained.steps):
-                    said.append(f"{side} {moved(*trained.ends, self.unit)}".strip())
+                    reading = f"{side or self.subject} {moved(*trained.ends, self.unit)}"
                 if self.held_out and len(held_out.steps):
-                    said.append(f"held-out {number(held_out.values[-1])}")
-            if said:
-                parts[run.name] = ", ".join(said)
+                    evaluation = f"last evaluation: {number(held_out.values[-1])}"
+                    reading = f"{reading} ({evaluation})" if reading else evaluation
+                if reading:
+                    readings.append(reading)
+            if readings:
+                parts[run.name] = ", ".join(readings)
         if not parts:
             return None
         if self.log:
@@ -57,13 +64,13 @@ class Lines:
         axis.margins(x=0.02)
         entries = run_entries([run.name for run in runs])
         entries += side_entries() if len(sides) > 1 else []
-        entries += [("training", LINE), ("held-out data", _DOTS)] if dotted else []
+        entries += [("training", LINE), ("held-out data", _DOTS)] if has_dots else []
         legend(figure, entries)
-        return Drawn(figure, sentence(runs, parts))
+        return Chart(figure, sentence(runs, parts))
 
 
 def draw_series(axis: Any, series: Series, ink: str, dashes: Any = "-") -> None:
-    """A line of means, over the range of what they are means of where it was thinned."""
+    """Draw a line; if it is downsampled, draw means over the range of the averaged values."""
     thin = series.thinned()
     if len(thin.steps) < len(series.steps):
         axis.fill_between(thin.steps, thin.low, thin.high, color=ink, alpha=0.15, linewidth=0)
@@ -71,4 +78,5 @@ def draw_series(axis: Any, series: Series, ink: str, dashes: Any = "-") -> None:
 
 
 def side_entries() -> list[Entry]:
+    """Legend entries of chosen and rejected."""
     return [(side, {**LINE, "linestyle": dashes}) for side, dashes in DASHES.items()]

@@ -1,4 +1,4 @@
-"""The page of a report and the files of its pictures; once, or while the runs go on."""
+"""Report page and chart files, written once or whenever the runs log new metrics."""
 
 from __future__ import annotations
 
@@ -10,110 +10,114 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastpref.report import dynamics_charts, preference_charts, style, tables
-from fastpref.report.chart import Picture
-from fastpref.report.line_charts import Lines
+from fastpref.report.chart import ChartSpec
+from fastpref.report.line_charts import LineChart
 from fastpref.report.runs import Run, load
 from fastpref.utils import atomic_files
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
-MOST_RUNS = len(style.COLOURS)
-REFRESH = 5  # seconds between looks at the files, and between reloads of the page
-_BAND = "band/log_r and its neighbours (monitor.band_every, or calibration)"
+MAX_RUNS = len(style.COLORS)
+REFRESH = 5  # seconds between checks of the metrics files, and between reloads of the page
+_BAND = "band/{name} (monitor.band_every, or calibration)"
 _P = "eval_preference/{name} (data.eval with a column p)"
-PICTURES = (
-    Picture("loss", "Loss", Lines("loss", "loss (mean per pair)").draw, "loss"),
-    Picture(
+CHARTS = (
+    ChartSpec("loss", "Loss", LineChart("loss", "loss", "loss (mean per pair)").draw, "loss"),
+    ChartSpec(
         "accuracy",
         "Accuracy",
-        Lines("rewards/accuracies", "pairs ranked rightly (share)").draw,
+        LineChart("accuracy", "rewards/accuracies", "pairs ranked correctly (fraction)").draw,
         "rewards/accuracies",
     ),
-    Picture(
+    ChartSpec(
         "margins",
         "Margin of the rewards",
-        Lines("rewards/margins", "chosen − rejected (β · nats)").draw,
+        LineChart("margin", "rewards/margins", "chosen − rejected (β · nats)").draw,
         "rewards/margins (pairs, or responses of both classes)",
     ),
-    Picture(
+    ChartSpec(
         "logps",
-        "Chosen and rejected log-probs, and their pathway",
+        "Chosen and rejected log-probs and their pathway",
         dynamics_charts.logps,
         "logps/chosen and logps/rejected in all runs",
     ),
-    Picture("band", "Disentanglement Band", dynamics_charts.band, _BAND),
-    Picture(
+    ChartSpec("band", "Disentanglement Band", dynamics_charts.band, _BAND.format(name="log_r")),
+    ChartSpec(
         "cosine",
         "Cosine of the scores",
-        Lines("band/cosine", "cosine (no unit)").draw,
-        _BAND.replace("log_r and its neighbours", "cosine"),
+        LineChart("cosine", "band/cosine", "cosine (no unit)").draw,
+        _BAND.format(name="cosine"),
     ),
-    Picture(
+    ChartSpec(
         "contrast",
         "Contrastive logits",
         preference_charts.contrast,
         "eval_contrast/histogram (data.eval with pairs)",
     ),
-    Picture(
+    ChartSpec(
         "calibration",
         "Calibration of preferences",
         preference_charts.calibration,
         _P.format(name="calibration"),
     ),
-    Picture(
+    ChartSpec(
         "trade-off",
         "KL, accuracy and preference collapse",
         preference_charts.trade_off,
         _P.format(name="mean_kl"),
     ),
-    Picture(
+    ChartSpec(
         "entropy",
         "Entropy",
-        Lines("entropy", "entropy (nats per token)", "nats per token").draw,
+        LineChart("entropy", "entropy", "entropy (nats per token)", "nats per token").draw,
         "entropy",
     ),
-    Picture(
+    ChartSpec(
         "lengths",
         "Response lengths",
-        Lines("lengths/{side}", "length (tokens)", "tokens", held_out=False).draw,
+        LineChart("length", "lengths/{side}", "length (tokens)", "tokens", held_out=False).draw,
         "lengths/chosen and lengths/rejected",
     ),
-    Picture(
+    ChartSpec(
         "speed",
         "Speed",
-        Lines("tokens_per_second", "tokens per second", "tokens per second").draw,
+        LineChart("speed", "tokens_per_second", "tokens per second", "tokens per second").draw,
         "tokens_per_second",
     ),
-    Picture(
+    ChartSpec(
         "memory",
         "Memory",
-        Lines("peak_memory_gib", "peak so far (GiB)", "GiB").draw,
+        LineChart("peak memory", "peak_memory_gib", "peak memory (GiB)", "GiB").draw,
         "peak_memory_gib",
     ),
-    Picture(
+    ChartSpec(
         "grad-norm",
         "Gradient norm",
-        Lines("grad_norm", "norm before clipping (no unit)", log=True).draw,
+        LineChart("gradient norm", "grad_norm", "norm before clipping (no unit)", log=True).draw,
         "grad_norm",
     ),
 )
 
 
-class Shown(NamedTuple):
-    picture: Picture
+class RenderedChart(NamedTuple):
+    """Chart of a page with its reading and its inline SVG."""
+
+    spec: ChartSpec
     reading: str
     svg: str
 
 
 def report(folders: Sequence[Path], out: Path | None, watch: bool, display: Display) -> Path:
-    """Write the page of some runs, and again whenever they go on if it is to `watch` them.
+    """Write the report page of some runs and return its path.
 
-    out: folder for report.html and report/, its pictures; None is the run's own, or for several
-        `report`. Returns the path of the page. Raises UserError for what is no run.
+    out: folder for report.html and for report/, the chart files; None means the folder of a
+        single run, or `report` for several runs.
+    watch: rewrite the page whenever a run logs new metrics, until Ctrl-C.
+    Raises UserError for a folder that is not a run directory.
     """
-    if len(folders) > MOST_RUNS:
+    if len(folders) > MAX_RUNS:
         raise UserError(
-            f"RUN: got {len(folders)} runs, and a picture can tell {MOST_RUNS} apart; give fewer"
+            f"RUN: got {len(folders)} runs, but charts have colors for {MAX_RUNS}; give fewer runs"
         )
     if out is None:
         out = folders[0] if len(folders) == 1 else Path("report")
@@ -121,7 +125,7 @@ def report(folders: Sequence[Path], out: Path | None, watch: bool, display: Disp
     display.note(f"report: {page}")
     if watch:
         try:
-            _follow(folders, out)
+            _watch(folders, out)
         except KeyboardInterrupt:
             display.note("stopped watching")
         write(load(folders), out)
@@ -129,28 +133,31 @@ def report(folders: Sequence[Path], out: Path | None, watch: bool, display: Disp
 
 
 def write(runs: Sequence[Run], out: Path, refresh: bool = False) -> Path:
-    """`out/report.html`, and `out/report/` with a PNG and an SVG of each picture."""
-    pictures = out / "report"
-    pictures.mkdir(parents=True, exist_ok=True)
-    shown, left_out = [], []
-    for picture in PICTURES:
-        with style.settings(picture.name):
-            drawn = picture.draw(runs)
-            if drawn is None:
-                left_out.append(picture)
+    """Write `out/report.html`, and `out/report/` with a PNG and an SVG of each chart."""
+    charts_folder = out / "report"
+    charts_folder.mkdir(parents=True, exist_ok=True)
+    rendered, missing = [], []
+    for spec in CHARTS:
+        with style.settings(spec.name):
+            chart = spec.draw(runs)
+            if chart is None:
+                missing.append(spec)
                 continue
-            svg = style.write(drawn.figure, pictures / picture.name)
-        shown.append(Shown(picture, drawn.reading, svg))
+            svg = style.write(chart.figure, charts_folder / spec.name)
+        rendered.append(RenderedChart(spec, chart.reading, svg))
     page = out / "report.html"
     with atomic_files.replacing(page) as temporary:
-        temporary.write_text(html(runs, shown, left_out, refresh), encoding="utf-8")
+        temporary.write_text(html(runs, rendered, missing, refresh), encoding="utf-8")
     return page
 
 
 def html(
-    runs: Sequence[Run], shown: Sequence[Shown], left_out: Sequence[Picture], refresh: bool
+    runs: Sequence[Run],
+    charts: Sequence[RenderedChart],
+    missing: Sequence[ChartSpec],
+    refresh: bool,
 ) -> str:
-    """The page. All text is escaped but the pictures, in which matplotlib has escaped it."""
+    """HTML of the page; all text is escaped except the SVGs, which matplotlib has escaped."""
     environment = Environment(
         loader=PackageLoader("fastpref.report"),
         autoescape=True,
@@ -160,9 +167,9 @@ def html(
     )
     values: dict[str, Any] = {
         "runs": runs,
-        "colours": [style.colour(k) for k in range(len(runs))],
-        "shown": shown,
-        "left_out": left_out,
+        "colors": [style.color(k) for k in range(len(runs))],
+        "charts": charts,
+        "missing": missing,
         "metrics": tables.final_metrics(runs),
         "differences": tables.differences(runs),
         "refresh": REFRESH if refresh else None,
@@ -170,17 +177,18 @@ def html(
     return environment.get_template("report.html").render(values)
 
 
-def _follow(folders: Sequence[Path], out: Path) -> None:
-    """Write the page anew whenever a file of metrics has changed; ends with Ctrl-C."""
-    seen = _stamps(folders)
+def _watch(folders: Sequence[Path], out: Path) -> None:
+    """Rewrite the page whenever a metrics file has changed, until Ctrl-C."""
+    previous = _file_versions(folders)
     while True:
         time.sleep(REFRESH)
-        now = _stamps(folders)
-        if now != seen:
+        current = _file_versions(folders)
+        if current != previous:
             write(load(folders), out, refresh=True)
-            seen = now
+            previous = current
 
 
-def _stamps(folders: Sequence[Path]) -> list[tuple[int, int]]:
-    found = [(folder / "metrics.jsonl").stat() for folder in folders]
-    return [(each.st_mtime_ns, each.st_size) for each in found]
+def _file_versions(folders: Sequence[Path]) -> list[tuple[int, int]]:
+    """Modification time and size of each metrics file."""
+    stats = [(folder / "metrics.jsonl").stat() for folder in folders]
+    return [(stat.st_mtime_ns, stat.st_size) for stat in stats]

@@ -1,4 +1,4 @@
-"""What a run directory holds, read for a report."""
+"""Read the config and the metrics of run directories for a report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Series(NamedTuple):
-    """A metric against the optimizer step, each (N,); `low` and `high` bound what a mean is of."""
+    """Metric over optimizer steps, each (N,); `low` and `high` bound the averaged values."""
 
     steps: Values
     values: Values
@@ -28,7 +28,7 @@ class Series(NamedTuple):
     high: Values
 
     def thinned(self, points: int = 1000) -> Series:
-        """At most `points` of them: means of neighbours, and the least and the largest."""
+        """Downsample to at most `points` means of adjacent values, with minimum and maximum."""
         count = len(self.steps)
         if count <= points:
             return self
@@ -40,14 +40,14 @@ class Series(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Means of the first and of the last tenth: of batches, one alone would be chance."""
+        """Means of the first and the last tenth of the values; single batches are noisy."""
         size = max(1, len(self.values) // 10)
         return float(self.values[:size].mean()), float(self.values[-size:].mean())
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run under a name that no other of the report has."""
+    """A run with a name that is unique in the report."""
 
     name: str
     config: configs.Config
@@ -55,31 +55,35 @@ class Run:
 
     @property
     def step(self) -> int:
+        """Last logged optimizer step."""
         return int(self.records[-1]["step"])
 
     def series(self, metric: str) -> Series:
-        """The finite values of a metric; empty where there are none."""
-        return self.together(metric)[0]
+        """Finite values of a metric, possibly none."""
+        return self.aligned(metric)[0]
 
-    def together(self, *metrics: str) -> list[Series]:
-        """The values of several metrics in the lines in which all of them are finite."""
-        lines = [each for each in self.records if all(_finite(each.get(name)) for name in metrics)]
+    def aligned(self, *metrics: str) -> list[Series]:
+        """Values of several metrics from the records in which all of them are finite."""
+        records = [
+            record for record in self.records if all(_finite(record.get(name)) for name in metrics)
+        ]
         steps, *columns = (
-            np.array([line[name] for line in lines], dtype=np.float64)
+            np.array([record[name] for record in records], dtype=np.float64)
             for name in ("step", *metrics)
         )
         return [Series(steps, values, values, values) for values in columns]
 
     def last(self, metric: str) -> Any:
-        """The newest value of a metric, also one that is no number; None where there is none."""
-        return next((line[metric] for line in reversed(self.records) if metric in line), None)
+        """Last value of a metric, of any type; None if there is none."""
+        return next((record[metric] for record in reversed(self.records) if metric in record), None)
 
     def histograms(self, metric: str) -> list[tuple[int, dict[str, Any]]]:
-        return [(line["step"], line[metric]) for line in self.records if metric in line]
+        """Steps and values of a metric whose values are histograms."""
+        return [(record["step"], record[metric]) for record in self.records if metric in record]
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Every field of the config as text, by its path; sections two levels deep."""
+        """All fields of the config as text, keyed by `section.field`."""
         settings = {}
         for section, values in self.config.model_dump(mode="json").items():
             fields = values if isinstance(values, dict) else {"": values}
@@ -89,7 +93,7 @@ class Run:
 
 
 def load(folders: Sequence[Path]) -> list[Run]:
-    """Runs in the order given. Raises UserError naming the folder or file at fault."""
+    """Read runs in order. Raises UserError that names the invalid folder or file."""
     for folder, count in Counter(path.resolve() for path in folders).items():
         if count > 1:
             raise UserError(f"{folder}: is given twice; name each run once")
@@ -97,11 +101,11 @@ def load(folders: Sequence[Path]) -> list[Run]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell all of them apart."""
+    """Shortest path suffixes of equal depth that are unique."""
     paths = [path.resolve().parts for path in folders]
     deepest = max(map(len, paths))
     candidates = (["/".join(parts[-k:]) for parts in paths] for k in range(1, deepest + 1))
-    return next(found for found in candidates if len({*found}) == len(found))
+    return next(suffixes for suffixes in candidates if len({*suffixes}) == len(suffixes))
 
 
 def _load(folder: Path, name: str) -> Run:
@@ -116,10 +120,10 @@ def _load(folder: Path, name: str) -> Run:
     except configs.ConfigError as error:
         raise UserError(f"{folder}: the config of the run cannot be read: {error}") from None
     try:
-        records = metrics.read(path)
+        records = metrics.read_records(path)
     except (ValueError, RecursionError):
         records = [{}]
-    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in records):
+    if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
         raise UserError(
             f"{path}: expected a JSON object with a step on every line; is it damaged? "
             "restore it, or leave this run out"

@@ -1,7 +1,8 @@
-"""How pictures look: sizes for a phone, one colour a run, one ink that a page can exchange.
+"""Style of charts: sizes for a phone, one color per run, and a text color that a page can replace.
 
-The SVG of a page has no background and the page's own text colour, so it is right in light and
-dark; the files have a white one. Colours of runs have a contrast of 3 or more on both (a test).
+An SVG inside a page has no background and the text color of the page, so it suits light and dark
+mode; chart files have a white background. The colors of runs have a contrast ratio of at least 3
+on both (a test checks this).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-INK, PAPER = "#24292f", "#ffffff"  # of the files; a page exchanges them
-COLOURS = ("#2f81c7", "#c9690a", "#17935f", "#c2478f", "#8a63d2", "#cf4a4a", "#1490a0", "#83811a")
+INK, PAPER = "#24292f", "#ffffff"  # text and background of chart files; replaced in pages
+COLORS = ("#2f81c7", "#c9690a", "#17935f", "#c2478f", "#8a63d2", "#cf4a4a", "#1490a0", "#83811a")
 DASHES = {"chosen": "-", "rejected": (0, (4, 1.5))}
 LINE = {"linewidth": 1.6, "solid_capstyle": "round"}
-_WIDTH = 4.2  # inches: at the width of a phone a point is then a little more than a pixel
-_ROW = 0.19  # inches, of a legend
-_NAME = 26  # characters of a run's name that fit beside its neighbours
+_WIDTH = 4.2  # inches; at the width of a phone, a point is a little more than a pixel
+_ROW = 0.19  # inches, height of a legend row
+_NAME = 26  # characters of a run's name that fit in a legend column
 _SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -52,63 +53,67 @@ _SETTINGS: dict[Any, Any] = {
          "grid.color"), INK,
     ),
 }  # fmt: skip
-Entry = tuple[str, dict[str, Any]]  # of a legend: its text, and the look of its line
+Entry = tuple[str, dict[str, Any]]  # legend entry: text and line style
 
 
 def settings(salt: str = "") -> Any:
-    """The context in which pictures are made and written; `salt` keeps apart the ids of a page."""
+    """Context manager with the matplotlib settings; `salt` makes SVG ids unique in a page."""
     return matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": salt})
 
 
 def panels(count: int = 1, height: float = 2.3, **options: Any) -> tuple[Figure, list[Any]]:
-    """A figure with panels below each other, each of that height in inches."""
+    """Figure with `count` panels below each other, each `height` inches high."""
     figure = Figure(figsize=(_WIDTH, 0.55 + height * count))
     axes = figure.subplots(count, squeeze=False, **options)[:, 0]
     return figure, list(axes)
 
 
 def short(name: str) -> str:
+    """Name of a run, shortened from the left to fit into a legend."""
     return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
-def colour(position: int) -> str:
-    return COLOURS[position]
+def color(position: int) -> str:
+    """Color of the run at a position of the report."""
+    return COLORS[position]
 
 
 def name_panel(axis: Any, name: str, position: int) -> None:
-    """The name of a run above its panel, in its colour."""
-    title = axis.set_title("", color=colour(position), fontweight="bold")
-    title.set_parse_math(False)  # a name may hold dollars
+    """Set the name of a run as the title of its panel, in its color."""
+    title = axis.set_title("", color=color(position), fontweight="bold")
+    title.set_parse_math(False)  # a name may contain dollar signs
     title.set_text(short(name))
 
 
 def run_entries(names: Sequence[str]) -> list[Entry]:
-    """Legend of the runs; a single one needs none."""
-    looks = [{"color": colour(k), "linewidth": 3} for k in range(len(names))]
-    return list(zip(map(short, names), looks, strict=True)) if len(names) > 1 else []
+    """Legend entries of the runs; none for a single run."""
+    styles = [{"color": color(k), "linewidth": 3} for k in range(len(names))]
+    return list(zip(map(short, names), styles, strict=True)) if len(names) > 1 else []
 
 
 def legend(figure: Figure, entries: Sequence[Entry]) -> None:
-    """Below the panels, in as many columns as their texts leave room for; the figure grows."""
+    """Add a legend below the panels, in as many columns as fit; the figure grows."""
     if not entries:
         return
-    handles = [Line2D([], [], **{"color": INK, **look}) for _, look in entries]
+    handles = [Line2D([], [], **{"color": INK, **line_style}) for _, line_style in entries]
     columns = max(1, 60 // (max(len(text) for text, _ in entries) + 6))
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + _ROW * -(-len(entries) // columns))
-    made = figure.legend(handles, [" "] * len(entries), loc="outside lower left", ncols=columns)
-    # Set afterwards: as labels, texts with dollars are formulas, and those with "_" are left out.
-    for label, (text, _) in zip(made.get_texts(), entries, strict=True):
+    box = figure.legend(handles, [" "] * len(entries), loc="outside lower left", ncols=columns)
+    # Set afterwards: matplotlib parses labels with dollars as math and skips labels that begin
+    # with "_".
+    for label, (text, _) in zip(box.get_texts(), entries, strict=True):
         label.set_parse_math(False)
         label.set_text(text)
 
 
 def write(figure: Figure, path: Path) -> str:
-    """Write `path`.png and `path`.svg; returns the SVG for a page."""
+    """Write `path`.png and `path`.svg, and return the SVG for a page."""
     with settings(path.name):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # it has done its work, and takes half of the time
+        # The layout is already computed; repeating it takes half of the time.
+        figure.set_layout_engine("none")
         figure.savefig(path.with_suffix(".png"), dpi=200)
     svg = buffer.getvalue()
     path.with_suffix(".svg").write_text(svg, encoding="utf-8")
@@ -116,9 +121,10 @@ def write(figure: Figure, path: Path) -> str:
 
 
 def inline(svg: str) -> str:
-    """An SVG of matplotlib as an element of a page: its size and colours are the page's."""
+    """Convert an SVG of matplotlib to a page element with the size and colors of the page."""
     body = svg[svg.index("<svg") :].replace(INK, "currentColor")
     body = body.replace(f"fill: {PAPER}", "fill: none")
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them, and they repeat
+    # These ids are not referenced, and they repeat between charts.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     return re.sub(r' (?:width|height)="[^"]*pt"', "", body, count=2)

@@ -1,4 +1,4 @@
-"""Tables of a report: final metrics with the best marked, and in what the configs differ."""
+"""Tables of a report: final metrics with the best run marked, and config differences."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastpref.report.runs import Run
 
 
 class Measure(NamedTuple):
-    """A metric of the table. better: "higher" or "lower", or "" where neither is."""
+    """Metric of the table; better is "higher", "lower", or "" for neither."""
 
     metric: str
     label: str
     better: str = ""
 
 
-# Loss and rewards have the units of their objective, so only runs of the same one could be ranked.
-# Whether it is good that a rejected log-prob falls far, or a response is long, nobody can say.
+# Loss and rewards have the units of their objective, so runs with other objectives do not compare.
+# Neither a low rejected log-prob nor a long response is better in general.
 MEASURES = (
     Measure("loss", "loss"),
     Measure("rewards/accuracies", "accuracy of rewards", "higher"),
@@ -42,55 +42,61 @@ MEASURES = (
     Measure("tokens_per_second", "tokens per second, median", "higher"),
     Measure("peak_memory_gib", "peak memory (GiB)", "lower"),
 )
-_OWN_FIELDS = ("training.output_dir", "resume", "data.cache")  # differ without making a difference
+# Fields without an effect on the result.
+_PATH_FIELDS = ("training.output_dir", "resume", "data.cache")
 
 
 class Cell(NamedTuple):
+    """Text of a table cell, and whether it is marked as the best."""
+
     text: str
     best: bool = False
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
+    """Row of a table with one cell for each run."""
+
     label: str
     better: str
     cells: list[Cell]
 
 
-def final_metrics(runs: Sequence[Run]) -> list[Row]:
-    """The last value of each metric that some run has, held out where any run has that.
+def final_metrics(runs: Sequence[Run]) -> list[TableRow]:
+    """Last value of each metric that a run has, from evaluations if any run has one.
 
-    The best is marked among two or more runs, and no run where all are equal.
+    The best values are marked unless all are equal.
     """
-    rows = [Row("optimizer steps", "", [Cell(f"{run.step:,}") for run in runs])]
+    rows = [TableRow("optimizer steps", "", [Cell(f"{run.step:,}") for run in runs])]
     for measure in MEASURES:
         held_out = [_last(run, f"eval_{measure.metric}") for run in runs]
         values = held_out
         if all(value is None for value in held_out):
             values = [_last(run, measure.metric) for run in runs]
-        known = [value for value in values if value is not None]
-        if known:
+        numbers = [value for value in values if value is not None]
+        if numbers:
             texts = ["–" if value is None else number(value) for value in values]
-            best = _best(known, measure.better)
-            where = ", held-out" if values is held_out else ""
+            best = _best(numbers, measure.better)
+            suffix = ", held-out" if values is held_out else ""
             cells = [Cell(text, text == best) for text in texts]
-            rows.append(Row(measure.label + where, measure.better, cells))
+            rows.append(TableRow(measure.label + suffix, measure.better, cells))
     return rows
 
 
-def differences(runs: Sequence[Run]) -> list[Row]:
-    """Fields of the configs that are not the same in all runs."""
-    fields = {field: None for run in runs for field in run.settings if field not in _OWN_FIELDS}
-    rows = (Row(f, "", [Cell(run.settings.get(f, "–")) for run in runs]) for f in fields)
+def differences(runs: Sequence[Run]) -> list[TableRow]:
+    """Config fields whose values differ between runs."""
+    fields = {field: None for run in runs for field in run.settings if field not in _PATH_FIELDS}
+    rows = (TableRow(f, "", [Cell(run.settings.get(f, "–")) for run in runs]) for f in fields)
     return [row for row in rows if len({*row.cells}) > 1]
 
 
 def _best(values: list[float], better: str) -> str | None:
-    """The best as it is shown: what rounding makes equal is equal."""
+    """Text of the best value; values that round to the same text are equal."""
     low, high = number(min(values)), number(max(values))
     return {"higher": high, "lower": low}.get(better) if low != high else None
 
 
 def _last(run: Run, metric: str) -> float | None:
+    """Last value of a metric, the median for the speed, or None."""
     values = run.series(metric).values
     if not len(values):
         return None

@@ -1,6 +1,6 @@
-"""`fastpref reproduce`: the findings of five papers, at a size that two cores manage in minutes.
+"""`fastpref reproduce`: the findings of five papers, at a size for minutes on two cores.
 
-Each module named after a paper has a `STUDY`: jobs, a table, a picture, and claims with bounds.
+Each module in `papers` has a `STUDY`: jobs, a table, a picture, and claims with bounds.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ def run(
     data: Path | None = None,
     keep_runs: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Run one study, or `all`, and return what its result files hold.
+    """Run one study, or `all`, and return the contents of the result files.
 
-    data: groups to use instead of generated advice. keep_runs: where run directories stay.
-    Raises UserError for a name, a size or a file that is of no use.
+    data: groups to use instead of generated advice. keep_runs: folder for the run directories,
+    which are deleted by default. Raises UserError for an invalid name, size or file.
     """
     if name != "all" and name not in NAMES:
         raise UserError(f"NAME: expected all or one of {', '.join(NAMES)}, got {name!r}")
     if size not in runner.SIZES:
         raise UserError(f"--size: expected one of {', '.join(runner.SIZES)}, got {size!r}")
     if data is not None and (name == "all" or not load(name).takes_groups):
-        takers = ", ".join(each for each in NAMES if load(each).takes_groups)
+        takers = ", ".join(study for study in NAMES if load(study).takes_groups)
         raise UserError(
             f"--data: {name} is measured on data of its own; leave it out, or run {takers}"
         )
     names: Sequence[str] = NAMES if name == "all" else (name,)
-    return [_one(load(each), runner.SIZES[size], display, out, data, keep_runs) for each in names]
+    return [_run(load(study), runner.SIZES[size], display, out, data, keep_runs) for study in names]
 
 
-def _one(
+def _run(
     study: Study,
     size: runner.Size,
     display: Display,
@@ -59,12 +59,12 @@ def _one(
     with context if keep_runs is None else nullcontext(keep_runs / study.name) as folder:
         outcomes = runner.run(study, size, Path(folder), data, display)
     command = f"fastpref reproduce {study.name} --size {size.name}"
-    about = {
+    provenance = {
         "command": command if data is None else f"{command} --data {data.name}",
         "seconds": round(time.monotonic() - started),
     }
-    found = results.write(study, size, outcomes, out, about)
-    display.note(f"\n{study.title}: {out / study.name}.json, .md, .png; {about['seconds']} s")
-    for claim in found["claims"]:
+    result = results.write(study, size, outcomes, out, provenance)
+    display.note(f"\n{study.title}: {out / study.name}.json, .md, .png; {provenance['seconds']} s")
+    for claim in result["claims"]:
         display.note(f"  {claim['verdict']}: {claim['statement']}")
-    return found
+    return result

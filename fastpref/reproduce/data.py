@@ -1,4 +1,4 @@
-"""The files that the runs of a seed read: generated pairs and groups, or a user's groups."""
+"""Data files for the runs of a seed: generated pairs and groups, or a user's groups."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fastpref.utils.errors import UserError
 
 Rows = list[dict[str, Any]]
 HELD_OUT = 0.2  # share of the prompts
-_PROMPT = 2  # characters for each token of a run's max_length, at most: responses need room too
+# Most characters of a prompt for each token of max_length, so that responses have room.
+_PROMPT = 2
 
 
 def rare(rows: Rows, label: bool) -> Rows:
-    """Single responses of which one in a hundred with that label is left, at least one."""
-    every = graded.singles(rows)
-    few = [row for row in every if row["label"] is label]
-    kept = few[: max(1, len(few) // 100)]
-    return [row for row in every if row["label"] is not label or row in kept]
+    """Single responses with only one in a hundred of that label, but at least one."""
+    singles = graded.singles(rows)
+    labeled = [row for row in singles if row["label"] is label]
+    rare_rows = labeled[: max(1, len(labeled) // 100)]
+    return [row for row in singles if row["label"] is not label or row in rare_rows]
 
 
 KINDS: dict[str, Callable[[Rows], Rows]] = {
@@ -37,9 +38,9 @@ _HELD_OUT_KINDS = {"1 % desired": "singles", "1 % undesired": "singles"}
 
 
 def write(folder: Path, kind: str, seed: int, rows: Rows) -> None:
-    """Write what a job of that kind trains on and what it is measured on, as `files` names them.
+    """Write the training file and the held-out file of a kind, under the names of `files`.
 
-    rows: groups; of no use to "semantic", the pure-semantic pairs.
+    rows: groups; unused for "semantic", the pure-semantic pairs.
     """
     if kind == "semantic":
         train, held_out = (
@@ -47,10 +48,10 @@ def write(folder: Path, kind: str, seed: int, rows: Rows) -> None:
             for part in pure_semantic.split(pure_semantic.generate(seed), seed)
         )
     else:
-        drawn = random.Random(seed).sample(rows, len(rows))
+        shuffled = random.Random(seed).sample(rows, len(rows))
         count = int(len(rows) * HELD_OUT)
-        train = KINDS[kind](drawn[count:])
-        held_out = KINDS[_HELD_OUT_KINDS.get(kind, kind)](drawn[:count])
+        train = KINDS[kind](shuffled[count:])
+        held_out = KINDS[_HELD_OUT_KINDS.get(kind, kind)](shuffled[:count])
     folder.mkdir(parents=True, exist_ok=True)
     for path, part in zip(files(folder, kind), (train, held_out), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -63,13 +64,13 @@ def files(folder: Path, kind: str) -> tuple[Path, Path]:
 
 
 def read(path: Path, max_length: int, count: int) -> Rows:
-    """The first groups of a user's file whose prompts leave room for a response.
+    """Read the first groups of a user's file whose prompts leave room for a response.
 
-    Raises UserError for a file without `prompt, completions, scores`, or with too few of them.
+    Raises UserError for a file without `prompt, completions, scores`, or with too few groups.
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        full = [
+        groups = [
             row
             for row in rows
             if len(row["prompt"]) <= _PROMPT * max_length
@@ -79,12 +80,16 @@ def read(path: Path, max_length: int, count: int) -> Rows:
         raise UserError(
             f"--data: {path}: expected JSON lines with prompt, completions and scores ({error})"
         ) from None
-    if len(full) < 50:
+    if len(groups) < 50:
         raise UserError(
             f"--data: {path}: expected 50 groups of {graded.RESPONSES} scored responses with "
-            f"prompts of at most {_PROMPT * max_length} characters, got {len(full)}"
+            f"prompts of at most {_PROMPT * max_length} characters, got {len(groups)}"
         )
     return [
-        {**row, **{key: row[key][: graded.RESPONSES] for key in ("completions", "scores")}}
-        for row in full[:count]
+        {
+            **row,
+            "completions": row["completions"][: graded.RESPONSES],
+            "scores": row["scores"][: graded.RESPONSES],
+        }
+        for row in groups[:count]
     ]

@@ -1,4 +1,4 @@
-"""What a reproduction leaves: a JSON file with every number, and from it a page and a picture."""
+"""Output of a reproduction: a JSON file with every number; from it, a page and a picture."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from fastpref.docgen import markdown
 from fastpref.reproduce import charts
 from fastpref.reproduce.runner import Size
 from fastpref.reproduce.study import Column, Missing, Outcome, Runs, Study, spread, verdict
-from fastpref.utils import environment
+from fastpref.utils import environment, result_json
 
 
 def write(
-    study: Study, size: Size, outcomes: Sequence[Outcome], out: Path, about: dict[str, Any]
+    study: Study, size: Size, outcomes: Sequence[Outcome], out: Path, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write `out / NAME.json`, `.md` and `.png`, and return what the JSON file holds."""
-    found = {
+    """Write `out / NAME.json`, `.md` and `.png`, and return the contents of the JSON file.
+
+    Metrics of every step, much larger, go to `NAME-runs.json`.
+    """
+    result = {
         "benchmark": f"reproduce {study.name}",
         **environment.describe(),
         "size": size.name,
-        **about,
+        **provenance,
         "claims": claims(study, outcomes),
         "table": table(study, outcomes),
-        "runs": [vars(outcome) for outcome in outcomes],
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{study.name}.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    (out / f"{study.name}.md").write_text(page(study, found))
-    draw(study, found, out / f"{study.name}.png")
-    return found
-
-
-def draw(study: Study, found: dict[str, Any], path: Path) -> None:
-    """The picture of a result file."""
-    outcomes = [Outcome(**run) for run in found["runs"]]
-    charts.save(lambda: study.draw(by_seed(outcomes)), path)
+    text = result_json.dumps(result)
+    result = json.loads(text)
+    (out / f"{study.name}.json").write_text(text)
+    (out / f"{study.name}-runs.json").write_text(json.dumps([vars(o) for o in outcomes]) + "\n")
+    (out / f"{study.name}.md").write_text(page(study, result))
+    charts.save(lambda: study.draw(by_seed(outcomes)), out / f"{study.name}.png")
+    return result
 
 
 def by_seed(outcomes: Iterable[Outcome]) -> list[Runs]:
@@ -50,15 +49,15 @@ def by_seed(outcomes: Iterable[Outcome]) -> list[Runs]:
 
 
 def claims(study: Study, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Each claim with its number in every seed and the verdict."""
+    """Each claim, with its number in every seed and the verdict."""
     seeds = by_seed(outcomes)
-    judged = []
+    records = []
     for claim in study.claims:
         try:
             values = [float(claim.value(runs)) for runs in seeds]
         except Missing:
             values = []
-        judged.append(
+        records.append(
             {
                 "statement": claim.statement,
                 "source": claim.source,
@@ -68,11 +67,11 @@ def claims(study: Study, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "verdict": verdict(claim, values),
             }
         )
-    return judged
+    return records
 
 
 def table(study: Study, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each label: the values of its seeds, by column."""
+    """A row for each label, with the values of its seeds by column."""
     seeds = by_seed(outcomes)
     return [
         {"label": label}
@@ -85,14 +84,14 @@ def table(study: Study, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def page(study: Study, found: dict[str, Any]) -> str:
-    """The verdicts and the table in Markdown."""
-    parts = (f"## {study.title}", study.setting, verdicts(found), numbers(study, found))
+def page(study: Study, result: dict[str, Any]) -> str:
+    """The verdicts and the table as Markdown."""
+    parts = (f"## {study.title}", study.setting, verdicts(result), numbers(study, result))
     return "\n\n".join(parts) + "\n"
 
 
-def verdicts(found: dict[str, Any]) -> str:
-    """In Markdown: what the paper says, the number that decides, and whether it holds here."""
+def verdicts(result: dict[str, Any]) -> str:
+    """Markdown table of the paper's claims, the numbers that decide them, and the verdicts."""
     rows = [
         [
             f"{claim['statement']} ({claim['source']})",
@@ -101,16 +100,16 @@ def verdicts(found: dict[str, Any]) -> str:
             spread(claim["values"], _form(claim["values"])) if claim["values"] else "–",
             f"**{claim['verdict']}**",
         ]
-        for claim in found["claims"]
+        for claim in result["claims"]
     ]
-    return markdown.table(("the paper says", "number", "holds if", "found", "verdict"), rows)
+    return markdown.table(("the paper says", "number", "holds if", "measured", "verdict"), rows)
 
 
-def numbers(study: Study, found: dict[str, Any]) -> str:
-    """In Markdown: mean (least to most) over the seeds of each number of each run."""
+def numbers(study: Study, result: dict[str, Any]) -> str:
+    """Markdown table of each run's numbers: mean (minimum to maximum) over the seeds."""
     rows = [
         [row["label"], *(_cell(column, row.get(column.title)) for column in study.columns)]
-        for row in found["table"]
+        for row in result["table"]
     ]
     return markdown.table(("run", *(column.title for column in study.columns)), rows)
 
@@ -120,6 +119,6 @@ def _cell(column: Column, values: Sequence[float] | None) -> str:
 
 
 def _form(values: Sequence[float]) -> str:
-    """About three digits."""
+    """Format with about three digits."""
     size = max(map(abs, [statistics.fmean(values), max(values) - min(values)]))
     return ".1f" if size >= 10 else ".2f" if size >= 1 else ".3f" if size >= 0.01 else ".1e"

@@ -1,4 +1,4 @@
-"""The runs of a study: for each seed a model that has learnt to speak, and all jobs from it."""
+"""Run a study: for each seed an SFT warm-up, and from its model all jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastpref import config as configs
 from fastpref import metrics
 from fastpref.data.synthetic import graded
 from fastpref.reproduce import data
-from fastpref.reproduce.samples_judge import judge
+from fastpref.reproduce.sample_scores import score_samples
 from fastpref.reproduce.study import Job, Outcome, Record, Study, load
 from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
@@ -27,7 +27,7 @@ from fastpref.utils.progress import Display
 
 @dataclass(frozen=True)
 class Size:
-    """How large a reproduction is: the model, the groups of responses, the seeds."""
+    """Size of a reproduction: the model, the groups of responses, the seeds."""
 
     name: str
     hidden: int
@@ -37,7 +37,7 @@ class Size:
     seeds: int
     workers: int  # runs at a time, one thread each
     dtype: str = "float32"
-    rate: float = 1.0  # of the learning rates, which are those of the small model
+    lr_scale: float = 1.0  # factor on the learning rates, which suit the small model
 
     @property
     def llama(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Size:
         }
 
 
-SPEECH_STEPS = 150
+SFT_STEPS = 150
 SIZES = {
     size.name: size
     for size in (
@@ -68,7 +68,7 @@ SIZES = {
 def run(
     study: Study, size: Size, folder: Path, groups: Path | None, display: Display
 ) -> list[Outcome]:
-    """Train everything, seed by seed in the order of the jobs; run directories go to `folder`."""
+    """Run all jobs, seed by seed in their order; run directories go to `folder`."""
     quick = size.name == "quick"
     jobs = [job for seed in range(size.seeds) for job in study.jobs(seed, quick)]
     for seed in range(size.seeds):
@@ -76,14 +76,14 @@ def run(
             rows = graded.groups(size.prompts, seed)
         else:
             rows = data.read(groups, size.max_length, size.prompts)
-        for kind in sorted({study.speaks, *(job.data for job in jobs)}):
+        for kind in sorted({study.sft_data, *(job.data for job in jobs)}):
             data.write(folder / f"seed-{seed}" / "data", kind, seed, rows)
     display.phase(study.name, len(jobs) + size.seeds)
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = []
-    with ProcessPoolExecutor(size.workers, context, _start) as pool:
-        speaking = pool.map(partial(speak, folder, study.name, size), range(size.seeds))
-        for done, _ in enumerate(speaking, 1):
+    with ProcessPoolExecutor(size.workers, context, _start_worker) as pool:
+        warm_ups = pool.map(partial(sft_warm_up, folder, study.name, size), range(size.seeds))
+        for done, _ in enumerate(warm_ups, 1):
             display.advance(done)
         for outcome in pool.map(partial(train, folder, study.name, size, groups is None), jobs):
             outcomes.append(outcome)
@@ -91,26 +91,30 @@ def run(
     return outcomes
 
 
-def _start() -> None:
-    """Of each process: one thread, and no progress bars but ours."""
+def _start_worker() -> None:
+    """Set one thread for the process, and turn off other libraries' progress bars."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
 
-def speak(folder: Path, name: str, size: Size, seed: int) -> None:
-    """Learn responses from random weights: the model at which all jobs of a seed begin."""
+def sft_warm_up(folder: Path, name: str, size: Size, seed: int) -> None:
+    """Train a model on responses from random weights; all jobs of the seed start from it."""
     study = load(name)
     trainer = make_trainer(
         folder,
         size,
-        Job("sft", seed, {}, study.speaks),
+        Job("sft", seed, {}, study.sft_data),
         {
             "model": {"init": "random", "dtype": "float32", "config": size.llama},
-            "loss": study.speech,
-            "optim": {"lr": 3e-3 * math.sqrt(size.rate), "schedule": "cosine", "warmup_steps": 10},
-            "training": {"batch_size": 16, "steps": SPEECH_STEPS},
+            "loss": study.sft_loss,
+            "optim": {
+                "lr": 3e-3 * math.sqrt(size.lr_scale),
+                "schedule": "cosine",
+                "warmup_steps": 10,
+            },
+            "training": {"batch_size": 16, "steps": SFT_STEPS},
         },
     )
     trainer.loop([])
@@ -118,14 +122,14 @@ def speak(folder: Path, name: str, size: Size, seed: int) -> None:
 
 
 def train(folder: Path, name: str, size: Size, generated: bool, job: Job) -> Outcome:
-    """One run from the model of its seed, or what it does alone."""
-    if job.alone is not None:
-        return Outcome(job.label, job.seed, [_rounded(line) for line in job.alone(job)])
+    """Train one job from the model of its seed, or call its `function` instead."""
+    if job.function is not None:
+        return Outcome(job.label, job.seed, [_rounded(line) for line in job.function(job)])
     study = load(name)
-    spoken = folder / f"seed-{job.seed}" / "sft" / "model"
-    model = {"path": str(spoken), "dtype": size.dtype}
+    sft_model = folder / f"seed-{job.seed}" / "sft" / "model"
+    model = {"path": str(sft_model), "dtype": size.dtype}
     sections = merged({"model": model}, study.training, job.config)
-    sections["optim"]["lr"] *= size.rate
+    sections["optim"]["lr"] *= size.lr_scale
     if study.by_epoch:
         source = data.files(folder / f"seed-{job.seed}" / "data", job.data)[0]
         rows = len(source.read_text().splitlines())
@@ -133,19 +137,19 @@ def train(folder: Path, name: str, size: Size, generated: bool, job: Job) -> Out
         sections["training"] |= {"log_every": epoch, "eval_every": epoch}
     trainer = make_trainer(folder, size, job, sections)
     trainer.loop([])
-    records = metrics.read(trainer.run.folder / "metrics.jsonl")
-    names = {"step", *study.keep}
-    kept = [{name: line[name] for name in line if name in names} for line in records]
+    records = metrics.read_records(trainer.run.folder / "metrics.jsonl")
+    names = {"step", *study.metrics}
+    lines = [{name: line[name] for name in line if name in names} for line in records]
     if job.measure is not None:
-        kept.append({"step": trainer.step, **job.measure(trainer, job)})
-    if job.judged and generated:
-        held_out = trainer.config.data.eval
-        kept.append({"step": trainer.step, **judge(trainer.export(), str(held_out), job.seed)})
-    return Outcome(job.label, job.seed, [_rounded(line) for line in kept])
+        lines.append({"step": trainer.step, **job.measure(trainer, job)})
+    if job.scores_samples and generated:
+        scores = score_samples(trainer.export(), str(trainer.config.data.eval), job.seed)
+        lines.append({"step": trainer.step, **scores})
+    return Outcome(job.label, job.seed, [_rounded(line) for line in lines])
 
 
 def make_trainer(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -> Trainer:
-    """A trainer on the files of a job; its run directory is `folder / seed-N / label`."""
+    """Build a trainer on the files of a job; its run directory is `folder / seed-N / label`."""
     home = folder / f"seed-{job.seed}"
     train, held_out = data.files(home / "data", job.data)
     shared = {
@@ -167,20 +171,22 @@ def make_trainer(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -
 
 
 def merged(*configs: dict[str, Any]) -> dict[str, Any]:
-    """Sections of several configs; of a section in more than one, the later fields count.
+    """Merge the sections of several configs; later fields override earlier ones.
 
-    An objective is taken whole: its options belong to its name.
+    `loss` is replaced as a whole, since its options belong to its name.
     """
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for sections in configs:
         for name, section in sections.items():
-            joins = isinstance(section, dict) and name != "loss"
-            made[name] = {**made.get(name, {}), **section} if joins else section
-    return made
+            if isinstance(section, dict) and name != "loss":
+                result[name] = {**result.get(name, {}), **section}
+            else:
+                result[name] = section
+    return result
 
 
 def _rounded(line: Record) -> Record:
-    """Five digits are enough, and a fifth of the file."""
+    """Round to five digits, which makes the file five times smaller."""
     return {
         name: float(f"{value:.5g}") if isinstance(value, float) else value
         for name, value in line.items()

@@ -1,7 +1,7 @@
-"""What a reproduction is: runs, a table of what became of them, and claims with a number each.
+"""Definition of a reproduction: runs, a table of their metrics, and claims with a number each.
 
-A claim is a number of one seed's runs and a bound for it, so a verdict is arithmetic: reproduced
-where the number keeps to its side of the bound in every seed.
+A claim is a number of one seed's runs and a bound for it, so a verdict is arithmetic: the claim is
+reproduced if the number is on the claimed side of the bound in every seed.
 """
 
 from __future__ import annotations
@@ -14,48 +14,49 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-BASELINES: dict[str, dict[str, Any]] = {  # with which more than one paper compares
+# Objectives with which more than one paper compares.
+BASELINES: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 0.1},
     "ipo": {"name": "ipo", "tau": 0.1},
     "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
     "cpo": {"name": "cpo", "beta": 0.1, "lam": 1.0},
 }
-Record = dict[str, Any]  # a line of metrics: `step` and what was measured there
+Record = dict[str, Any]  # a line of metrics, `step` among them
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: a training from the model of its seed, or what `alone` does instead.
+    """A run: training from the model of its seed, or a call of `function` instead.
 
-    measure: what is measured of the trained Trainer beside its metrics. Both are functions of a
-    module, for they travel to another process. judged: on generated data, its samples are graded.
+    measure: computes further metrics from the Trainer after training. Both must be functions of a
+    module, since they are pickled. scores_samples: on generated data, score the model's samples.
     """
 
     label: str  # e.g. "dpo, RC"
     seed: int
-    config: dict[str, Any]  # sections in which it differs from the study's other jobs
-    data: str = "pairs"  # the files that it reads, of `data.KINDS`
+    config: dict[str, Any]  # sections that differ from the study's other jobs
+    data: str = "pairs"  # a key of `data.KINDS`
     measure: Callable[[Any, Job], Record] | None = None
-    alone: Callable[[Job], list[Record]] | None = None
-    judged: bool = False
+    function: Callable[[Job], list[Record]] | None = None
+    scores_samples: bool = False
 
 
 class Missing(LookupError):
-    """A run has not measured something: its data does not allow it."""
+    """A run lacks a metric, because its data does not allow it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has measured: the lines of its metrics file, with the metrics a study keeps."""
+    """Metrics of a run: the lines of its metrics file, reduced to the metrics of the study."""
 
     label: str
     seed: int
     records: list[Record]
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values."""
-        found = [(line["step"], line[metric]) for line in self.records if metric in line]
-        return [step for step, _ in found], [value for _, value in found]
+        """Steps and values of a metric."""
+        lines = [line for line in self.records if metric in line]
+        return [line["step"] for line in lines], [line[metric] for line in lines]
 
     def has(self, metric: str) -> bool:
         return any(metric in line for line in self.records)
@@ -67,7 +68,7 @@ class Outcome:
         return self._values(metric)[-1]
 
     def mean(self, metric: str) -> float:
-        """Over the lines of the file: all logged steps count alike."""
+        """Mean over the logged steps."""
         return statistics.fmean(self._values(metric))
 
     def _values(self, metric: str) -> list[float]:
@@ -77,21 +78,21 @@ class Outcome:
         return values
 
     def share(self, holds: Callable[[Record], bool], metric: str) -> float:
-        """Of the lines that have the metric, those in which something holds."""
+        """Share of the lines with a metric in which `holds` is true."""
         lines = [line for line in self.records if metric in line]
         return sum(map(holds, lines)) / len(lines)
 
 
-Runs = dict[str, Outcome]  # of one seed, by label
+Runs = dict[str, Outcome]  # runs of one seed, by label
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and a number of a seed's runs: it holds above, or below, a bound."""
+    """A claim of a paper, and a number of a seed's runs that must be above or below a bound."""
 
     statement: str
-    source: str  # where the paper says so
-    number: str  # what it is, with its unit
+    source: str  # section, table or figure of the paper
+    number: str  # description of `value`, with its unit
     value: Callable[[Runs], float]
     above: float | None = None
     below: float | None = None
@@ -108,7 +109,7 @@ class Claim:
 
 
 def difference(metric: str, more: str, less: str) -> Callable[[Runs], float]:
-    """Of the last values of a metric in two runs: what a claim says is positive."""
+    """A claim's value: the last value of a metric in the run `more`, less that in `less`."""
     return lambda runs: runs[more].last(metric) - runs[less].last(metric)
 
 
@@ -118,59 +119,59 @@ class Column:
 
     title: str  # with the unit
     value: Callable[[Outcome], float]
-    metric: str  # without which a run has none
+    metric: str  # runs without this metric have no value
     digits: int = 2
 
 
 def final(title: str, metric: str, digits: int = 2) -> Column:
-    """The last value of a metric."""
+    """Column of the last value of a metric."""
     return Column(title, lambda run: run.last(metric), metric, digits)
 
 
 def mean(title: str, metric: str, digits: int = 2) -> Column:
-    """The mean of a metric over the logged steps."""
+    """Column of the mean of a metric over the logged steps."""
     return Column(title, lambda run: run.mean(metric), metric, digits)
 
 
 @dataclass(frozen=True)
 class Study:
-    """The experiments of a paper at a size that anyone can run."""
+    """Experiments of a paper, at a size that anyone can run."""
 
     name: str
     title: str
     paper: str
-    setting: str  # what is trained on what, and what differs from the paper
-    jobs: Callable[[int, bool], list[Job]]  # of a seed; few or short ones if quick
+    setting: str  # model, data and training, and the differences from the paper
+    jobs: Callable[[int, bool], list[Job]]  # (seed, quick); few or short jobs if quick
     training: dict[str, Any]  # sections of the config that all jobs share
-    keep: tuple[str, ...]  # metrics that go into the result file
+    metrics: tuple[str, ...]  # in the result file
     columns: tuple[Column, ...]
     claims: tuple[Claim, ...]
     draw: Callable[[Sequence[Runs]], Figure]
     caption: str  # of the picture
-    speaks: str = "pairs"  # the data that the model learns to speak from
-    speech: str | dict[str, Any] = "sft"  # by which objective
+    sft_data: str = "pairs"  # data of the SFT warm-up
+    sft_loss: str | dict[str, Any] = "sft"  # objective of the SFT warm-up
     by_epoch: bool = False  # log and evaluate once an epoch
-    takes_groups: bool = True  # a user's, instead of generated ones
+    takes_groups: bool = True  # accepts a user's groups instead of generated ones
 
 
 def load(name: str) -> Study:
-    """The study of `fastpref.reproduce.NAME`."""
-    found: Study = import_module(f"fastpref.reproduce.papers.{name}").STUDY
-    return found
+    """The study of `fastpref.reproduce.papers.NAME`."""
+    study: Study = import_module(f"fastpref.reproduce.papers.{name}").STUDY
+    return study
 
 
 def verdict(claim: Claim, values: Sequence[float]) -> str:
-    """In words: whether it holds in every seed, in some, or in none."""
-    held = sum(map(claim.holds, values))
+    """The verdict in words: the claim holds in every seed, in some, or in none."""
+    count = sum(map(claim.holds, values))
     if not values:
         return "not measured"
-    if held == len(values):
+    if count == len(values):
         return "reproduced"
-    return f"in {held} of {len(values)} seeds" if held else "not reproduced"
+    return f"in {count} of {len(values)} seeds" if count else "not reproduced"
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """`mean (least to most)` in a format such as `.2f`, or the value where there is one."""
+    """`mean (minimum to maximum)` in a format such as `.2f`; a single value is shown alone."""
     mean, low, high = (
         f"{value:{form}}".replace("-", "−")
         for value in (statistics.fmean(values), min(values), max(values))

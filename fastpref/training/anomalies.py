@@ -1,5 +1,4 @@
-"""Numbers that go wrong in training: losses that are not finite, by row, the steps that are left
-out for it, and losses that jump."""
+"""Losses that are not finite, by row; the steps skipped because of them; and loss spikes."""
 
 from __future__ import annotations
 
@@ -10,100 +9,107 @@ import torch
 from torch import Tensor
 
 from fastpref import distributed
+from fastpref.losses import Output
+from fastpref.training.forward import MicroBatchLogps
+from fastpref.training.step_hook import StepHook
 
-MOST_SKIPPED = 10  # steps in a row; a model that has gone bad does not come back
+MOST_SKIPPED = 10  # steps in a row; a model that has diverged does not recover
 SPIKE = 6.0  # standard deviations above the usual loss
-_MEMORY = 0.98  # of the usual loss, each step
-_AT_LEAST = 20  # steps before anything counts as unusual
+_DECAY = 0.98  # of the usual loss, each step
+_MIN_STEPS = 20  # before any loss counts as a spike
 
 
-class NonFiniteTracker:
-    """Which groups of the steps since the last look had a loss that is not finite.
+class NonFiniteTracker(StepHook):
+    """Groups with a loss that is not finite, by step, since the last `clear`.
 
-    Nothing waits for the device until somebody asks.
+    Nothing waits for the device until `groups` is called.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, list[tuple[list[int], Tensor]]] = {}
+        self._step = 0
+        self._micro_batches: dict[int, list[tuple[list[int], Tensor]]] = {}
 
-    def see(self, step: int, groups: list[int], loss: Tensor) -> None:
-        """Take in a micro-batch of a step: loss (B,) of its groups, by their index."""
-        self._seen.setdefault(step, []).append((groups, ~loss.detach().isfinite()))
+    def before_step(self, step: int) -> None:
+        self._step = step + 1
 
-    def not_finite(self, step: int, device: torch.device) -> list[int]:
-        """Groups of all ranks; each rank has to ask."""
-        seen = self._seen.get(step, ())
+    def after_micro_batch(self, groups: list[int], logps: MicroBatchLogps, output: Output) -> None:
+        not_finite = ~output.loss.detach().isfinite()
+        self._micro_batches.setdefault(self._step, []).append((groups, not_finite))
+
+    def groups(self, step: int, device: torch.device) -> list[int]:
+        """Return the groups of step `step`, counted from 1, of all ranks; all ranks call this."""
         own = [
-            g for groups, bad in seen for g, gone in zip(groups, bad.tolist(), strict=True) if gone
+            group
+            for groups, not_finite in self._micro_batches.get(step, ())
+            for group, bad in zip(groups, not_finite.tolist(), strict=True)
+            if bad
         ]
-        found = distributed.gather(torch.tensor(own, dtype=torch.int64, device=device))
-        return sorted(found.tolist())
+        gathered = distributed.gather(torch.tensor(own, dtype=torch.int64, device=device))
+        return sorted(gathered.tolist())
 
-    def forget(self) -> None:
-        self._seen.clear()
+    def clear(self) -> None:
+        self._micro_batches.clear()
 
 
-class SkippedSteps:
-    """Steps that were left out because a number of theirs was not finite."""
+class SkippedSteps(StepHook):
+    """Steps that were skipped because their loss or gradient was not finite."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[int]] = {}
         self._in_a_row = self.count = 0
 
-    def see(self, step: int, rows: list[int]) -> bool:
-        """Take in such a step and its rows; whether there have been too many in a row."""
+    def record(self, step: int, rows: list[int]) -> bool:
+        """Record a skipped step and its rows; return whether there are too many in a row."""
         self._rows[str(step)] = rows
         self._in_a_row += 1
         self.count += 1
         return self._in_a_row >= MOST_SKIPPED
 
-    def end_row(self) -> None:
-        """A step was taken."""
+    def after_step(self) -> None:
         self._in_a_row = 0
 
-    def flush(self) -> dict[str, dict[str, list[int]]]:
-        """Rows by step since the last call, where there were any, as a line of metrics has them."""
+    def metrics(self) -> dict[str, dict[str, list[int]]]:
         rows, self._rows = self._rows, {}
         return {"steps/skipped": rows} if rows else {}
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, for JSON."""
+    def state_dict(self) -> dict[str, Any]:
         return {"rows": self._rows, "in_a_row": self._in_a_row, "count": self.count}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         self._rows, self._in_a_row = dict(state["rows"]), state["in_a_row"]
         self.count = state["count"]
 
 
-class SpikeDetector:
-    """Losses of steps, beside their running mean and variance.
+class SpikeDetector(StepHook):
+    """Losses of steps, compared to their running mean and variance.
 
-    A spike moves the averages by no more than the largest loss that is none: one does not hide the
-    next, and a loss that stays high becomes the usual one.
+    A spike moves the averages by no more than the largest loss that is none: one spike does not
+    hide the next, and a loss that stays high becomes the usual one.
     """
 
     def __init__(self) -> None:
         self._steps, self._mean, self._variance = 0, 0.0, 0.0
 
-    def see(self, loss: float) -> bool:
-        """Whether the loss of this step is a spike."""
+    def is_spike(self, loss: float) -> bool:
+        """Record the loss of the next step; return whether it is a spike."""
         limit = self._mean + SPIKE * math.sqrt(self._variance)
-        spike = self._steps >= _AT_LEAST and loss > limit
+        spike = self._steps >= _MIN_STEPS and loss > limit
         loss = min(loss, limit) if spike else loss
         self._steps += 1
-        share = max(1 - _MEMORY, 1 / self._steps)
+        weight = max(1 - _DECAY, 1 / self._steps)
         change = loss - self._mean
-        self._mean += share * change
-        self._variance = (1 - share) * (self._variance + share * change**2)
+        self._mean += weight * change
+        self._variance = (1 - weight) * (self._variance + weight * change**2)
         return spike
 
     @property
     def usual(self) -> float:
+        """Running mean of the losses."""
         return self._mean
 
-    def state(self) -> list[float]:
-        """What a checkpoint must hold, as numbers that JSON gives back exactly."""
+    def state_dict(self) -> list[float]:
         return [self._steps, self._mean, self._variance]
 
-    def restore(self, state: list[float]) -> None:
-        self._steps, self._mean, self._variance = int(state[0]), *state[1:]
+    def load_state_dict(self, state: Any) -> None:
+        steps, self._mean, self._variance = state
+        self._steps = int(steps)

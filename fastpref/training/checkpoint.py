@@ -21,36 +21,37 @@ from fastpref.model.policy import Policy
 from fastpref.training.checkpoint_files import (
     CheckpointError,
     CheckpointWriter,
-    complete,
-    read_about,
+    complete_steps,
+    read_run_state,
     write_failure,
 )
 from fastpref.utils.atomic_files import discard, remove, replace
 
 
 class Checkpoints:
-    """Those of a run, in `root/step-N`; the newest `keep` are kept."""
+    """Checkpoints of a run in `root/step-N`, written in the background; the newest `keep` stay."""
 
     def __init__(self, root: Path, keep: int) -> None:
         self._root, self._keep = root, keep
         self._pending: tuple[Future[Any], Path] | None = None
         pinned = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
-        # Its collectives run beside those of training, so they need a group of their own.
+        # Its collectives run concurrently with those of training, which needs a separate group.
         self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
     def save(
         self, step: int, policy: Policy, optimizer: Optimizer, position: dict[str, Any]
     ) -> None:
-        """Begin to write `root/step-N`, when the one before is complete."""
+        """Wait for the previous checkpoint, then start to write `root/step-N`."""
         self.wait()
         temporary = self._root / f".step-{step}"
         if distributed.is_main_process():
-            for stale in self._root.glob(".step-*"):  # left by a killed process
+            # A killed process may have left some.
+            for stale in self._root.glob(".step-*"):
                 remove(stale)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        about = {
+        run_state = {
             "step": step,
             "position": position,
             "optimizer": type(optimizer).__name__,
@@ -58,7 +59,7 @@ class Checkpoints:
         }
         future = dcp.async_save(
             {**_tensors(policy, optimizer), **_random_state()},
-            storage_writer=CheckpointWriter(temporary, about),
+            storage_writer=CheckpointWriter(temporary, run_state),
             process_group=self._group,
             async_stager=self._stager,
             no_dist=self._group is None,
@@ -67,66 +68,77 @@ class Checkpoints:
         self._pending = future, temporary
 
     def poll(self) -> None:
-        """Make the checkpoint that is being written visible if it is complete."""
+        """Rename the pending checkpoint to its final name if all of it is written."""
         if self._pending is not None and self._pending[0].done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete; raises what went wrong."""
+        """Wait for the pending checkpoint and rename it; raises CheckpointError if it failed."""
         if self._pending is None:
             return
         (future, temporary), self._pending = self._pending, None
         folder = temporary.with_name(temporary.name[1:])
         try:
-            future.result()  # on the first rank: all ranks have written theirs
+            # On rank 0 this returns after all ranks have written their shards.
+            future.result()
         except (Exception, CheckpointException) as error:
             if distributed.is_main_process():
-                shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full of it
+                # Frees the space, since the disk may be full.
+                shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"cannot write {folder}: {write_failure(error)}") from None
         if distributed.is_main_process():
             replace(folder, temporary)
-            self._drop(complete(self._root)[: -self._keep])
+            self._delete(complete_steps(self._root)[: -self._keep])
 
-    def abandon_after(self, step: int) -> None:
-        """Drop those of later steps, which a run that goes on from here does not lead to."""
+    def delete_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, which a run that resumes from `step` replaces."""
         if distributed.is_main_process():
-            self._drop([later for later in complete(self._root) if later > step])
+            self._delete([later for later in complete_steps(self._root) if later > step])
 
     def close(self) -> None:
         self.wait()
         self._stager.close()
 
-    def _drop(self, steps: list[int]) -> None:
+    def _delete(self, steps: list[int]) -> None:
         for step in steps:
             discard(self._root / f"step-{step}")
 
 
 def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
-    """Load weights, optimizer and random state, of as many ranks as there are now."""
-    about = read_about(folder)
+    """Load weights, optimizer and random state; the number of ranks may differ from the saved one.
+
+    Raises CheckpointError for a checkpoint of another model, adapter or optimizer.
+    """
+    run_state = read_run_state(folder)
     shapes = {n: list(p.shape) for n, p in policy.trainable_parameters().items()}
-    if shapes != about["weights"]:
-        saved = about["weights"]
-        odd = min(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name))
-        raise CheckpointError(f"resume: {folder} is of another model or adapter (differs in {odd})")
-    if about["optimizer"] != type(optimizer).__name__:
+    saved_shapes = run_state["weights"]
+    if shapes != saved_shapes:
+        names = {**shapes, **saved_shapes}
+        mismatched = min(name for name in names if shapes.get(name) != saved_shapes.get(name))
         raise CheckpointError(
-            f"resume: {folder} is of a run with {about['optimizer']}; restore optim.name"
+            f"resume: {folder} is of another model or adapter (differs in {mismatched}); restore "
+            "the model and adapter of the run"
+        )
+    saved_optimizer = run_state["optimizer"]
+    if saved_optimizer != type(optimizer).__name__:
+        raise CheckpointError(
+            f"resume: {folder} is of a run with {saved_optimizer}; restore optim.name"
         )
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    if any(name.startswith("optimizer.") for name in stored):  # else it has taken no step yet
-        _make_moments(optimizer)
-    # With more ranks than there were, some begin with a random state of their own.
-    random = {name: value for name, value in _random_state().items() if name in stored}
-    state = {**_tensors(policy, optimizer), **random}
+    # Before its first step an optimizer has no state.
+    if any(name.startswith("optimizer.") for name in stored):
+        _allocate_state(optimizer)
+    # With more ranks than were saved, the additional ranks keep their own random state.
+    random_state = {name: value for name, value in _random_state().items() if name in stored}
+    state = {**_tensors(policy, optimizer), **random_state}
     dcp.load(state, storage_reader=reader, no_dist=distributed.world_size() == 1)
-    for name, value in random.items():
+    for name, value in random_state.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
 
 
 def _tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The very tensors of trained weights and optimizer, by their names in a checkpoint."""
+    """Tensors of trained weights and optimizer, not copies, by their names in a checkpoint."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     weights = {f"weights.{name}": p.detach() for name, p in policy.trainable_parameters().items()}
     moments = {
@@ -136,6 +148,7 @@ def _tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _random_state() -> dict[str, Tensor]:
+    """Random state of this rank's generators, by the names in a checkpoint."""
     state = {f"rng.{distributed.rank()}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state[f"rng.{distributed.rank()}.cuda"] = torch.cuda.get_rng_state()
@@ -143,8 +156,8 @@ def _random_state() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _make_moments(optimizer: Optimizer) -> None:
-    """Have the optimizer make its state, by a step that changes no weight."""
+def _allocate_state(optimizer: Optimizer) -> None:
+    """Create the optimizer's state by a step with zero gradients, which changes no weight."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:

@@ -1,12 +1,12 @@
 """Checkpoints that are complete or absent, in safetensors and JSON; nothing is pickled.
 
 A checkpoint holds the trained weights, the optimizer's state, the random state of each rank and the
-position in the run. Frozen weights come from where they came from at the start.
+position in the run. Frozen weights are loaded from their original source.
 
-`torch.distributed.checkpoint` writes and reads the tensors: each rank its own shards, and any
-number of ranks what any other number has written. Writing goes on beside training, from a copy; the
-folder has its name, and thereby is a checkpoint, when all of it is on disk. Its `checksums.json`,
-taken of the bytes as they went out, tells a file that was harmed later.
+`torch.distributed.checkpoint` writes and reads the tensors. Each rank writes its own shards, and
+any number of ranks can read them. Files are written from a copy while training continues. The
+directory is renamed to `step-N` only after every file has been synced. Its `checksums.json`, which
+is computed from the bytes as they are written, detects files that were damaged later.
 """
 
 from __future__ import annotations
@@ -37,55 +37,53 @@ from fastpref.utils.atomic_files import file_crc32
 from fastpref.utils.errors import UserError, first_line
 
 _NAME = re.compile(r"step-(\d+)")
-
-
-_ABOUT, _CHECKSUMS = "state.json", "checksums.json"
+_RUN_STATE, _CHECKSUMS = "state.json", "checksums.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be continued from."""
+    """A checkpoint cannot be written or resumed from."""
 
 
 class CheckpointWriter(HuggingFaceStorageWriter):
-    """Shards as safetensors; then, on the first rank, what the run knows, and all checksums."""
+    """Writer of shards in safetensors and, on rank 0, of the run state and all checksums."""
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run_state: dict[str, Any]) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self._folder, self._about = folder, json.dumps(about).encode()
-        self.fs = self._summing = _Summing()
+        self._folder, self._run_state = folder, json.dumps(run_state).encode()
+        self.fs = self._file_system = _ChecksumFileSystem()
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        written = super().write_data(plan, planner).value()
-        sums = self._summing.sums
+        results = super().write_data(plan, planner).value()
+        checksums = self._file_system.checksums
         future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        future.set_result([dataclasses.replace(each, storage_data=sums) for each in written])
+        future.set_result([dataclasses.replace(r, storage_data=checksums) for r in results])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        sums = {_ABOUT: zlib.crc32(self._about)}
-        for each in chain.from_iterable(results):
-            sums |= each.storage_data
-        (self._folder / _ABOUT).write_bytes(self._about)
-        (self._folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        checksums = {_RUN_STATE: zlib.crc32(self._run_state)}
+        for result in chain.from_iterable(results):
+            checksums |= result.storage_data
+        (self._folder / _RUN_STATE).write_bytes(self._run_state)
+        (self._folder / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
-class _Summing(FileSystem):
-    """The local disk; keeps the checksum of each file that it has written, by its name."""
+class _ChecksumFileSystem(FileSystem):
+    """Local file system that records the checksum of each file that it writes, by file name."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, int] = {}
+        self.checksums: dict[str, int] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with _Summed(io.FileIO(path, mode)) as stream:
+        with _ChecksumWriter(io.FileIO(path, mode)) as stream:
             yield stream
-        self.sums[Path(path).name] = stream.crc32
+        self.checksums[Path(path).name] = stream.crc32
 
 
-class _Summed(io.BufferedWriter):
-    """A file, and the checksum of what went into it."""
+class _ChecksumWriter(io.BufferedWriter):
+    """Buffered writer that computes the checksum of the written bytes."""
 
     crc32 = 0
 
@@ -95,45 +93,53 @@ class _Summed(io.BufferedWriter):
 
 
 def find(root: Path, resume: str, note: Callable[[str], None]) -> Path | None:
-    """The checkpoint to continue from, every byte of it as it was written.
+    """Find the checkpoint to resume from, and verify its checksums.
 
-    For `auto` the newest of those, None where there is no checkpoint; those passed over are noted.
-    Otherwise the folder named. All ranks call this, and each file is read by one of them.
+    resume: a checkpoint folder, or "auto" for the newest undamaged checkpoint in `root`; None is
+        returned if there is no checkpoint.
+    note: called with a message about each damaged checkpoint that is skipped.
+
+    A collective call: the ranks share the files to read. Raises CheckpointError if no checkpoint
+    can be used.
     """
     if resume != "auto":
         folder = Path(resume)
-        if not (folder / _ABOUT).is_file():
-            raise CheckpointError(f"resume: {resume} is not a checkpoint folder; name one, or auto")
+        if not (folder / _RUN_STATE).is_file():
+            raise CheckpointError(f"resume: {resume} is not a checkpoint folder; use one, or auto")
         damage = _damage(folder)
         if damage is not None:
-            raise CheckpointError(f"resume: {folder}: {damage}; name another checkpoint, or auto")
+            raise CheckpointError(f"resume: {folder}: {damage}; use another checkpoint, or auto")
         return folder
-    steps = complete(root)
+    steps = complete_steps(root)
     for step in reversed(steps):
         folder = root / f"step-{step}"
         damage = _damage(folder)
         if damage is None:
             return folder
-        note(f"{folder} is passed over: {damage}")
+        note(f"{folder} is skipped: {damage}")
     if steps:
         raise CheckpointError(
-            f"resume: no checkpoint in {root} is whole ({damage}); remove them to start anew"
+            f"resume: every checkpoint in {root} is damaged ({damage}); remove them to start over"
         )
     return None
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if nothing is. The same on all ranks."""
+    """Message about a damaged or missing file of a checkpoint, or None; the same on all ranks."""
     names: list[str] = []
     try:
-        sums = json.loads((folder / _CHECKSUMS).read_bytes())
-        names = sorted(sums)
-        own = range(distributed.rank(), len(names), distributed.world_size())
-        harmed = [k for k in own if not _has_sum(folder / names[k], sums[names[k]])]
-        found: float = max(harmed, default=-1)
+        checksums = json.loads((folder / _CHECKSUMS).read_bytes())
+        names = sorted(checksums)
+        files_of_rank = range(distributed.rank(), len(names), distributed.world_size())
+        damaged = [
+            index
+            for index in files_of_rank
+            if not _has_checksum(folder / names[index], checksums[names[index]])
+        ]
+        last_damaged: float = max(damaged, default=-1)
     except (OSError, ValueError, TypeError):
-        found = math.inf
-    worst = distributed.all_reduce_max(found)
+        last_damaged = math.inf
+    worst = distributed.all_reduce_max(last_damaged)
     if worst < 0:
         return None
     name = _CHECKSUMS if worst == math.inf else names[int(worst)]
@@ -141,30 +147,35 @@ def _damage(folder: Path) -> str | None:
 
 
 def write_failure(error: BaseException) -> str:
+    """First line of an error of writing; of the first rank that failed, if several did."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]  # of the first rank that has one
+        error = next(iter(error.failures.values()))[0]
     return first_line(error)
 
 
-def _has_sum(path: Path, expected: int) -> bool:
+def _has_checksum(path: Path, expected: int) -> bool:
     try:
         return file_crc32(path) == expected
-    except OSError:  # it is not there, or the disk cannot read it
+    # The file is missing or unreadable.
+    except OSError:
         return False
 
 
 def position(folder: Path) -> dict[str, Any]:
-    """The saved position in the run, with its `step`."""
-    about = read_about(folder)
-    return {"step": about["step"], **about["position"]}
+    """Saved position in the run, including its `step`."""
+    run_state = read_run_state(folder)
+    return {"step": run_state["step"], **run_state["position"]}
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((folder / _ABOUT).read_text())
-    return about
+def read_run_state(folder: Path) -> dict[str, Any]:
+    """Read step, position, optimizer name and shapes of the weights."""
+    run_state: dict[str, Any] = json.loads((folder / _RUN_STATE).read_text())
+    return run_state
 
 
-def complete(root: Path) -> list[int]:
+def complete_steps(root: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    found = [_NAME.fullmatch(path.name) for path in root.iterdir()] if root.is_dir() else []
-    return sorted(int(match[1]) for match in found if match)
+    if not root.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in root.iterdir())
+    return sorted(int(match[1]) for match in matches if match)

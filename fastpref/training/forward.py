@@ -1,4 +1,4 @@
-"""One micro-batch through policy and reference: what the objective of a run sees of it."""
+"""Forward passes of a micro-batch through policy and reference, as the objective takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpref import losses
 from fastpref.config import ConfigError
 from fastpref.data.collate import Batch, join
-from fastpref.losses import Logps, TokenLevelLoss
+from fastpref.losses import Logps, Objective, TokenLevelLoss
 from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.model.reference_policy import Reference
 from fastpref.model.token_importance import importance
@@ -20,7 +20,7 @@ from fastpref.ops.cpu import calls_alive
 
 
 class MicroBatchLogps(NamedTuple):
-    """A micro-batch of B pairs, S responses or G groups."""
+    """Log-probs of a micro-batch of B pairs, S responses or G groups."""
 
     policy: Logps
     reference: Logps | None
@@ -29,12 +29,13 @@ class MicroBatchLogps(NamedTuple):
 
 
 class Forward:
-    """Log-probs, and what else an objective wants to know of each token.
+    """Compute log-probs, and the columns that a token-level objective needs of each token.
 
-    Raises ConfigError for an objective that measures a divergence of heads with a bias.
+    Raises ConfigError for a divergence of heads with a bias, and for gradients of the objective's
+    own on a sharded model.
     """
 
-    def __init__(self, loss: Any, policy: Policy) -> None:
+    def __init__(self, loss: Objective, policy: Policy) -> None:
         self._loss, self._policy = loss, policy
         self._columns = loss.columns if isinstance(loss, TokenLevelLoss) else ()
         if "importance" in self._columns and policy.sharded:
@@ -56,44 +57,48 @@ class Forward:
         with_entropy: bool = False,
         with_geometry: bool = False,
     ) -> MicroBatchLogps:
-        """One forward pass for each batch, joined."""
-        known = [reference(batch) for batch in batches]
+        """Run one forward pass for each batch and join the results."""
+        references = [reference(batch) for batch in batches]
         with calls_alive(len(batches)):
             outputs = [
                 self._pass(batch, ref, with_entropy, with_geometry)
-                for batch, ref in zip(batches, known, strict=True)
+                for batch, ref in zip(batches, references, strict=True)
             ]
-        views = [self._view(*pass_) for pass_ in zip(batches, outputs, strict=True)]
-        ref_views = [
-            self._view(batch, ref) for batch, ref in zip(batches, known, strict=True) if ref
+        policy_views = [self._view(*pair) for pair in zip(batches, outputs, strict=True)]
+        reference_views = [
+            self._view(batch, ref) for batch, ref in zip(batches, references, strict=True) if ref
         ]
         entropies = [output.entropy for output in outputs if output.entropy is not None]
         geometries = [output.geometry for output in outputs if output.geometry is not None]
         return MicroBatchLogps(
-            join(views),
-            join(ref_views) if ref_views else None,
+            join(policy_views),
+            join(reference_views) if reference_views else None,
             torch.stack(entropies).sum(0) if entropies else None,
             ScoreGeometry(*map(torch.cat, zip(*geometries, strict=True))) if geometries else None,
         )
 
     def _pass(
-        self, batch: Batch, known: PolicyOutput | None, with_entropy: bool, with_geometry: bool
+        self,
+        batch: Batch,
+        reference: PolicyOutput | None,
+        with_entropy: bool,
+        with_geometry: bool,
     ) -> PolicyOutput:
         columns: dict[str, Any] = {}
         if "importance" in self._columns:
             columns["importance"] = importance(self._policy, batch)
 
         def score_weights(output: PolicyOutput) -> Tensor | None:
-            view = self._view(batch, output._replace(**columns))
-            reference = None if known is None else self._view(batch, known)
-            return losses.pair_incentives(self._loss, view, reference)[2]
+            policy_view = self._view(batch, output._replace(**columns))
+            reference_view = None if reference is None else self._view(batch, reference)
+            return losses.pair_incentives(self._loss, policy_view, reference_view)[2]
 
         output: PolicyOutput = self._policy(
             batch,
             ForwardOptions(
                 entropy=with_entropy,
                 collision_entropy="collision_entropy" in self._columns,
-                reference=known.head if known and "kl" in self._columns else None,
+                reference=reference.head if reference and "kl" in self._columns else None,
                 score_weights=score_weights if with_geometry else None,
             ),
         )

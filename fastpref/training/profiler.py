@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: a trace to look at, and a table to read.
+"""Profiler of training steps that writes a trace and a table.
 
-The parts are marked in the trainer by `part("forward")` and the like, which costs a microsecond
-where nobody profiles. On CUDA the time of a part is that of its kernels on the GPU.
+The trainer marks the parts of a step by `with part("backward")`, which costs a microsecond without
+a profiler. On CUDA the time of a part is the GPU time of its kernels.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-SKIPPED, STEPS = 3, 3  # steps before those that are measured, and these
+# Number of warm-up steps, and of the profiled steps after them.
+SKIPPED, STEPS = 3, 3
 _MARK = "fastpref: "
 
 
 def part(name: str) -> record_function:
-    """A context that marks a part of a step."""
+    """Context manager that marks a part of a step."""
     return record_function(_MARK + name)
 
 
 class Profiler:
-    """That of a run which is not profiled."""
+    """No-op profiler."""
 
     def step(self) -> None:
-        """Call it after every optimizer step."""
+        """Mark the end of an optimizer step."""
 
 
 class StepProfiler(Profiler):
-    """Measures steps 4 to 6 and writes `trace.json` and `table.txt`."""
+    """Profile steps 4 to 6 and write `trace.json` and `table.txt`."""
 
     def __init__(self, folder: Path, cuda: bool) -> None:
         self._folder, self._cuda, self.table = folder, cuda, ""
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        activities = [ProfilerActivity.CPU]
+        if cuda:
+            activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
-            activities=kinds,
+            activities=activities,
             schedule=schedule(wait=SKIPPED - 1, warmup=1, active=STEPS, repeat=1),
             on_trace_ready=self._write,
         )
@@ -52,19 +55,21 @@ class StepProfiler(Profiler):
     def step(self) -> None:
         self._profile.step()
 
-    def _write(self, found: Any) -> None:
+    def _write(self, profiled: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(self._folder / "trace.json"))
-        self.table = table(found.key_averages(), self._cuda)
+        profiled.export_chrome_trace(str(self._folder / "trace.json"))
+        self.table = table(profiled.key_averages(), self._cuda)
         (self._folder / "table.txt").write_text(self.table + "\n")
 
 
 def table(averages: Any, cuda: bool, rows: int = 15) -> str:
-    """Milliseconds a step of the marked parts and, below them, of the costliest operations."""
-    whole = "device_time_total" if cuda else "cpu_time_total"
-    own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    parts = {e.key: getattr(e, whole) for e in averages if e.key.startswith(_MARK)}
-    ops = {e.key: getattr(e, own) for e in averages if not e.key.startswith((_MARK, "Profiler"))}
+    """Format milliseconds per step of the marked parts and of the most expensive operations."""
+    total_time = "device_time_total" if cuda else "cpu_time_total"
+    self_time = "self_device_time_total" if cuda else "self_cpu_time_total"
+    parts = {e.key: getattr(e, total_time) for e in averages if e.key.startswith(_MARK)}
+    ops = {
+        e.key: getattr(e, self_time) for e in averages if not e.key.startswith((_MARK, "Profiler"))
+    }
     costliest = sorted(ops, key=lambda key: -ops[key])[:rows]
     total = sum(parts.values()) or 1.0
     lines = [f"{'ms a step':>10}  {'share':>6}"]
@@ -79,7 +84,7 @@ def table(averages: Any, cuda: bool, rows: int = 15) -> str:
 
 @contextmanager
 def profiling(folder: Path | None) -> Iterator[Profiler]:
-    """Profile into a folder, or not at all."""
+    """Context manager that yields a profiler, a no-op one if `folder` is None."""
     if folder is None:
         yield Profiler()
         return

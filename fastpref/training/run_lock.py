@@ -1,8 +1,8 @@
-"""One run at a time writes a run directory: a lock that ends with the process that holds it.
+"""Lock that lets one run at a time write to a run directory.
 
-The kernel holds it (`flock`), so whoever is killed leaves no lock behind. On a file system without
-such locks the file itself counts: a process of this machine that is gone is passed over, one of
-another machine cannot be asked and counts as alive.
+The kernel releases the lock (`flock`) when the process ends, even if it is killed. On a file system
+without flock the content of the file is the lock: a holder on this host counts only while its
+process is alive, and a holder on another host always counts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastpref.config import ConfigError
 
 
 class InUse(ConfigError):
-    """Another run writes the same run directory."""
+    """Another run is writing to the run directory."""
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Within, no other run writes `folder`, which is made if it is not there.
+def hold(folder: Path) -> Iterator[None]:
+    """Context manager that locks `folder`, and creates it if needed.
 
-    The first rank holds the lock for all. Raises InUse, with the process and host that hold it.
+    Rank 0 holds the lock for all ranks. Raises InUse, with the process and host of the holder.
     """
     path = folder / "lock"
     try:
@@ -39,46 +39,50 @@ def held(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"training.output_dir: {error.filename}: {error.strerror}; choose another folder"
         ) from None
-    mine = False
+    acquired = False
     try:
-        mine = distributed.is_main_process() and _take(descriptor)
-        if not distributed.all_ranks(mine or not distributed.is_main_process()):
+        acquired = distributed.is_main_process() and _acquire(descriptor)
+        if not distributed.all_ranks(acquired or not distributed.is_main_process()):
             raise InUse(_refusal(folder, _holder(descriptor)))
         yield
     finally:
-        if mine:
+        if acquired:
             os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> bool:
+def _acquire(descriptor: int) -> bool:
+    """Try to lock the file and write the holder into it; return whether it is locked."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks on this file system
+    # The file system does not support flock.
+    except OSError:
         if _may_be_alive(_holder(descriptor)):
             return False
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(about).encode(), 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     return True
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """Who took the lock last; empty if it was given back, or at this moment is being taken."""
+    """Metadata of the last holder; empty if the lock is released or being acquired."""
     try:
-        about: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+        holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
         return {}
-    return about
+    return holder
 
 
 def _may_be_alive(holder: dict[str, Any]) -> bool:
+    """Whether the holder is running, or is on another host."""
     if not holder or holder["host"] != socket.gethostname():
         return bool(holder)
-    if holder["pid"] == os.getpid():  # given anew: in a container it may be 1 each time
+    # A previous process had the same pid: in a container it may be 1 every time.
+    if holder["pid"] == os.getpid():
         return False
     try:
         os.kill(holder["pid"], 0)

@@ -1,24 +1,24 @@
-"""Everything that is ready before the first step: folder, tokens, plan, policy, reference."""
+"""Set up a run before its first step: folder, tokens, plan, policy and reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastpref import distributed
-from fastpref.config import Config, ConfigError
+from fastpref.config import Config, ConfigError, ReferenceMode, Training
 from fastpref.data.batch_plan import Plan
 from fastpref.data.collate import Batch
 from fastpref.data.dataset import GroupDataset, Groups, load_groups
-from fastpref.data.kto_mismatch import Mismatched
+from fastpref.data.kto_mismatch import MismatchedGroups
 from fastpref.data.tokenizers import tokenizer_of
-from fastpref.losses import Loss, PairwiseLoss, TokenLevelLoss
+from fastpref.losses import Objective, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.wrappers import TokenWeighted
@@ -34,22 +34,41 @@ from fastpref.model.reference_policy import (
 )
 from fastpref.training import checkpoint_files
 from fastpref.training.optim import check_eight_bit
+from fastpref.training.profiler import part
 from fastpref.utils.atomic_files import clear_leftovers
 from fastpref.utils.progress import Display
 
 
+class MicroBatch(NamedTuple):
+    """Forward passes of one micro-batch of this rank."""
+
+    groups: list[int]  # indices into the data set; none if it is not real
+    batches: list[Batch]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it counts; a rank that ran out of groups computes one that does not."""
+        return bool(self.groups)
+
+
 @dataclass(frozen=True)
 class DataView:
-    """Groups, the order in which they are visited, and their reference log-probs."""
+    """Groups, their order, and their reference log-probs."""
 
     groups: Groups
     plan: Plan
     reference: Reference
 
-    def batches(self, policy: Policy, indices: list[int]) -> list[Batch]:
-        """The forward passes of a micro-batch, or of one that holds nothing: ranks gather the model
-        together, so where a rank has no group left it takes one that does not count."""
-        return policy.batches(self.groups, indices or [self.plan.shortest])
+    def micro_batches(self, policy: Policy, step: int) -> Iterator[MicroBatch]:
+        """Micro-batches of this rank in a step; every rank yields as many, some of them not real.
+
+        The ranks of a sharded model gather its weights together, so a rank without groups computes
+        the shortest group, whose results do not count.
+        """
+        for indices in self.plan.step(step):
+            with part("batch"):
+                batches = policy.batches(self.groups, indices or [self.plan.shortest])
+            yield MicroBatch(indices, batches)
 
 
 @dataclass(frozen=True)
@@ -57,14 +76,16 @@ class DataSplit(DataView):
     """The data of training or of evaluation; for KTO also its mismatched responses."""
 
     groups: GroupDataset
-    mismatched: DataView | None = None  # in the steps of `plan` and the same order
+    mismatched: DataView | None = None  # in the steps of `plan` and in the same order
 
 
 @dataclass(frozen=True)
 class Loaded:
+    """Tokenizer, policy, objective and data, as training and `fastpref precompute` load them."""
+
     tokenizer: PreTrainedTokenizerBase
-    policy: Policy  # as loaded; not yet restored from a checkpoint
-    loss: Loss
+    policy: Policy  # before a checkpoint is restored
+    loss: Objective
     train: DataSplit
     eval: DataSplit | None = None
 
@@ -76,17 +97,14 @@ class TrainingSetup(Loaded):
 
 
 def prepare(config: Config, display: Display) -> TrainingSetup:
-    """Claim the run directory and `load`.
-
-    Raises UserError in one line for anything a user can mend.
-    """
+    """Claim the run directory and `load`; raises UserError in one line."""
     folder = Path(config.training.output_dir)
-    found = _claim(folder, config, display)
-    return TrainingSetup(**vars(load(config, display)), folder=folder, checkpoint=found)
+    checkpoint = _claim(folder, config.resume, display)
+    return TrainingSetup(**vars(load(config, display)), folder=folder, checkpoint=checkpoint)
 
 
 def precompute(config: Config, display: Display) -> None:
-    """Have the reference log-probs in the cache, for runs with the same model and data.
+    """Cache the reference log-probs for all runs with the same model and data.
 
     Raises UserError as `prepare`, and where the config caches none.
     """
@@ -99,11 +117,11 @@ def precompute(config: Config, display: Display) -> None:
 
 
 def load(config: Config, display: Display) -> Loaded:
-    """Load, tokenise and plan; the reference is taken from the policy as it was loaded."""
-    loss, data = config.build_loss(), config.data
+    """Load, tokenize and plan; the reference is computed from the policy as it was loaded."""
+    loss, data, training = config.build_loss(), config.data, config.training
     announce_code(config.model, display.note)
     with distributed.main_process_first():
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(config.model, data, loss.kind)
         datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
         if data.eval is not None:
             datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
@@ -114,61 +132,89 @@ def load(config: Config, display: Display) -> Loaded:
     if isinstance(loss, PairwiseLoss) and any(data.has_token_weights for data in datasets):
         loss = TokenWeighted(loss)
     _advise_on_weights(loss, datasets[0], display)
-    mismatched = [Mismatched(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
-    device = device_of(config.training.device)
+    mismatched = [MismatchedGroups(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
+    device = device_of(training.device)
     check_eight_bit(config.optim, device)
-    policy = load_policy(config, tokenizer, device)
-    choose_layout(policy, config, datasets[0], display)
-    seeds = (config.training.seed, None)  # held-out data is visited in its own order
+
+    def new_policy(device: torch.device) -> Policy:
+        return load_policy(
+            config.model,
+            tokenizer,
+            device,
+            training,
+            config.parallel,
+            adapter=config.adapter,
+            keep_initial_adapter=config.reference_mode == "adapter",
+        )
+
+    policy = new_policy(device)
+    choose_layout(policy, training, config.model.attn_implementation, datasets[0], display)
+    seeds = (training.seed, None)  # held-out data has an order of its own
     # Every budget is checked before the reference takes its time.
     plans = [
-        _plan(config, policy, groups, seed) for groups, seed in zip(datasets, seeds, strict=False)
+        _plan(training, policy, groups, seed) for groups, seed in zip(datasets, seeds, strict=False)
     ]
-    others = [
-        _plan(config, policy, groups, seed) for groups, seed in zip(mismatched, seeds, strict=False)
+    mismatched_plans = [
+        _plan(training, policy, groups, seed)
+        for groups, seed in zip(mismatched, seeds, strict=False)
     ]
-    loaded = partial(load_policy, config, tokenizer, policy.device)
-    reference = _references(config, policy, loaded, display, isinstance(loss, TokenLevelLoss))
-    visits = [
+    reference = _references(
+        config.reference_mode,
+        Path(data.cache).expanduser(),
+        policy,
+        lambda: new_policy(policy.device),
+        display,
+        per_token=isinstance(loss, TokenLevelLoss),
+    )
+    views = [
         DataView(groups, plan, reference(groups, plan))
-        for groups, plan in zip(mismatched, others, strict=True)
+        for groups, plan in zip(mismatched, mismatched_plans, strict=True)
     ]
     splits = [
-        DataSplit(dataset, plan, reference(dataset, plan), other)
-        for dataset, plan, other in zip_longest(datasets, plans, visits)
+        DataSplit(dataset, plan, reference(dataset, plan), view)
+        for dataset, plan, view in zip_longest(datasets, plans, views)
     ]
-    torch.manual_seed(config.training.seed + distributed.rank())  # dropout is not alike on all
+    torch.manual_seed(training.seed + distributed.rank())  # dropout differs between ranks
     return Loaded(tokenizer, policy, loss, *splits)
 
 
-def _plan(config: Config, policy: Policy, groups: Groups, seed: int | None) -> Plan:
+def _plan(training: Training, policy: Policy, groups: Groups, seed: int | None) -> Plan:
     _check_context(groups, policy)
-    t = config.training
-    shared = distributed.world_size(), distributed.rank()
-    return Plan.of(groups, t.batch_size, t.micro_batch_tokens, seed, policy.layout, *shared)
+    return Plan.of(
+        groups,
+        training.batch_size,
+        training.micro_batch_tokens,
+        seed,
+        policy.layout,
+        distributed.world_size(),
+        distributed.rank(),
+    )
 
 
 def _references(
-    config: Config,
+    mode: ReferenceMode,
+    cache: Path,
     policy: Policy,
-    loaded: Callable[[], Policy],
+    load_copy: Callable[[], Policy],
     display: Display,
     per_token: bool,
 ) -> Callable[[Groups, Plan], Reference]:
-    """Makes the reference for groups and their plan; a frozen one is loaded once for all."""
-    mode, cache = config.reference_mode, Path(config.data.cache).expanduser()
+    """Return a function from groups and their plan to the reference; a frozen copy is shared."""
     if mode == "none":
         return lambda groups, plan: no_reference
-    if mode in ("frozen", "adapter"):
-        live: Reference = AdapterReference(policy)
-        if mode == "frozen":
-            use_layout(second := loaded(), policy.layout)
-            live = FrozenReference(second)
-        return lambda groups, plan: live
-    return lambda groups, plan: cached_reference(policy, groups, plan, cache, display, per_token)
+    if mode == "cached":
+        return lambda groups, plan: cached_reference(
+            policy, groups, plan, cache, display, per_token
+        )
+    reference: Reference = AdapterReference(policy)
+    if mode == "frozen":
+        copy = load_copy()
+        use_layout(copy, policy.layout)
+        reference = FrozenReference(copy)
+    return lambda groups, plan: reference
 
 
-def _check_labels(loss: Loss, dataset: GroupDataset) -> None:
+def _check_labels(loss: Objective, dataset: GroupDataset) -> None:
     if isinstance(loss, PairwiseLoss) and not loss.soft_labels and dataset.has_preferences:
         raise ConfigError(
             f"loss: {loss.name} does not take soft labels, and the data has them; set "
@@ -176,7 +222,7 @@ def _check_labels(loss: Loss, dataset: GroupDataset) -> None:
         )
 
 
-def _check_scores(loss: Loss, dataset: GroupDataset) -> None:
+def _check_scores(loss: Objective, dataset: GroupDataset) -> None:
     """Refuse an alpha at or below which PRO-S may have no optimum for some group."""
     if not isinstance(loss, PROS):
         return
@@ -203,8 +249,8 @@ def _check_scores(loss: Loss, dataset: GroupDataset) -> None:
         )
 
 
-def _advise_on_weights(loss: Loss, dataset: GroupDataset, display: Display) -> None:
-    """A note where KTO's classes weigh more unequally than is advised (see `KTO`)."""
+def _advise_on_weights(loss: Objective, dataset: GroupDataset, display: Display) -> None:
+    """Note where the weights of KTO's classes are outside the advised range (see `KTO`)."""
     if not isinstance(loss, KTO):
         return
     desirable = int(dataset.label_values().sum())
@@ -233,28 +279,27 @@ def _check_context(groups: Groups, policy: Policy) -> None:
         )
 
 
-def _claim(folder: Path, config: Config, display: Display) -> Path | None:
-    """Make the run directory and find the checkpoint to continue from, if that is asked for."""
+def _claim(folder: Path, resume: str | None, display: Display) -> Path | None:
+    """Make the run directory; return the checkpoint to continue from, if `resume` asks for one."""
     root = folder / "checkpoints"
-    begun = (folder / "metrics.jsonl").exists() or checkpoint_files.complete(root)
-    taken = config.resume is None and begun
-    if not distributed.all_ranks(not taken):
+    has_run = (folder / "metrics.jsonl").exists() or bool(checkpoint_files.complete_steps(root))
+    if not distributed.all_ranks(resume is not None or not has_run):
         raise ConfigError(
             f"training.output_dir: {folder} already holds a run; continue it with resume=auto or "
             "choose another folder"
         )
-    found = checkpoint_files.find(root, config.resume, display.note) if config.resume else None
+    checkpoint = checkpoint_files.find(root, resume, display.note) if resume else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"training.output_dir: {error.filename}: {error.strerror}") from None
     if distributed.is_main_process():
         clear_leftovers(folder)
-    return found
+    return checkpoint
 
 
 def device_of(name: str) -> torch.device:
-    """The device of `training.device`, of several GPUs this rank's own.
+    """Return the device of `training.device`; with several GPUs, the one of this rank.
 
     Raises ConfigError for a GPU that is not there.
     """

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step in progress, with a checkpoint."""
+"""Handlers of SIGTERM and Ctrl-C, which end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A signal ended the run; `signum` says which."""
+    """The signal `signum` ended the run."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -19,21 +19,25 @@ class Interrupted(Exception):
 
 @contextmanager
 def collecting() -> Iterator[list[int]]:
-    """The signals received so far: at most one, for a second one acts as usual, at once."""
-    received: list[int] = []
-    usual: dict[int, Any] = {}
+    """Context manager that yields a list of the received signals.
 
-    def restore() -> None:
-        for number, handler in usual.items():
+    The first signal is added to the list and restores the previous handlers, so that a second one
+    ends the process immediately.
+    """
+    received: list[int] = []
+    previous_handlers: dict[int, Any] = {}
+
+    def restore_handlers() -> None:
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def record(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        restore()
+        restore_handlers()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        usual[number] = signal.signal(number, note)
+        previous_handlers[number] = signal.signal(number, record)
     try:
         yield received
     finally:
-        restore()
+        restore_handlers()

@@ -2,7 +2,7 @@
 
     loss of a step = sum of the losses of its pairs, responses or groups / their number
 
-is the only normalisation, so micro-batches and accumulation do not change the result.
+is the only normalization, so micro-batches and accumulation do not change the result.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastpref import distributed, metrics
+from fastpref import distributed, losses, metrics
 from fastpref.config import Config, ConfigError
 from fastpref.data.batch_plan import tokens_of
-from fastpref.data.collate import Batch
-from fastpref.losses import Output
 from fastpref.model import fsdp
 from fastpref.model.export import export
-from fastpref.training import anomalies, checkpoint, checkpoint_files, model_card, run_lock
-from fastpref.training import signals as interrupts
-from fastpref.training.calibration_step import balance
-from fastpref.training.forward import Forward, MicroBatchLogps
+from fastpref.training import checkpoint, checkpoint_files, model_card, run_lock, signals
+from fastpref.training.anomalies import (
+    MOST_SKIPPED,
+    NonFiniteTracker,
+    SkippedSteps,
+    SpikeDetector,
+)
+from fastpref.training.calibration_step import make_calibration
+from fastpref.training.forward import Forward
 from fastpref.training.metric_sums import NAMES, MetricSums
 from fastpref.training.optim import learning_rate, make_optimizer
 from fastpref.training.profiler import Profiler, part, profiling
-from fastpref.training.reference_point import reference_point
+from fastpref.training.reference_point import make_reference_point
 from fastpref.training.setup import DataSplit, prepare
-from fastpref.training.step_gradient import Gradient, Projected
+from fastpref.training.step_gradient import Gradient, ProjectedGradient
+from fastpref.training.step_hook import StepHook
 from fastpref.utils import progress
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
@@ -47,16 +51,15 @@ class Diverged(UserError):
 def train(config: Config, display: progress.Display, profile: bool = False) -> Path:
     """Run a config to its end and return the folder of the exported model.
 
-    profile: write where the time of a step goes. Raises UserError for what a user can mend, and
-    Interrupted after SIGTERM or Ctrl-C.
+    profile: write where the time of a step goes. Raises UserError in one line, and Interrupted
+    after SIGTERM or Ctrl-C.
     """
-    with run_lock.held(Path(config.training.output_dir)):
+    with run_lock.hold(Path(config.training.output_dir)):
         trainer = Trainer(config, display)
-        folder = (
-            trainer.run.folder / "profile" if profile and distributed.is_main_process() else None
-        )
-        with interrupts.collecting() as signals, profiling(folder) as trainer.profiler:
-            trainer.loop(signals)
+        writes_profile = profile and distributed.is_main_process()
+        folder = trainer.run.folder / "profile" if writes_profile else None
+        with signals.collecting() as received, profiling(folder) as trainer.profiler:
+            trainer.loop(received)
         if folder is not None:
             display.note(f"profile: {folder}\n{(folder / 'table.txt').read_text()}")
         return trainer.export()
@@ -68,18 +71,28 @@ class Trainer:
     def __init__(self, config: Config, display: progress.Display) -> None:
         self.config, self.display = config, display
         self.run = prepare(config, display)
-        self.policy, self.plan = self.run.policy, self.run.train.plan
-        self.loss: Any = self.run.loss
-        self.trained = list(self.policy.trainable_parameters().values())
+        self.policy, self.plan, self.loss = self.run.policy, self.run.train.plan, self.run.loss
+        self.parameters = list(self.policy.trainable_parameters().values())
         self.forward = Forward(self.loss, self.policy)
-        self.point = reference_point(self.loss, self.policy)
-        self.balance = balance(config, self.loss, self.policy)
-        self.update = (Projected if config.update == "dpo_pg" else Gradient)(self.trained)
+        self.gradient = (ProjectedGradient if config.update == "dpo_pg" else Gradient)(
+            self.parameters
+        )
+        self.reference_point = make_reference_point(self.loss, self.policy)
+        self.calibration = make_calibration(
+            config.calibration, config.monitor, self.loss, self.policy
+        )
+        self.nonfinite, self.spikes = NonFiniteTracker(), SpikeDetector()
+        self.skipped = SkippedSteps()
+        self.stateful: dict[str, StepHook] = {  # by their key in a checkpoint
+            "reference_point": self.reference_point,
+            "balance": self.calibration,
+            "spikes": self.spikes,
+            "skipped": self.skipped,
+        }
+        self.hooks = [*self.stateful.values(), self.nonfinite]
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
-        self.optimizer = make_optimizer(config.optim, self.trained)
+        self.optimizer = make_optimizer(config.optim, self.parameters)
         self.window = metrics.Window(NAMES)
-        self.losses, self.spikes = anomalies.NonFiniteTracker(), anomalies.SpikeDetector()
-        self.skipped = anomalies.SkippedSteps()
         self.margins = config.margins
         self.lengths = tokens_of(self.run.train.groups, "packed")
         self.checkpoints = checkpoint.Checkpoints(
@@ -89,31 +102,25 @@ class Trainer:
         self.step = self.tokens = 0
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
-        self.checkpoints.abandon_after(self.step)
-        self.trackers = metrics.trackers(
+        self.checkpoints.delete_after(self.step)
+        self.trackers = metrics.open_trackers(
             self.run.folder, config.training.report_to, config.model_dump(), self.step
         )
-        saved = self.run.folder / "config.yaml"
-        if self.run.checkpoint is not None and saved.exists():
-            for difference in config.differences(saved):
-                display.note(f"changed since the run began: {difference}")
-        if distributed.is_main_process():
-            with replacing(saved) as temporary:
-                temporary.write_text(config.to_yaml(), encoding="utf-8")
+        self._save_config(self.run.folder / "config.yaml")
 
-    def loop(self, signals: list[int]) -> None:
-        """Train from the current step to the last; a signal ends it after the step at hand."""
+    def loop(self, received: list[int]) -> None:
+        """Train from the current step to the last; a signal in `received` ends it after a step."""
         gc.collect()
-        gc.freeze()  # what is there now stays: later collections need not look at it
-        gc.disable()  # they would stop the one or the other rank at any moment
+        gc.freeze()  # later collections need not look at what exists now
+        gc.disable()  # automatic collections pause ranks at different times and stall collectives
         try:
-            self._loop(signals)
+            self._loop(received)
         finally:
             gc.enable()
             gc.unfreeze()
             self.checkpoints.wait()
 
-    def _loop(self, signals: list[int]) -> None:
+    def _loop(self, received: list[int]) -> None:
         t = self.config.training
         self.display.phase("train", self.steps, self.step)
         if self.run.eval and self.step == 0:
@@ -121,102 +128,92 @@ class Trainer:
         first, self._started, self._logged_at = self.step, time.monotonic(), (self.tokens, 0.0)
         while self.step < self.steps:
             last = self.step + 1 == self.steps
-            logs = last or self.step == 0 or _due(self.step + 1, t.log_every)
-            tally = self._train_step(with_entropy=logs)
+            logs = last or self.step == 0 or _is_due(self.step + 1, t.log_every)
+            metric_sums = self._train_step(with_entropy=logs)
             self.display.advance(self.step)
             self.checkpoints.poll()
             self.profiler.step()
-            saves = _due(self.step, t.checkpoint_every)
+            saves = _is_due(self.step, t.checkpoint_every)
             saves |= last and t.checkpoint_every is not None
-            evaluates = self.run.eval and (last or _due(self.step, t.eval_every))
+            evaluates = self.run.eval and (last or _is_due(self.step, t.eval_every))
             if logs or evaluates:
                 self._stop_unless_finite()
             if logs:
-                self._log(tally, done=(self.step - first) / (self.steps - first))
+                self._log(metric_sums, done=(self.step - first) / (self.steps - first))
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
-            # Looked at once, here: a signal may come at any moment, and must not go unsaved.
-            stops = not distributed.all_ranks(not signals) and not last
+            # Read once a step, here: a signal may come at any moment, and the ranks must agree.
+            stops = not distributed.all_ranks(not received) and not last
             if saves or stops:
                 self._stop_unless_finite()
                 self._save()
             if stops:
-                number = signals[0] if signals else signal.SIGTERM  # another rank's
-                raise interrupts.Interrupted(
+                number = received[0] if received else signal.SIGTERM  # another rank's
+                raise signals.Interrupted(
                     number,
                     f"stopped by {signal.Signals(number).name} after step {self.step}; "
                     "continue with resume=auto",
                 )
 
     def _train_step(self, with_entropy: bool) -> MetricSums | None:
-        """One optimizer step; None of one that is skipped."""
-        groups = self.plan.groups(self.step)
-        point = self.point.of_step(self.run.train, self.step)
+        """Take one optimizer step and return its sums, or None if the step is skipped."""
+        data, groups_in_step = self.run.train, self.plan.groups(self.step)
+        for hook in self.hooks:
+            hook.before_step(self.step)
+        reference_point = self.reference_point.of_step(data, self.step)
         rate = learning_rate(self.config.optim, self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        tally = MetricSums(self.loss, self.margins, self.policy.device)
-        for indices in self.plan.step(self.step):
-            counts = bool(indices)
-            with part("batch"):
-                batches = self.run.train.batches(self.policy, indices)
+        metric_sums = MetricSums(self.loss, self.margins, self.policy.device)
+        for micro_batch in data.micro_batches(self.policy, self.step):
             with part("forward and loss"):
-                seen, output = self._forward(batches, self.run.train, point, with_entropy, counts)
+                geometry = self.calibration.needs_geometry(self.step)
+                logps = self.forward(micro_batch.batches, data.reference, with_entropy, geometry)
+                policy = logps.policy
+                if micro_batch.is_real:
+                    policy = self.calibration.calibrate(logps, self.step)
+                output = losses.evaluate(self.loss, policy, logps.reference, reference_point)
             with part("backward"):
-                self.update.backward(seen.policy, output, len(groups) if counts else math.inf)
-            if counts:
-                self.point.see(seen.policy, output)
-                self.losses.see(self.step + 1, indices, output.loss)
-                tally.add(seen, output)
+                scale = micro_batch.is_real / len(groups_in_step)  # the only normalization
+                self.gradient.backward(output.loss.sum() * scale, logps.policy, scale)
+            if micro_batch.is_real:
+                for hook in self.hooks:
+                    hook.after_micro_batch(micro_batch.groups, logps, output)
+                metric_sums.add(logps, output)
         with part("clip and update"):
-            self.update.finish()
+            self.gradient.finish()
             limit = self.config.optim.max_grad_norm or math.inf
-            norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(self.trained, limit))
+            grad_norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit))
             self.step += 1
-            self.tokens += int(self.lengths[groups].sum())
-            self.window.add(self.step, norm, tally.sums)
+            self.tokens += int(self.lengths[groups_in_step].sum())
+            self.window.add(self.step, grad_norm, metric_sums.sums)
             if self.config.training.nonfinite == "skip" and self._skips():
                 return None
             self.optimizer.step()
-        self.point.end_step()
-        self.balance.end_step()
-        return tally
-
-    def _forward(
-        self,
-        batches: list[Batch],
-        split: DataSplit,
-        point: Tensor | None,
-        with_entropy: bool,
-        counts: bool,
-    ) -> tuple[MicroBatchLogps, Output]:
-        """Log-probs and losses of one micro-batch, in one or more forward passes."""
-        geometry = torch.is_grad_enabled() and self.balance.wants_geometry(self.step)
-        seen = self.forward(batches, split.reference, with_entropy, geometry)
-        calibrated = self.balance.calibrated(seen, self.step) if counts else seen.policy
-        output = self.loss(calibrated, seen.reference, *([] if point is None else [point]))
-        return seen, output
+        for hook in self.hooks:
+            hook.after_step()
+        return metric_sums
 
     @torch.no_grad()
     def _evaluate(self, split: DataSplit) -> None:
-        """Metrics over the held-out data, under names that begin with `eval_`."""
+        """Log metrics over the held-out data, under names that begin with `eval_`."""
         self.policy.eval()
-        tally = MetricSums(self.loss, self.margins, self.policy.device, closely=True)
-        for number, step in enumerate(split.plan.epoch()):
-            point = self.point.of_step(split, number)
-            for indices in step:
-                batches = split.batches(self.policy, indices)
-                seen, output = self._forward(batches, split, point, True, bool(indices))
-                if indices:
-                    tally.add(seen, output)
+        metric_sums = MetricSums(self.loss, self.margins, self.policy.device, detailed=True)
+        for step in range(split.plan.steps_per_epoch):
+            reference_point = self.reference_point.of_step(split, step)
+            for micro_batch in split.micro_batches(self.policy, step):
+                logps = self.forward(micro_batch.batches, split.reference, with_entropy=True)
+                output = losses.evaluate(self.loss, logps.policy, logps.reference, reference_point)
+                if micro_batch.is_real:
+                    metric_sums.add(logps, output)
         self.policy.train()
-        found = tally.evaluation(split.groups.has_preferences)
-        record = {"step": self.step, "epoch": self._epoch, **found}
+        values = metric_sums.evaluation(split.groups.has_preferences)
+        record = {"step": self.step, "epoch": self._epoch, **values}
         self._track(record)
         self.display.note(progress.evaluation(record))
 
-    def _log(self, tally: MetricSums | None, done: float) -> None:
+    def _log(self, metric_sums: MetricSums | None, done: float) -> None:
         gc.collect(1)
         seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
         self._logged_at = (self.tokens, seconds)
@@ -224,16 +221,16 @@ class Trainer:
             "step": self.step,
             "epoch": self._epoch,
             **self._spikes(),
-            **self.skipped.flush(),
+            **self.skipped.metrics(),
             **self.window.flush(),
-            **self.balance.flush(),
+            **self.calibration.metrics(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            # Of this step alone: it costs one more pass over the head.
-            **({} if tally is None else {"entropy": tally.entropy()}),
-            "num_tokens": self.tokens,
-            "tokens_per_second": (self.tokens - tokens) / max(seconds - then, 1e-9),
-            "peak_memory_gib": metrics.peak_memory(self.policy.device),
         }
+        if metric_sums is not None:  # of this step only: it costs one more pass over the head
+            record["entropy"] = metric_sums.entropy()
+        record["num_tokens"] = self.tokens
+        record["tokens_per_second"] = (self.tokens - tokens) / max(seconds - then, 1e-9)
+        record["peak_memory_gib"] = metrics.peak_memory(self.policy.device)
         self._track(record)
         self.display.metrics(record, seconds_left=seconds * (1 - done) / done)
 
@@ -242,76 +239,73 @@ class Trainer:
             tracker.log(record)
 
     def _spikes(self) -> dict[str, dict[str, float]]:
-        """Losses of the window's steps that are far above the usual, by step."""
-        steps, rows = self.window.state()
-        found = {}
+        """Loss spikes of the window's steps, by step."""
+        steps, rows = self.window.state_dict()
+        spikes = {}
         for step, loss in zip(steps, (rows[:, 1] / rows[:, 1 + len(NAMES)]).tolist(), strict=True):
             usual = self.spikes.usual
-            if self.spikes.see(loss):
-                found[str(step)] = loss
+            if self.spikes.is_spike(loss):
+                spikes[str(step)] = loss
                 self.display.note(f"loss spike at step {step:,}: {loss:.4g}, usually {usual:.4g}")
-        return {"loss/spikes": found} if found else {}
+        return {"loss/spikes": spikes} if spikes else {}
 
     def _stop_unless_finite(self) -> None:
-        """Raise Diverged for a step with a loss or a gradient that is not finite."""
-        found = self.window.first_non_finite()
-        if found is not None:
-            raise self._diverged(found, self._rows(found.step))
-        self.losses.forget()
+        """Raise Diverged if a loss or gradient since the last call is not finite."""
+        nonfinite = self.window.first_non_finite()
+        if nonfinite is not None:
+            raise self._diverged(nonfinite, self._rows(nonfinite.step))
+        self.nonfinite.clear()
 
     def _skips(self) -> bool:
-        """Whether a number of the step at hand is not finite; all that it left is then dropped.
+        """Discard the step if its loss or gradient is not finite; return whether it was.
 
         Raises Diverged at the last of MOST_SKIPPED in a row.
         """
-        found = self.window.first_non_finite()
-        if found is None:
-            self.losses.forget()
-            self.skipped.end_row()
+        nonfinite = self.window.first_non_finite()
+        if nonfinite is None:
+            self.nonfinite.clear()
             return False
-        rows = self._rows(found.step)
-        if self.skipped.see(found.step, rows):
-            raise self._diverged(
-                found, rows, f", after {anomalies.MOST_SKIPPED - 1} that were skipped"
-            )
-        self.point.drop_step()
-        self.balance.drop_step()
-        self.losses.forget()
+        rows = self._rows(nonfinite.step)
+        if self.skipped.record(nonfinite.step, rows):
+            raise self._diverged(nonfinite, rows, f", after {MOST_SKIPPED - 1} that were skipped")
+        for hook in self.hooks:
+            hook.discard_step()
+        self.nonfinite.clear()
         self.window.drop_last()
         self.display.note(
-            f"step {found.step:,} is skipped: {found.metric} is {found.value}, rows {_some(rows)}"
+            f"step {nonfinite.step:,} is skipped: {nonfinite.metric} is {nonfinite.value}, "
+            f"rows {_some(rows)}"
         )
         return True
 
     def _rows(self, step: int) -> list[int]:
-        """Rows of a step whose loss is not finite; else its gradient, a sum, is not: all rows."""
-        indices = self.losses.not_finite(step, self.policy.device) or self.plan.groups(step - 1)
-        return sorted({self.run.train.groups[index].row for index in indices})
+        """Rows of a step whose loss is not finite; all its rows if only the gradient is not."""
+        groups = self.nonfinite.groups(step, self.policy.device) or self.plan.groups(step - 1)
+        return sorted({self.run.train.groups[index].row for index in groups})
 
-    def _diverged(self, found: metrics.NonFinite, rows: list[int], when: str = "") -> Diverged:
-        """The error, with the row numbers saved."""
-        report = {"step": found.step, "metric": found.metric, "value": str(found.value)}
+    def _diverged(self, nonfinite: metrics.NonFinite, rows: list[int], when: str = "") -> Diverged:
+        """Save the row numbers and return the error."""
+        step, metric, value = nonfinite
         path = self.run.folder / "nonfinite.json"
         if distributed.is_main_process():
-            path.write_text(json.dumps({**report, "rows": rows}, indent=1))
+            report = {"step": step, "metric": metric, "value": str(value), "rows": rows}
+            path.write_text(json.dumps(report, indent=1))
         return Diverged(
-            f"training stopped: {found.metric} is {found.value} at step {found.step}{when}, rows "
-            f"{_some(rows)} (all in {path}); look at them or lower optim.lr"
+            f"training stopped: {metric} is {value} at step {step}{when}, rows {_some(rows)} "
+            f"(all in {path}); look at them or lower optim.lr"
         )
 
     def _save(self) -> None:
-        steps, rows = self.window.state()
+        steps, rows = self.window.state_dict()
         position = {
             "tokens": self.tokens,
             "window": [steps, rows.tolist()],
             "plan": self._plan_key,
-            "reference_point": self.point.state(),
-            "balance": self.balance.state(),
-            "spikes": self.spikes.state(),
-            "skipped": self.skipped.state(),
+            **{name: hook.state_dict() for name, hook in self.stateful.items()},
         }
         self.checkpoints.save(self.step, self.policy, self.optimizer, position)
-        gc.collect()  # what the one before has left, too, which outlived the younger generations
+        # A full collection: buffers of the previous checkpoint have reached the oldest generation.
+        gc.collect()
 
     def _resume(self, folder: Path) -> None:
         position = checkpoint_files.position(folder)
@@ -322,27 +316,35 @@ class Trainer:
             )
         checkpoint.restore(folder, self.policy, self.optimizer)
         steps, rows = position["window"]
-        self.window.restore(steps, torch.tensor(rows, dtype=torch.float64))
-        self.point.restore(position["reference_point"])
-        self.balance.restore(position["balance"])
-        self.spikes.restore(position["spikes"])
-        self.skipped.restore(position["skipped"])
+        self.window.load_state_dict(steps, torch.tensor(rows, dtype=torch.float64))
+        for name, hook in self.stateful.items():
+            hook.load_state_dict(position[name])
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 
+    def _save_config(self, path: Path) -> None:
+        """Write the config; of a resumed run, note the fields that have changed."""
+        if self.run.checkpoint is not None and path.exists():
+            for difference in self.config.differences(path):
+                self.display.note(f"changed since the run began: {difference}")
+        if distributed.is_main_process():
+            with replacing(path) as temporary:
+                temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+
     def export(self) -> Path:
-        """Close what is open and write the model in Hugging Face format; returns its folder."""
+        """Close trackers, write the model in Hugging Face format, and return its folder."""
         self.checkpoints.close()
         for tracker in self.trackers:
             tracker.close()
         adapter, folder = self.config.adapter, self.run.folder / "model"
         merge = adapter is None or adapter.merge
         if not distributed.is_main_process():
-            export(self.policy, self.run.tokenizer, folder, merge)  # sends its shards
+            export(self.policy, self.run.tokenizer, folder, merge)  # sends this rank's shards
             return folder
         with replacing(folder) as temporary:
             export(self.policy, self.run.tokenizer, temporary, merge)
-            model_card.write(temporary, self.config, self.run.folder / "metrics.jsonl")
+            metrics_file = self.run.folder / "metrics.jsonl"
+            model_card.write(temporary, self.loss.name, self.config.to_yaml(), metrics_file)
         if self.skipped.count:
             self.display.note(f"skipped: {self.skipped.count:,} of {self.steps:,} steps")
         self.display.note(f"model: {folder}")
@@ -362,5 +364,5 @@ def _some(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
-def _due(step: int, every: int | None) -> bool:
+def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0

@@ -1,1 +1,1 @@
-"""Errors, files, progress, versions: what any part may import."""
+"""Shared helpers: errors, atomic files, progress display and versions."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, then renamed; and sums of what they hold."""
+"""Atomic writes of files and directories (temporary path, fsync, rename), and checksums."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_UMASK = os.umask(0o077)  # it cannot be read without being set
+# The umask can only be read by setting it.
+_UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block ends without an error."""
+    """Context manager that yields a temporary path and moves it to `path` on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove(temporary)  # a killed process may have had this number
+    # A killed process may have had the same process id.
+    remove(temporary)
     try:
         yield temporary
         replace(path, temporary)
@@ -28,8 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, temporary: Path) -> None:
-    """Have a complete file or folder on disk and move it onto `path`, in the same folder."""
-    _settle(temporary)
+    """Sync a complete file or directory to disk and rename it to `path` in the same directory."""
+    _sync_tree(temporary)
     if path.is_dir():
         old = temporary.with_suffix(".old")
         remove(old)
@@ -42,7 +44,7 @@ def replace(path: Path, temporary: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Have a folder gone; whenever the process is killed, it is there whole or not at all."""
+    """Delete a directory atomically: a kill at any time leaves it either complete or absent."""
     old = folder.with_name(f".{folder.name}.old")
     remove(old)
     os.replace(folder, old)
@@ -50,32 +52,35 @@ def discard(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder that only this one writes now."""
+    """Delete temporary files of killed processes; no other process may be writing to `folder`."""
     for pattern in (".*.tmp", ".*.old"):
-        for left in folder.glob(pattern):
-            remove(left)
+        for path in folder.glob(pattern):
+            remove(path)
 
 
 def remove(path: Path) -> None:
-    """Have a file or a folder gone, if there is one; of a link, the link alone."""
+    """Delete a file or directory if it exists; symlinks are unlinked, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _settle(path: Path) -> None:
-    """Have all of it on disk, as readable as the umask says: safetensors makes private files."""
+def _sync_tree(path: Path) -> None:
+    """Sync a file or directory tree to disk, with file modes by the umask.
+
+    safetensors creates files that only their owner can read.
+    """
     if path.is_dir():
         for entry in path.iterdir():
-            _settle(entry)
+            _sync_tree(entry)
     else:
         path.chmod(0o666 & ~_UMASK)
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of entries, on disk before anything relies on it."""
+    """Flush a file, or a directory's list of entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,7 +89,7 @@ def _sync(path: Path) -> None:
 
 
 def sha256(*parts: str | bytes) -> str:
-    """Hex digest of the parts, each prefixed by its length so that no two splits collide."""
+    """Hex digest of the parts, each prefixed with its length so that no two splits collide."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -99,9 +104,9 @@ def file_sha256(path: Path) -> str:
 
 
 def file_crc32(path: Path) -> int:
-    """A checksum against damage, at the speed of a disk; it does not tell contents apart."""
-    total = 0
+    """CRC-32 of a file: fast enough for large files, detects damage, is no identity of content."""
+    checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            total = zlib.crc32(block, total)
-    return total
+            checksum = zlib.crc32(block, checksum)
+    return checksum

@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: written into every result file."""
+"""Description of the environment (device, versions, commit) that result files record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: str | None = None) -> dict[str, Any]:
-    """Device, threads, versions and commit; without a device, that of the GPU if there is one."""
+    """Device, threads, versions and commit; `device` defaults to the GPU if there is one."""
     cuda = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu(),
@@ -32,7 +32,7 @@ def describe(device: str | None = None) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package; None if it is not installed."""
+    """Version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -48,11 +48,12 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    if not (_ROOT / ".git").exists():  # installed: what repository it lies in says nothing
+    # An installed package may lie inside an unrelated repository.
+    if not (_ROOT / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None

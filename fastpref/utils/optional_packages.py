@@ -1,4 +1,4 @@
-"""Packages that only some options need."""
+"""Checks for packages that only some options need."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fastpref.utils.errors import UserError
 
 
 class MissingPackage(UserError):
-    """An option whose package is not installed."""
+    """The package of an option is not installed."""
 
 
 def has(package: str) -> bool:
-    """Whether a package, named as pip knows it, is installed."""
+    """Whether a package is installed; `package` is its name on PyPI."""
     return find_spec(package.replace("-", "_")) is not None
 
 
 def require(package: str, option: str) -> None:
-    """Raises MissingPackage, with the command that mends it, where the package is not installed."""
+    """Raise MissingPackage with the pip command if the package is not installed."""
     if not has(package):
         raise MissingPackage(f"{option} needs {package}; pip install {package}")

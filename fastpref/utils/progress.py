@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a command: a progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 
 class _Bar(Progress):
-    """A progress bar with a line of text below it, so that narrow terminals show both."""
+    """Progress bar with a status line below it, so that narrow terminals show both."""
 
     status = ""
 
@@ -31,11 +31,11 @@ class _Bar(Progress):
             yield Text(self.status)
 
 
-_PLAIN_EVERY = 5.0  # seconds between plain lines of a long preparation
+_PLAIN_EVERY = 5.0  # seconds between plain lines of phases other than training
 
 
 class Display:
-    """Shows one phase at a time: `phase("train", total)`, then `advance` and `metrics`."""
+    """Display of one phase at a time: `phase("train", total)`, then `advance` and `metrics`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -67,9 +67,11 @@ class Display:
             self._bar.stop()
 
     def note(self, text: str) -> None:
+        """Print a line of text above the progress bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
+        """Start a phase of `total` units, of which `done` are finished."""
         self._name, self._total, self._last = name, total, time.monotonic()
         if self._bar is not None:
             if self._task is not None:
@@ -78,7 +80,7 @@ class Display:
             self._bar.status = ""
 
     def advance(self, done: int) -> None:
-        """`done` of the phase's total; plain output says so every few seconds."""
+        """Set the number of finished units; plain output prints it every few seconds."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
         elif self._name != "train" and time.monotonic() - self._last > _PLAIN_EVERY:
@@ -86,20 +88,21 @@ class Display:
             self.note(f"{self._name} {done:,}/{self._total:,}")
 
     def metrics(self, record: dict[str, Any], seconds_left: float | None = None) -> None:
-        """One line of metrics of the training loop."""
+        """Show one record of training metrics."""
         shown = status(record)
         if self._bar is not None:
             self._bar.status = shown
             self._bar.refresh()
         else:
-            left = "" if seconds_left is None else f"  {_duration(seconds_left)} left"
+            left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
             self.note(f"step {record['step']:,}/{self._total:,}  {shown}{left}")
 
 
 def status(record: dict[str, Any]) -> str:
-    """Loss, margin, accuracy, speed and memory of a line of metrics, for one line of text."""
+    """One line of text with loss, margin, accuracy, speed and memory of a metrics record."""
     parts = [f"loss {record['loss']:.4f}" if "loss" in record else "all steps skipped"]
-    if "rewards/margins" in record:  # not where all responses were of one class
+    # Margins are missing if all responses have the same label.
+    if "rewards/margins" in record:
         parts.append(f"margin {record['rewards/margins']:+.3f}")
     if "rewards/accuracies" in record:
         parts.append(f"accuracy {record['rewards/accuracies']:.2f}")
@@ -111,7 +114,7 @@ def status(record: dict[str, Any]) -> str:
 
 
 def evaluation(record: dict[str, Any]) -> str:
-    """One line of text for an evaluation's metrics."""
+    """One line of text with the metrics of an evaluation."""
     parts = [f"eval at step {record['step']:,}", f"loss {record['eval_loss']:.4f}"]
     if "eval_rewards/margins" in record:
         parts.append(f"margin {record['eval_rewards/margins']:+.3f}")
@@ -124,24 +127,28 @@ def evaluation(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def format_duration(seconds: float) -> str:
+    """Duration in its largest unit, such as `1.5 h`, `12.0 min` or `0.21 s`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def quiet_libraries() -> None:
-    """Progress bars of weight loading and such would break the run's own."""
+    """Silence warnings and progress bars of libraries, which would break the progress display."""
     import warnings
 
     import datasets
     import transformers
     from huggingface_hub.utils import logging as hub
 
-    # That one process saves its checkpoints alone is no news.
+    # torch warns when a single process saves a distributed checkpoint.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    warnings.filterwarnings("ignore", module="peft|transformers")  # of what is refused in our words
-    hub.set_verbosity_error()  # of every try to reach the Hub it would tell
+    # fastpref raises its own errors for the problems that these libraries warn of.
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    # Silences the Hub's retry log.
+    hub.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

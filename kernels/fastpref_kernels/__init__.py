@@ -1,17 +1,18 @@
 """Triton kernels for preference training: token log-probs, their scores, and KL, without logits.
 
-Needs torch and triton alone. The formula and the memory cost of each operation head its file.
-`BACKEND` is what `fastpref.ops` calls for `impl="triton"`; `missing` says where it cannot.
+The package depends only on torch and triton. Each file begins with the formula and the memory cost
+of its operation. `fastpref.ops` calls `BACKEND` for `impl="triton"`; `unavailable_reason` says why
+it cannot run on a device.
 """
 
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["BACKEND", "missing"]
+__all__ = ["BACKEND", "unavailable_reason"]
 
 
-def missing(device: str) -> str:
-    """What keeps the kernels from running on a device and what helps; empty if nothing does."""
+def unavailable_reason(device: str) -> str:
+    """Reason why the kernels cannot run on a device, and what would help; empty if they can."""
     if find_spec("triton") is None:
         return "needs triton, which is not installed; pip install triton"
     import torch
@@ -32,8 +33,9 @@ def missing(device: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "BACKEND":  # looked up late: importing it imports triton
+    if name != "BACKEND":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Importing the backend imports triton, which callers of unavailable_reason may not have.
     from fastpref_kernels.backend import BACKEND
 
     return BACKEND

@@ -3,8 +3,9 @@
     python -m fastpref_kernels.aot_compile [--arch 80,90,100] [--only NAME] [--out FILE]
 
 One row per kernel, variant, dtype and tile shape: registers a thread, bytes of spills and of
-shared memory, and which matrix instruction the code uses. The exit status is 1 when a row spills,
-wants more shared memory than the device has, misses its matrix instruction or does not compile.
+shared memory, and the matrix instruction that the code uses. The exit status is 1 when a row
+spills, needs more shared memory than the device has, misses its matrix instruction or does not
+compile.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from fastpref_kernels.common.configs import (
     gemm_configs,
     pair_configs,
 )
-from fastpref_kernels.dlogits import label_logits_kernel, linear_delta_kernel
-from fastpref_kernels.linear_kl import kl_delta_kernel, linear_kl_fwd_kernel, merge_kl_kernel
+from fastpref_kernels.dlogits import label_logits_kernel, linear_dlogits_kernel
+from fastpref_kernels.linear_kl import kl_dlogits_kernel, linear_kl_fwd_kernel, merge_kl_kernel
 from fastpref_kernels.losses.inputs import LOSSES
 from fastpref_kernels.losses.pair import pair_losses_kernel
 from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
@@ -46,20 +47,20 @@ from fastpref_kernels.softmax_stats import linear_softmax_fwd_kernel, merge_fwd_
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 ARGUMENT_TYPES = {
     **dict.fromkeys(("labels", "lengths", "chosen_lengths", "rejected_lengths"), "*i64"),
-    **dict.fromkeys(("top1", "again", "desirable"), "*u8"),
+    **dict.fromkeys(("top1", "redo_mask", "desirable"), "*u8"),
     "metrics": "*fp64",
     **dict.fromkeys(("p0", "p1", "p2", "p3"), "fp64"),
     **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first"), "i32"),
     **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
 }
-# Of the dtype under test; other pointers are fp32.
+# Pointers in the dtype under test; other pointers are fp32.
 INPUTS = frozenset(
-    "hidden weight ref_hidden ref_weight bias exps delta".split()  # noqa: SIM905
+    "hidden weight ref_hidden ref_weight bias exp_logits dlogits".split()  # noqa: SIM905
 )
 
 
 class Kernel(NamedTuple):
-    """A kernel and, by variant, the arguments that launchers make constants of it."""
+    """A kernel and, by variant, the arguments that its launcher passes as constants."""
 
     function: Any
     variants: dict[str, dict[str, Any]]
@@ -76,34 +77,34 @@ class Job(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What came of it."""
+    """Result of one compilation."""
 
     job: Job
     registers: int
     spills: int
     shared: int
-    instruction: bool | None  # None for a kernel that multiplies no matrices
+    instruction: bool | None  # None for a kernel without a GEMM
     error: str = ""
 
     def problems(self) -> list[str]:
-        """Why this row fails, if it does."""
-        found = [self.error] if self.error else []
+        """Reasons why this row fails; empty if it passes."""
+        reasons = [self.error] if self.error else []
         if self.spills:
-            found.append("spills")
+            reasons.append("spills")
         if self.shared > SHARED_MEMORY_LIMIT[self.job.arch]:
-            found.append("shared memory")
+            reasons.append("shared memory")
         if self.instruction is False:
-            found.append(f"no {MATRIX_INSTRUCTION[self.job.arch]}")
-        return found
+            reasons.append(f"no {MATRIX_INSTRUCTION[self.job.arch]}")
+        return reasons
 
 
 def without(*names: str) -> dict[str, Any]:
-    """Arguments that are left out."""
+    """Arguments that are None."""
     return dict.fromkeys(names)
 
 
 def loss_variants(table: dict[str, Objective]) -> dict[str, dict[str, Any]]:
-    """Every objective with everything it takes, soft labels included, and all its choices."""
+    """Every objective with all its inputs, soft labels included, and all its choices."""
     variants = {}
     for name, objective in table.items():
         for choices in itertools.product(*objective.choices):
@@ -123,23 +124,23 @@ GEMM_KERNELS = {
     "linear_softmax_fwd": Kernel(
         linear_softmax_fwd_kernel,
         {
-            "stats": without("bias", "softcap", "exps", "shift", "again"),
-            "stats,bias": without("softcap", "exps", "shift", "again"),
-            "stats,softcap": without("bias", "exps", "shift", "again"),
-            "train": without("bias", "softcap", "panel_dot", "again"),
-            "train,bias": without("softcap", "panel_dot", "again"),
-            "train,softcap": without("bias", "panel_dot", "again"),
-            "again": without("bias", "softcap", "panel_dot"),
-            "again,bias": without("softcap", "panel_dot"),
-            "again,softcap": without("bias", "panel_dot"),
+            "stats": without("bias", "softcap", "exp_logits", "shift", "redo_mask"),
+            "stats,bias": without("softcap", "exp_logits", "shift", "redo_mask"),
+            "stats,softcap": without("bias", "exp_logits", "shift", "redo_mask"),
+            "train": without("bias", "softcap", "panel_dot", "redo_mask"),
+            "train,bias": without("softcap", "panel_dot", "redo_mask"),
+            "train,softcap": without("bias", "panel_dot", "redo_mask"),
+            "redo": without("bias", "softcap", "panel_dot"),
+            "redo,bias": without("softcap", "panel_dot"),
+            "redo,softcap": without("bias", "panel_dot"),
         },
     ),
     "linear_kl_fwd": Kernel(
         linear_kl_fwd_kernel, {"plain": without("softcap"), "softcap": without()}
     ),
-    "kl_delta": Kernel(kl_delta_kernel, {"plain": without("softcap"), "softcap": without()}),
-    "linear_delta": Kernel(
-        linear_delta_kernel,
+    "kl_dlogits": Kernel(kl_dlogits_kernel, {"plain": without("softcap"), "softcap": without()}),
+    "linear_dlogits": Kernel(
+        linear_dlogits_kernel,
         {
             "plain": without("bias", "softcap"),
             "bias": without("softcap"),
@@ -151,7 +152,7 @@ ROW_KERNELS = {
     "merge_fwd": Kernel(
         merge_fwd_kernel,
         {
-            "stats": without("exps", "shift", "again", "factor", "softcap"),
+            "stats": without("exp_logits", "shift", "redo_mask", "row_scale", "softcap"),
             "train": without("panel_dot", "entropy", "top1", "softcap"),
             "train,softcap": without("panel_dot", "entropy", "top1"),
         },
@@ -167,11 +168,11 @@ LOSS_KERNELS = {
 }
 KERNELS = {**GEMM_KERNELS, **ROW_KERNELS, **LOSS_KERNELS}
 ROW_CONFIGS = {"merge_fwd": MERGE, "merge_kl": MERGE_KL, "label_logits": LABEL_LOGITS}
-CONFIGS = {"linear_kl_fwd": pair_configs, "kl_delta": pair_configs}
+CONFIGS = {"linear_kl_fwd": pair_configs, "kl_dlogits": pair_configs}
 
 
 def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
-    """Every compilation there is."""
+    """Every compilation of the given architectures, or of a single kernel."""
     for arch in arches:
         for name, kernel in GEMM_KERNELS.items():
             if only not in (None, name):
@@ -237,7 +238,7 @@ def source(job: Job) -> ASTSource:
 
 
 def compile_job(job: Job) -> Row:
-    """Compile for the job's architecture and read the resources off the machine code."""
+    """Compile for the job's architecture and read the resources from the machine code."""
     options: dict[str, Any] = {"num_warps": job.config.num_warps}
     options["enable_fp_fusion"] = FP_FUSION
     if isinstance(job.config, GemmConfig):
@@ -245,17 +246,17 @@ def compile_job(job: Job) -> Row:
     try:
         target = GPUTarget("cuda", job.arch, 32)
         binary = triton.compile(source(job), target=target, options=options)
-    except Exception as error:  # any stage of the compiler may be the one that gives up
+    except Exception as error:  # every stage of the compiler has exceptions of its own
         return Row(job, 0, 0, 0, None, " ".join(f"{type(error).__name__}: {error}".split())[:80])
     registers, spills = resources(binary.asm["cubin"])
-    uses = MATRIX_INSTRUCTION[job.arch] in binary.asm["ptx"]
-    return Row(
-        job, registers, spills, binary.metadata.shared, uses if job.kernel in GEMM_KERNELS else None
-    )
+    instruction = None
+    if job.kernel in GEMM_KERNELS:
+        instruction = MATRIX_INSTRUCTION[job.arch] in binary.asm["ptx"]
+    return Row(job, registers, spills, binary.metadata.shared, instruction)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, which is where registers spill."""
+    """Registers a thread, and bytes of stack: registers spill there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -289,14 +290,14 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastpref_kernels.aot_compile", description=__doc__
     )
     parser.add_argument("--arch", default="80,90,100", help="comma-separated, of 80, 90, 100")
     parser.add_argument("--only", help="a single kernel, by name")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")

@@ -1,38 +1,42 @@
-"""Token log-probs, and what their gradients in hidden, weight and bias are made of.
+"""Token log-probs, and the parts of their gradients in hidden, weight and bias.
 
-    z_t = log softmax(logit_scale * (hidden @ weight.T + bias), soft-capped)_{t, y_t}
-    direction_t = dz_t / dhidden_t = delta_t @ weight
-    dweight = sum_t g_t delta_t x hidden_t        g the upstream gradient, any value per token
+    logps_t = log softmax(logit_scale * (hidden @ weight.T + bias), soft-capped)_{t, y_t}
+    dlogp_dhidden_t = d logps_t / d hidden_t = dlogits_t @ weight
+    grad_weight = sum_t g_t dlogits_t x hidden_t        g the upstream gradient, any value per token
 
-The direction does not know the upstream gradient, so the forward pass computes it, chunk by chunk
-of delta, and all that is left to do backward is to scale its rows. Passes over the head (one is
-2 T D V FLOPs): 2 with a frozen head; 3 with a trained one whose delta fits in CACHE_BYTES, else 4,
-delta being recomputed panel by panel of the vocabulary, so that each row of the weight's gradient
-is rounded once and no fp32 copy of it exists.
+`dlogp_dhidden` does not depend on the upstream gradient, so the forward pass computes it, one chunk
+of dlogits at a time; the backward pass only scales its rows. GEMMs over the head (2 T D V FLOPs
+each): 2 with a frozen head; 3 with a trained one whose dlogits fit in CACHE_BYTES, else 4. Without
+the cache dlogits are recomputed one panel of the vocabulary at a time, so that each row of the
+weight's gradient is rounded once and no fp32 copy of it exists.
 
-Extra memory: CHUNK_BYTES of delta, T x D for the direction; with a trained head the T x V cache
-instead of the chunk, or a panel of the chunk's size, and T x D of scaled hidden states.
+Extra memory: CHUNK_BYTES of dlogits, and T x D for dlogp_dhidden. With a trained head the T x V
+cache, or a panel of the chunk's size, replaces the chunk, and scaled hidden states take T x D.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastpref_kernels.common.configs import IGNORE_INDEX
 from fastpref_kernels.common.launch import aligned_rows, dense_rows, launching_on
-from fastpref_kernels.dlogits import linear_delta, softmax_delta
+from fastpref_kernels.dlogits import linear_dlogits, softmax_dlogits
 from fastpref_kernels.softmax_stats import linear_softmax_fwd
+
+if TYPE_CHECKING:
+    from fastpref.ops.backend import Head
 
 CHUNK_BYTES = 256 << 20  # 1024 rows of 128k bf16 columns: full waves in both GEMMs of a chunk
 CACHE_BYTES = 2 << 30
 
 
-def kept_deltas(
+def new_dlogits_cache(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
 ) -> Tensor | None:  # (T, V)
-    """Room for delta between forward and backward if it fits in CACHE_BYTES."""
+    """Uninitialized dlogits, kept from forward to backward, if they fit in CACHE_BYTES."""
     T, V = hidden.shape[0], weight.shape[0]
     fits = T * V * hidden.element_size() <= CACHE_BYTES
     return aligned_rows(T, V, hidden) if fits else None
@@ -40,114 +44,104 @@ def kept_deltas(
 
 def linear_logps_fwd(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    head: "Head",
     labels: Tensor,  # (T,)
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
     logps: Tensor,  # (T,), written
     lse: Tensor,  # (T,), written
-    direction: Tensor | None,  # (T, D), written
-    deltas: Tensor | None,  # (T, V), rows of unit stride, written
+    dlogp_dhidden: Tensor | None,  # (T, D), written
+    dlogits: Tensor | None,  # (T, V), rows of unit stride, written
+    row_scale: Tensor | None,  # (T,), written; None without dlogits
 ) -> None:
-    """Log-probs and log-sum-exps; nothing of size rows x V where they alone are wanted.
+    """Log-probs, log-sum-exps and the requested inputs of the backward pass.
 
-    Of deltas that are kept, row t is delta_t but for a factor, which is left in lse[t].
+    The gradient by the raw logits of token t is row_scale[t] * dlogits[t]. Log-probs alone allocate
+    nothing of size (rows, V).
     """
-    hidden, weight = dense_rows(hidden), dense_rows(weight)
-    T, V = hidden.shape[0], weight.shape[0]
+    hidden, head = dense_rows(hidden), head._replace(weight=dense_rows(head.weight))
+    T, V = hidden.shape[0], head.weight.shape[0]
     with launching_on(hidden):
-        if direction is None and deltas is None:
-            stats = linear_softmax_fwd(
-                hidden, weight, labels, bias, logit_scale, softcap, full=False
-            )
+        if dlogp_dhidden is None and dlogits is None:
+            stats = linear_softmax_fwd(hidden, head, labels, full=False)
             logps.copy_(stats.logps)
             lse.copy_(stats.lse)
             return
         rows = rows_per_chunk(V, hidden.element_size())
-        buffer = aligned_rows(min(rows, T), V, hidden) if deltas is None else deltas
-        factor = torch.empty_like(lse)
+        buffer = aligned_rows(min(rows, T), V, hidden) if dlogits is None else dlogits
+        scale = torch.empty_like(lse) if row_scale is None else row_scale
         for start in range(0, T, rows):
             part = slice(start, min(start + rows, T))
-            delta = buffer[: part.stop - start] if deltas is None else deltas[part]
-            stats = softmax_delta(
-                hidden[part], weight, labels[part], bias, logit_scale, softcap, delta, factor[part]
-            )
+            chunk = buffer[: part.stop - start] if dlogits is None else dlogits[part]
+            stats = softmax_dlogits(hidden[part], head, labels[part], chunk, scale[part])
             logps[part], lse[part] = stats.logps, stats.lse
-            if direction is not None:
-                torch.mm(delta, weight, out=direction[part])
-        if direction is not None:
-            torch.mul(direction, factor[:, None], out=direction)
-        if deltas is not None:
-            lse.copy_(factor)
+            if dlogp_dhidden is not None:
+                torch.mm(chunk, head.weight, out=dlogp_dhidden[part])
+        if dlogp_dhidden is not None:
+            torch.mul(dlogp_dhidden, scale[:, None], out=dlogp_dhidden)
 
 
 def linear_logps_bwd(
-    gain: Tensor,  # (T,) the upstream gradient, 0 where ignored
+    grad_logps: Tensor,  # (T,) upstream gradient, 0 where ignored
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    head: "Head",
     labels: Tensor,  # (T,)
-    bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    lse: Tensor,  # (T,) and
-    deltas: Tensor | None,  # (T, V) as the forward pass left them
+    lse: Tensor,  # (T,) of the forward pass
+    dlogits: Tensor | None,  # (T, V) of the forward pass; None: recompute them
+    row_scale: Tensor | None,  # (T,) of the forward pass
     grad_weight: Tensor | None,  # (V, D), written
     grad_bias: Tensor | None,  # (V,), written
 ) -> None:
-    """Gradients of a trained head, from deltas kept or made again."""
-    hidden, weight = dense_rows(hidden), dense_rows(weight)
-    gain = gain if deltas is None else gain * lse
-    # An ignored row may hold NaN, which a gain of zero would not silence.
-    scaled = scale_rows(hidden, gain).masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)
+    """Gradients of a trained head, from cached or recomputed dlogits."""
+    hidden, head = dense_rows(hidden), head._replace(weight=dense_rows(head.weight))
+    scale = grad_logps if row_scale is None else grad_logps * row_scale
+    # An ignored row may hold NaN, and 0 times NaN is NaN.
+    scaled_hidden = scale_rows(hidden, scale).masked_fill_((labels == IGNORE_INDEX)[:, None], 0.0)
 
-    def recompute(part: slice, panel: Tensor) -> Tensor:
-        return linear_delta(
-            hidden, weight[part], labels, None if bias is None else bias[part], logit_scale,
-            softcap, lse, panel, part.start,
-        )  # fmt: skip
+    def recompute(columns: slice, panel: Tensor) -> Tensor:
+        return linear_dlogits(hidden, head.rows(columns), labels, lse, panel, columns.start)
 
     with launching_on(hidden):
-        if deltas is None:
-            head_gradients(scaled, gain, weight.shape[0], recompute, grad_weight, grad_bias)
+        if dlogits is None:
+            V = head.weight.shape[0]
+            head_gradients(scaled_hidden, scale, V, recompute, grad_weight, grad_bias)
             return
         if grad_weight is not None:
-            torch.mm(deltas.t(), scaled, out=grad_weight)
+            torch.mm(dlogits.t(), scaled_hidden, out=grad_weight)
         if grad_bias is not None:
-            grad_bias.copy_(column_sums(deltas, gain))
+            grad_bias.copy_(weighted_column_sums(dlogits, scale))
 
 
 def head_gradients(
-    scaled: Tensor,  # (T, D), hidden states times the upstream gradient
-    gain: Tensor,  # (T,) the upstream gradient
+    scaled_hidden: Tensor,  # (T, D), hidden states times the upstream gradient
+    upstream: Tensor,  # (T,)
     V: int,
-    recompute: Callable[[slice, Tensor], Tensor],  # fills (T, columns) of delta for some columns
+    recompute: Callable[[slice, Tensor], Tensor],  # fills some columns of dlogits (T, columns)
     grad_weight: Tensor | None,  # (V, D), written
     grad_bias: Tensor | None,  # (V,), written
 ) -> None:
-    """Gradients of weight and bias over panels of the vocabulary, each entry rounded once."""
-    T = scaled.shape[0]
-    columns = min(rows_per_chunk(T, scaled.element_size()), V)
-    buffer = aligned_rows(T, columns, scaled)  # made once: a new one would meet the one before
-    for start in range(0, V, columns):
-        part = slice(start, min(start + columns, V))
-        delta = recompute(part, buffer[:, : part.stop - start])
+    """Gradients of weight and bias, one panel of the vocabulary at a time, each rounded once."""
+    T = scaled_hidden.shape[0]
+    width = min(rows_per_chunk(T, scaled_hidden.element_size()), V)
+    # Allocated once: a new buffer per panel would keep two alive.
+    buffer = aligned_rows(T, width, scaled_hidden)
+    for start in range(0, V, width):
+        columns = slice(start, min(start + width, V))
+        dlogits = recompute(columns, buffer[:, : columns.stop - start])
         if grad_weight is not None:
-            torch.mm(delta.t(), scaled, out=grad_weight[part])
+            torch.mm(dlogits.t(), scaled_hidden, out=grad_weight[columns])
         if grad_bias is not None:
-            grad_bias[part] = column_sums(delta, gain)
+            grad_bias[columns] = weighted_column_sums(dlogits, upstream)
 
 
 def rows_per_chunk(width: int, element_size: int) -> int:
-    """About as many rows of this width as CHUNK_BYTES hold, in 128s so that no GEMM tile is cut."""
+    """Number of rows of this width in about CHUNK_BYTES, in 128s so that no GEMM tile is cut."""
     return max(1, round(CHUNK_BYTES / (max(width, 1) * element_size * 128))) * 128
 
 
-def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
-    """factors[:, None] * x, multiplied in fp32 and rounded once to x's dtype."""
-    return torch.mul(x, factors[:, None], out=torch.empty_like(x))
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """scale[:, None] * x, multiplied in fp32 and rounded once to x's dtype."""
+    return torch.mul(x, scale[:, None], out=torch.empty_like(x))
 
 
-def column_sums(delta: Tensor, gain: Tensor) -> Tensor:
-    """sum_t gain_t delta_t, accumulated in fp32, in delta's dtype."""
-    return (gain[None].to(delta.dtype) @ delta)[0]
+def weighted_column_sums(dlogits: Tensor, weights: Tensor) -> Tensor:
+    """sum_t weights_t dlogits_t, accumulated in fp32, in the dtype of dlogits."""
+    return (weights[None].to(dlogits.dtype) @ dlogits)[0]

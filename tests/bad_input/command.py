@@ -27,8 +27,8 @@ PAST_THE_DATA = "training.device: cuda is asked for, but torch finds no GPU; use
 _LEFT = ("run", "run/lock", "cache", "cache/*")
 # An error says what to do: in words such as these, or by naming what is accepted.
 _ADVICE = re.compile(
-    r"\b(accepted|add|are|check|choose|close|did you mean|end|expected|give|known|leave|look|lower|"
-    r"make|mend|merge|must|name|needs|pip|plan|raise|remove|restore|run|see|set|start|supported|"
+    r"\b(accepted|add|are|check|choose|close|did you mean|end|expected|fix|give|known|leave|look|"
+    r"lower|make|mend|merge|must|name|needs|pip|plan|raise|remove|restore|run|see|set|start|supported|"
     r"train|use|wait|write)\b"
 )
 

@@ -92,7 +92,7 @@ REPORTS = [
     _typed("report pairs.jsonl", "pairs.jsonl: not a run directory; expected one with *"),
     _run("report r r", "*/r: is given twice; name each run once"),
     _run("report r ./r", "*/r: is given twice; name each run once"),
-    _run("report r", "r: the config of the run cannot be read: *; mend it: *", config_yaml="{"),
+    _run("report r", "r: the config of the run cannot be read: *; fix it: *", config_yaml="{"),
     _run("report r", "r: the config of the run cannot be read: *must hold sections such as *",
          config_yaml=""),
     _run("report r", "r: the config of the run cannot be read: *: is missing; set it",
@@ -122,7 +122,7 @@ SAMPLES = [
     _typed("sample llama --prompts none.jsonl", "none.jsonl: no such file; check the path"),
     _typed("sample llama --prompts ~nobody.here/p.jsonl", "~nobody.here/p.jsonl: no such file; *"),
     _typed("sample ~nobody.here --prompts pairs.jsonl", "model.path: must be a path from a user *"),
-    _typed("sample llama --prompts e.jsonl", "e.jsonl: there is no prompt in it; *",
+    _typed("sample llama --prompts e.jsonl", "e.jsonl: has no rows; use data *",
            **{"e.jsonl": "\n"}),
     _typed("sample llama --prompts e.jsonl", "e.jsonl, row 1: no prompt; columns found: text; *",
            **{"e.jsonl": '{"text": "a"}'}),
@@ -143,7 +143,7 @@ EVALUATIONS = [
     _typed("eval nowhere --data pairs.jsonl", "model.path: cannot load nowhere: *"),
     _typed("eval llama --data none.jsonl", "none.jsonl: no such file; check the path"),
     _typed(f"{_EVAL} --truncation middle", "data.truncation: must be *, got 'middle'"),
-    _typed(f"{_EVAL} --max-length 999", "--max-length: got 999, but the model knows 256 *"),
+    _typed(f"{_EVAL} --max-length 999", "--max-length: got 999, but the model has 256 *"),
     _typed(
         f"{_EVAL} --max-tokens 3 --cache cache", "training.micro_batch_tokens: 3 cannot hold the *"
     ),

@@ -86,9 +86,10 @@ _WHOLE = zlib.compress(_LINE)
 FILES = [
     *[_file(f"d.{ending}", ": the file is empty; name one with rows", b"")
       for ending in ("jsonl", "json", "parquet", "arrow", "csv")],
-    *[_file(f"d.{ending}", ": unknown ending; expected .json, .jsonl, .parquet, .arrow", _LINE)
+    *[_file(f"d.{ending}",
+            ": unknown file extension; expected .json, .jsonl, .parquet, .arrow", _LINE)
       for ending in ("csv", "tsv", "txt", "jsonl.gz", "JSONL", "yaml", "pkl", "parquet.zst")],
-    _file("noending", ": unknown ending; expected *", _LINE),
+    _file("noending", ": unknown file extension; expected *", _LINE),
     _file("d.jsonl, only blank lines", ": no pair is left to train on (*)*", b"\n \n\t\n"),
     _file("d.json, an empty list", ": no pair is left to train on (*)*", b"[]"),
     _file("d.jsonl, gzip", ", line 1: not valid JSON; expected *", gzip.compress(_LINE)),
@@ -248,7 +249,7 @@ MESSAGES = [
                          ("by the system", [{"role": "system", "content": "a"}]))],
     _row("no prompt, nothing shared", "chosen must go on from the prompt with an *",
          {"prompt": None, "chosen": [USER], "rejected": [YES]}),
-    *[_row(f"content {str(content)[:12]}", "chat template failed: *; mend the row, or *",
+    *[_row(f"content {str(content)[:12]}", "chat template failed: *; fix the row, or *",
            {**PAIR, "chosen": [{"role": "assistant", **content}]})
       for content in ({"content": None}, {"content": 3}, {"content": ["a"]}, {})],
     *[_row(f"half a pair in {where}", f"{name} is not valid Unicode at character 1; *",
@@ -261,7 +262,7 @@ MESSAGES = [
           ("rejected", "a key", [{"role": "assistant", "content": "a", HALF: 1}]),
           ("rejected", "a call", [{"role": "assistant", "content": "", "tool_calls": [HALF]}]),
       )],
-    _row("an empty prompt", "chat template failed: *empty conversation*; mend the row, or *",
+    _row("an empty prompt", "chat template failed: *empty conversation*; fix the row, or *",
          {**PAIR, "prompt": []}),
     _row("text and messages", "chosen and rejected must be text, *, got a list and text",
          {**PAIR, "rejected": "a"}),

@@ -28,10 +28,10 @@ _USER_ERRORS = {
 }
 # Where a ValueError, too, is what a config or a row says; functions that return messages.
 _OF_A_CONFIG = ("config/*.py", "losses/*.py", "data/bpe.py", "data/chat_template.py")
-_RETURNED = {"cannot_load", "one_line", "_refusal"}
+_RETURNED = {"cannot_load", "one_line", "translation", "_refusal"}
 # Arguments of objectives that no config sets, only callers in Python.
 _OF_PYTHON = ("reference: ", "reference_point: ", "preference: ", "objective: ", "parts", "state: ")
-_OF_PYTHON += ("anchors: ", "{column}: ")
+_OF_PYTHON += ("anchors: ", "{column}: ", "impl: ")
 _ELSEWHERE = ("fused/",)
 
 

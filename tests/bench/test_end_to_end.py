@@ -1,4 +1,4 @@
-"""The comparison of whole trainers: its path in miniature, and what it makes of times."""
+"""The comparison of whole trainers: its path in miniature, and its summary of times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_path_of_the_cpu_preset(tmp_path: Path) -> None:
-    """fastpref beside itself; the token ids of every step are compared on the way."""
+    """fastpref against itself; the token ids of every step are compared on the way."""
     out = tmp_path / "result.json"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.end_to_end.compare"]
     command += ["--dry-run", "--preset", "cpu"]
@@ -46,15 +46,15 @@ def test_speeds_are_of_the_steps_that_all_took() -> None:
         "TRL": row([9.0, 5.0, 8.0, 20.0], [0.7, 0.6005, 0.5], 400),
         "TRL, late": {"seconds": [1.0], "failed": "out of time"},
     }
-    found = report.summary(PRESETS["cpu"], rows, [0, 30, 60, 90, 1000])
-    assert found["timed_steps"] == [1, 4]
-    ours = found["summary"]["fastpref"]
+    summary = report.summary(PRESETS["cpu"], rows, [0, 30, 60, 90, 1000])
+    assert summary["timed_steps"] == [1, 4]
+    ours = summary["summary"]["fastpref"]
     assert ours["seconds"] == [2.0, 1.0, 4.0]
     assert (ours["pairs_per_second"], ours["response_tokens_per_second"]) == (2.0, 30.0)
     assert ours["times"] == 5.0  # of 5, 4 and 5
-    against = found["against_trl"]
+    against = summary["against_trl"]
     assert against["share_of_its_peak"] == 0.25
     assert against["largest_difference_of_losses"] == pytest.approx(5e-4)
     assert list(against["targets"].values()) == [True, True, True]
-    lines = report.table({"contestants": rows, **found})
+    lines = report.table({"contestants": rows, **summary})
     assert any("out of time" in line for line in lines)

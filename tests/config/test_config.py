@@ -31,7 +31,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("optim.lr", -1, "optim.lr: must be > 0, got -1"),
         ("optim.lr", "fast", "optim.lr: must be a number, got 'fast'"),
         ("optim.lr", float("inf"), "optim.lr: must be finite, got inf"),
-        ("optim.learning_rate", 1, "optim.learning_rate: unknown key; known: name, lr,"),
+        ("optim.learning", 1, "optim.learning: unknown key; known: name, lr,"),
         ("optim.wieght_decay", 1, "did you mean weight_decay?"),
         ("trainig", {}, "trainig: unknown key; did you mean training?"),
         ("training.batch_size", 0, "training.batch_size: must be > 0, got 0"),

@@ -1,4 +1,4 @@
-"""The plan covers every group once an epoch, within its budgets, in each layout."""
+"""The plan covers every group once per epoch, within its budgets, in each layout."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_ranks_share_the_groups_of_a_step(ranks: int, rows: Any) -> None:
     shared = [Plan(LENGTHS, rows, 16, 150, seed=3, ranks=ranks, rank=r) for r in range(ranks)]
     for number in range(alone.steps_per_epoch):
         parts = [plan.step(number) for plan in shared]
-        assert len({len(own) for own in parts}) == 1, "all ranks have as many micro-batches"
-        assert sorted(i for own in parts for part in own for i in part) == sorted(
+        assert len({len(rank_parts) for rank_parts in parts}) == 1, "same number of micro-batches"
+        assert sorted(i for rank_parts in parts for part in rank_parts for i in part) == sorted(
             alone.groups(number)
         )
-        for part in (part for own in parts for part in own if part):
+        for part in (part for rank_parts in parts for part in rank_parts if part):
             longest, size = LENGTHS[part].max(), 2 * len(part)
             assert (LENGTHS[part].sum() if rows is None else longest * size) <= 150
 

@@ -1,4 +1,4 @@
-"""Chat templates: what they may not do, and how long they may take."""
+"""Chat templates: sandbox and time limit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GROUP = TextGroup(QUESTION, ([{"role": "assistant", "content": "or coffee"}],))
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    made.chat_template, made.name_or_path = template, "org/its-name"
-    return made
+    templated = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    templated.chat_template, templated.name_or_path = template, "org/its-name"
+    return templated
 
 
 def test_a_template_that_does_not_end_is_stopped_and_named(
@@ -27,7 +27,8 @@ def test_a_template_that_does_not_end_is_stopped_and_named(
 ) -> None:
     monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     begun = time.process_time()
-    with pytest.raises(TimeoutError, match=r"^that of org/its-name takes more than 0\.1 seconds"):
+    message = r"^the template of org/its-name takes more than 0\.1 seconds of CPU time"
+    with pytest.raises(TimeoutError, match=message):
         chat_template.render(GROUP, with_template(tokenizer, ENDLESS))
     assert time.process_time() - begun < 5
 
@@ -38,16 +39,16 @@ def test_the_limit_ends_with_the_template(
     monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     assert chat_template.render(GROUP, tokenizer)[1].endswith("or coffee<|im_end|>\n")
     begun = time.process_time()
-    while time.process_time() - begun < 0.3:  # nothing interrupts what comes after
+    while time.process_time() - begun < 0.3:  # no signal may arrive after the block
         pass
 
 
 def test_other_threads_render_without_a_limit(tokenizer: PreTrainedTokenizerFast) -> None:
-    found: list[list[str]] = []
-    thread = threading.Thread(target=lambda: found.append(chat_template.render(GROUP, tokenizer)))
+    texts: list[list[str]] = []
+    thread = threading.Thread(target=lambda: texts.append(chat_template.render(GROUP, tokenizer)))
     thread.start()
     thread.join()
-    assert found == [chat_template.render(GROUP, tokenizer)]
+    assert texts == [chat_template.render(GROUP, tokenizer)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Batches hold what they say, and log-probs come in the form that objectives take."""
+"""Contents of batches, and log-probs as inputs of objectives."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_collate() -> None:
     assert batch.cu_groups.tolist() == [0, 2, 4] and batch.targets is None
     assert batch.tokens == 3 + 4 + 4 + 2
     # The token after each position is the label that its hidden state predicts.
-    following = batch.input_ids.flatten()[batch.positions + 1]
+    following = batch.input_ids.flatten()[batch.predictor_positions + 1]
     assert torch.equal(following, batch.labels)
 
 
 def group(sizes: list[int], labels: list[float] | None, first: int = 0) -> TokenGroup:
-    """A prompt of two tokens and responses of the given lengths."""
+    """A prompt of two tokens and responses of `sizes` tokens."""
     responses = tuple(np.full(size, 5 + size, dtype=np.int32) for size in sizes)
     prompt = np.array([1, 2], dtype=np.int32)
     return TokenGroup(
@@ -49,7 +49,7 @@ def test_collate_keeps_the_responses_of_a_group_together() -> None:
     assert batch.lengths.tolist() == [1, 3, 2]
     assert batch.labels.tolist() == [6, 8, 8, 8, 7, 7]
     assert (batch.cu_groups.tolist(), batch.responses.tolist()) == ([0, 2, 3], [7, 8, 3])
-    assert torch.equal(batch.input_ids.flatten()[batch.positions + 1], batch.labels)
+    assert torch.equal(batch.input_ids.flatten()[batch.predictor_positions + 1], batch.labels)
 
 
 def test_views_are_what_objectives_take() -> None:
@@ -80,5 +80,5 @@ def test_joined_passes_equal_one(kind: Any, labels: list[float]) -> None:
     whole: Batch = collate(parts, kind)
     order = torch.stack(logps).T.flatten() if kind == "pairwise" else torch.cat(logps)
     joined = join([batch.view(part) for batch, part in zip(batches, logps, strict=True)])
-    expected, found = vars(whole.view(order)), vars(joined)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = vars(whole.view(order)), vars(joined)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Rows of every accepted format, and the words in which the others are refused."""
+"""Rows of every accepted format, and the errors for invalid rows."""
 
 from __future__ import annotations
 
@@ -122,15 +122,15 @@ def test_a_row_that_is_no_pair(tmp_path: Path, change: dict[str, Any], message: 
     assert f"{path}, row 2: " in str(caught.value)
 
 
-LABELLED = {"prompt": "Q?", "completion": " yes", "label": True}
+LABELED = {"prompt": "Q?", "completion": " yes", "label": True}
 SCORED = {"prompt": "Q?", "completions": [" a", " b", " c"], "scores": [0.5, 1, -2.0]}
 
 
-def test_labelled_rows() -> None:
+def test_labeled_rows() -> None:
     for label in (True, 1, 1.0):
-        made = to_groups({**LABELLED, "label": label}, "pointwise")
-        assert made == [TextGroup("Q?", (" yes",), labels=(1.0,))]
-    assert to_groups({**LABELLED, "label": 0}, "pointwise")[0].labels == (0.0,)
+        groups = to_groups({**LABELED, "label": label}, "pointwise")
+        assert groups == [TextGroup("Q?", (" yes",), labels=(1.0,))]
+    assert to_groups({**LABELED, "label": 0}, "pointwise")[0].labels == (0.0,)
     chat = {"prompt": [USER], "completion": [YES], "label": False, "tools": "[1]"}
     assert to_groups(chat, "pointwise") == [TextGroup([USER], ([YES],), [1], (0.0,))]
     repeated = {**chat, "completion": [USER, YES]}
@@ -147,7 +147,7 @@ def test_scored_rows() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
-@pytest.mark.parametrize(("kind", "row"), [("pointwise", LABELLED), ("groupwise", SCORED)])
+@pytest.mark.parametrize(("kind", "row"), [("pointwise", LABELED), ("groupwise", SCORED)])
 def test_every_file_type_holds_every_kind(
     tmp_path: Path, suffix: str, kind: Any, row: dict[str, Any]
 ) -> None:
@@ -172,18 +172,18 @@ def test_pairs_are_taken_apart_for_pointwise_objectives() -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
-        ("pairwise", LABELLED, "no chosen and no rejected; .*this row is for a pointwise ob"),
+        ("pairwise", LABELED, "no chosen and no rejected; .*this row is for a pointwise ob"),
         ("pairwise", SCORED, "prompt, completions, scores; .*row is for a groupwise objective"),
         ("pointwise", SCORED, "no completion and no label; columns found: prompt, completions, sc"),
         ("groupwise", ROW, "no completions and no scores; .*this row is for a pairwise objective"),
         ("pointwise", {"text": "a"}, "no prompt and no completion and no label; columns found: te"),
-        ("pointwise", {**LABELLED, "label": None}, "no label; columns found: prompt, completion"),
-        ("pointwise", {**LABELLED, "label": 0.5}, "label must be true or false, or 1 or 0, got 0"),
-        ("pointwise", {**LABELLED, "label": "yes"}, "label must be true or false, .*got 'yes'"),
-        ("pointwise", {**LABELLED, "label": float("nan")}, "label must be .*got nan"),
-        ("pointwise", {**LABELLED, "completion": 3}, "completion must be text, or .*, got int"),
-        ("pointwise", {**LABELLED, "prompt": [USER]}, "prompt must be text like completion, got"),
-        ("pointwise", {**LABELLED, "completion": [USER]}, "completion must go on from the prompt"),
+        ("pointwise", {**LABELED, "label": None}, "no label; columns found: prompt, completion"),
+        ("pointwise", {**LABELED, "label": 0.5}, "label must be true or false, or 1 or 0, got 0"),
+        ("pointwise", {**LABELED, "label": "yes"}, "label must be true or false, .*got 'yes'"),
+        ("pointwise", {**LABELED, "label": float("nan")}, "label must be .*got nan"),
+        ("pointwise", {**LABELED, "completion": 3}, "completion must be text, or .*, got int"),
+        ("pointwise", {**LABELED, "prompt": [USER]}, "prompt must be text like completion, got"),
+        ("pointwise", {**LABELED, "completion": [USER]}, "completion must go on from the prompt"),
         ("groupwise", {**SCORED, "scores": [1, 2]}, "of the same length, at least 1, got 3 and 2"),
         ("groupwise", {**SCORED, "completions": [], "scores": []}, "at least 1, got 0 and 0"),
         ("groupwise", {**SCORED, "scores": 1.0}, "scores must be a list, got float"),
@@ -226,7 +226,7 @@ def test_a_missing_column_lists_what_is_there_and_what_is_accepted(tmp_path: Pat
         ("d.json", b"\xff\xfe[", "not valid JSON"),
         ("d.parquet", b"PAR1 broken", "not a readable Parquet file"),
         ("d.arrow", b"ARROW1 broken", "not a readable Arrow file"),
-        ("d.csv", b"a,b", "unknown ending; expected .json, .jsonl, .parquet, .arrow"),
+        ("d.csv", b"a,b", "unknown file extension; expected .json, .jsonl, .parquet, .arrow"),
     ],
 )
 def test_a_file_that_cannot_be_read(

@@ -1,4 +1,4 @@
-"""Graded advice: words decide the scores, and the judge of texts knows them."""
+"""Graded advice: words determine the scores, and `quality` scores texts by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses to other prompts: which one a prompt takes, how it is cut, and when there is none."""
+"""Responses to other prompts: assignment, truncation, and the error if there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.config import Data
 from fastpref.data.dataset import GroupDataset, load_groups
-from fastpref.data.kto_mismatch import Mismatched, partners
+from fastpref.data.kto_mismatch import MismatchedGroups, partners
 from fastpref.data.readers import DataError
 from tests.helpers.data import labelled, write_jsonl
 
@@ -29,9 +29,9 @@ def load(
     ("prompts", "expected"),
     [
         ("abcd", [1, 2, 3, 0]),
-        ("aabbcc", [2, 3, 4, 5, 0, 1]),  # pairs that were taken apart
-        ("aab", [2, 2, 0]),  # two steps on from the second a is an a again
-        ("abba", [2, 3, 0, 1]),  # the two a are neighbours: from the end it begins anew
+        ("aabbcc", [2, 3, 4, 5, 0, 1]),  # pairs, as two responses each
+        ("aab", [2, 2, 0]),  # two steps after the second a is the first a
+        ("abba", [2, 3, 0, 1]),  # the two a are adjacent, because the data wraps around
         ("aaa", []),
         ("a", []),
     ],
@@ -42,22 +42,22 @@ def test_the_rule(prompts: str, expected: list[int]) -> None:
 
 @given(st.text("abc", min_size=2, max_size=12).filter(lambda text: len(set(text)) > 1))
 def test_every_prompt_takes_a_response_to_another(prompts: str) -> None:
-    found = partners([prompt.encode() for prompt in prompts])
-    assert len(found) == len(prompts)
-    assert all(prompts[i] != prompts[partner] for i, partner in enumerate(found))
+    indices = partners([prompt.encode() for prompt in prompts])
+    assert len(indices) == len(prompts)
+    assert all(prompts[i] != prompts[partner] for i, partner in enumerate(indices))
 
 
 def test_groups_are_the_prompt_and_the_response_that_it_takes(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     dataset = load(tmp_path, tokenizer, labelled(5))
-    mismatched = Mismatched(dataset, max_length=2048)
+    mismatched = MismatchedGroups(dataset, max_length=2048)
     assert len(mismatched) == 5 and mismatched.offsets.tolist() == [0, 1, 2, 3, 4, 5]
     for i in range(5):
-        group, own, other = mismatched[i], dataset[i], dataset[(i + 1) % 5]
-        assert group.prompt.tolist() == own.prompt.tolist()
+        group, matched, other = mismatched[i], dataset[i], dataset[(i + 1) % 5]
+        assert group.prompt.tolist() == matched.prompt.tolist()
         assert group.responses[0].tolist() == other.responses[0].tolist()
-        assert mismatched.padded_lengths[i] == len(own.prompt) + len(other.responses[0])
+        assert mismatched.padded_lengths[i] == len(matched.prompt) + len(other.responses[0])
         assert (group.index, group.first) == (i, i)
 
 
@@ -66,7 +66,7 @@ def test_the_response_is_cut_and_the_key_knows_where(
 ) -> None:
     dataset = load(tmp_path, tokenizer, labelled(5))
     longest = int(dataset.prompt_lengths.max())
-    short, long = (Mismatched(dataset, length) for length in (longest + 1, 2048))
+    short, long = (MismatchedGroups(dataset, length) for length in (longest + 1, 2048))
     assert short.padded_lengths.max() == longest + 1
     for i in range(5):
         tokens = long[i].responses[0]
@@ -79,4 +79,4 @@ def test_the_response_is_cut_and_the_key_knows_where(
 def test_one_prompt_alone_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     dataset = load(tmp_path, tokenizer, labelled(1) * 3)
     with pytest.raises(DataError, match=r"at least two prompts, .*\(use kto_simple or bco\)"):
-        Mismatched(dataset, 2048)
+        MismatchedGroups(dataset, 2048)

@@ -1,4 +1,4 @@
-"""A packed row holds what it says, and every label where a model predicts it."""
+"""Packed rows: tokens, position ids, and the positions of labels and predictors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fastpref.data.collate import collate
 from fastpref.data.dataset import TokenGroup
-from fastpref.data.packing import Packing, lay_out
+from fastpref.data.packing import Packing, pack_groups
 
 CPU = torch.device("cpu")
 
@@ -23,21 +23,21 @@ MEMBERS = [(0, 0), (1, 0), (0, 1), (1, 1)]  # all chosen, then all rejected
 
 
 def test_a_row_of_pairs() -> None:
-    row = lay_out(PAIRS, MEMBERS)
+    row = pack_groups(PAIRS, MEMBERS)
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
     assert row.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 3, 1]]
     assert row.packing.groups == ((2, 1, 2), (1, 3, 1))
     assert row.label_positions.tolist() == [2, 6, 7, 8, 3, 4, 9]
-    assert row.positions.tolist() == [1, 5, 6, 7, 1, 3, 5]
+    assert row.predictor_positions.tolist() == [1, 5, 6, 7, 1, 3, 5]
 
 
 def test_without_sharing_every_member_has_its_own_prompt() -> None:
-    row = lay_out(PAIRS, MEMBERS, share=False)
+    row = pack_groups(PAIRS, MEMBERS, share=False)
     assert row.input_ids.tolist() == [[1, 2, 3, 6, 7, 8, 9, 1, 2, 4, 5, 6, 10]]
     assert row.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
     assert row.packing.groups == ((2, 1), (1, 3), (2, 2), (1, 1))
     assert row.label_positions.tolist() == [2, 4, 5, 6, 9, 10, 12]
-    assert torch.equal(row.positions, row.label_positions - 1)
+    assert torch.equal(row.predictor_positions, row.label_positions - 1)
     arguments = row.packing.varlen_arguments(CPU)
     assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 7, 11, 13]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
@@ -48,7 +48,7 @@ def test_without_sharing_every_member_has_its_own_prompt() -> None:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", ["pairwise", "groupwise"])
 def test_labels_are_those_of_the_padded_batch(kind: str, share: bool) -> None:
-    """With several responses for each prompt, and with one."""
+    """Groups have several responses per prompt, or one."""
     rng = np.random.default_rng(0)
     sizes = [(3, 4, 1), (1, 1, 1), (5, 2, 7)] if kind == "pairwise" else [(2, 1, 3, 9, 4), (6, 5)]
     groups = [group(*(rng.integers(3, 99, size).tolist() for size in part)) for part in sizes]
@@ -56,13 +56,13 @@ def test_labels_are_those_of_the_padded_batch(kind: str, share: bool) -> None:
     members = [(g, k) for g, part in enumerate(sizes) for k in range(len(part) - 1)]
     if kind == "pairwise":
         members.sort(key=lambda member: member[1])
-    row, batch = lay_out(groups, members, share), collate(groups, kind)  # type: ignore[arg-type]
+    row, batch = pack_groups(groups, members, share), collate(groups, kind)  # type: ignore[arg-type]
     assert torch.equal(row.input_ids[0, row.label_positions], batch.labels)
     ids = batch.input_ids.flatten()
-    assert torch.equal(row.input_ids[0, row.positions], ids[batch.positions])
+    assert torch.equal(row.input_ids[0, row.predictor_positions], ids[batch.predictor_positions])
     where = batch.label_positions % batch.input_ids.shape[1]
     assert torch.equal(row.position_ids[0, row.label_positions], where)
-    assert torch.equal(row.position_ids[0, row.positions], where - 1)
+    assert torch.equal(row.position_ids[0, row.predictor_positions], where - 1)
 
 
 @pytest.mark.parametrize("groups", [(), ((),), ((3, 0),), ((2, 1), (0, 4))])
@@ -73,4 +73,4 @@ def test_an_empty_part_is_refused(groups: tuple[tuple[int, ...], ...]) -> None:
 
 def test_varlen_attention_cannot_share_a_prompt() -> None:
     with pytest.raises(ValueError, match=r"one response for each prompt, got 2; .*share=False"):
-        lay_out(PAIRS, MEMBERS).packing.varlen_arguments(CPU)
+        pack_groups(PAIRS, MEMBERS).packing.varlen_arguments(CPU)

@@ -25,11 +25,11 @@ def test_the_ids_are_those_of_training(
 ) -> None:
     path = str(write_jsonl(tmp_path / "d.jsonl", records))
     trained = load_groups(path, tokenizer, Data(train=path, cache=str(tmp_path / "cache")))
-    found = read_prompts(path, tokenizer)
-    assert [p.ids.tolist() for p in found] == [
+    prompts = read_prompts(path, tokenizer)
+    assert [p.ids.tolist() for p in prompts] == [
         trained[k].prompt.tolist() for k in range(len(trained))
     ]
-    assert [p.row for p in found] == list(range(1, len(records) + 1))
+    assert [p.row for p in prompts] == list(range(1, len(records) + 1))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_the_ids_are_those_of_training(
     ],
 )
 def test_the_prompt_of_a_row(row: dict[str, Any], prompt: Any) -> None:
-    found = prompt_of(row)
-    assert (found.prompt, found.responses, found.labels) == (prompt, (), None)
+    group = prompt_of(row)
+    assert (group.prompt, group.responses, group.labels) == (prompt, (), None)
 
 
 def test_tools_stay_with_the_prompt() -> None:
@@ -60,11 +60,11 @@ def test_tools_stay_with_the_prompt() -> None:
 def test_other_kinds_of_data(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, records: list[dict[str, Any]]
 ) -> None:
-    found = read_prompts(str(write_jsonl(tmp_path / "d.jsonl", records)), tokenizer)
-    assert [p.text.prompt for p in found] == [record["prompt"] for record in records]
+    prompts = read_prompts(str(write_jsonl(tmp_path / "d.jsonl", records)), tokenizer)
+    assert [p.text.prompt for p in prompts] == [record["prompt"] for record in records]
 
 
-def test_each_prompt_comes_once_unless_asked(
+def test_each_prompt_comes_once_unless_duplicates_are_wanted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = str(write_jsonl(tmp_path / "d.jsonl", [{"prompt": name} for name in "ABABCA"]))
@@ -78,7 +78,7 @@ def test_what_has_no_prompt_is_refused(tmp_path: Path, tokenizer: PreTrainedToke
         read_prompts(str(tmp_path / "none.jsonl"), tokenizer)
     path = tmp_path / "d.jsonl"
     path.write_text("\n\n")
-    with pytest.raises(DataError, match=r"d\.jsonl: there is no prompt in it"):
+    with pytest.raises(DataError, match=r"d\.jsonl: has no rows; use data"):
         read_prompts(str(path), tokenizer)
     write_jsonl(path, [{"prompt": "A"}, {"question": "B"}])
     with pytest.raises(DataError, match="row 2: no prompt; columns found: question; expected"):

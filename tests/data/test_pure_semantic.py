@@ -27,7 +27,7 @@ from fastpref.data.synthetic.pure_semantic import (
     write,
 )
 
-# SHA-256 of the files of seed 0. A change here changes everybody's data: make it on purpose.
+# SHA-256 of the files of seed 0. A change here changes the data of every user.
 TRAIN_SHA256 = "094cd6df34be695d850c47c51765b808ccb1614ae7eda75300f1bababcb9ee69"
 TEST_SHA256 = "4939a4eb930dde0335df22ddb25ad6da3eabd8cd404753440cbd3517902f8669"
 INDEPENDENT_SHA256 = "cdbd24c8b8533b619572446195fdb704c921bb4d73611becbb4af5b86655fe46"
@@ -63,8 +63,10 @@ def test_templates_need_no_article_for_the_noun_and_show_no_content_word() -> No
         assert not {"a", "an"} & set(question.lower().split())
         assert "a {word}" not in response and "an {word}" not in response
         for noun, words in SETS.items():
-            said = set((question.format(noun=noun) + response).replace(",", "").lower().split())
-            assert not said & {word.lower() for word in words}
+            text_words = set(
+                (question.format(noun=noun) + response).replace(",", "").lower().split()
+            )
+            assert not text_words & {word.lower() for word in words}
 
 
 # --- the pairs ----------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_train_predicts_test_unless_p_is_independent() -> None:
     # The noise of 0.1 in the logit costs 0.1²·E[p(1 - p)]/2 ≈ 0.001 nats.
     assert excess_loss(test, fit_utilities(train)) < 0.002
     train, test = split(generate(0, independent=True))
-    # Fitted to rows oriented at random, utilities know next to nothing of other contrasts.
+    # Utilities fitted to randomly oriented rows predict almost nothing about other contrasts.
     assert excess_loss(test, fit_utilities(train)) > 0.8 * excess_loss(test, NO_UTILITY)
 
 
@@ -246,7 +248,7 @@ def test_files_are_pinned(tmp_path: Path) -> None:
     assert digest(write(tmp_path, seed=1)[0]) not in (TRAIN_SHA256, INDEPENDENT_SHA256)
 
 
-def test_files_do_not_depend_on_hash_randomisation(tmp_path: Path) -> None:
+def test_files_do_not_depend_on_hash_randomization(tmp_path: Path) -> None:
     code = f"from fastpref.data.synthetic.pure_semantic import write; write({str(tmp_path)!r})"
     root = Path(pure_semantic.__file__).parents[2]
     subprocess.run(

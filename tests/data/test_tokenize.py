@@ -1,4 +1,4 @@
-"""Tokens: where a response begins, how it ends, how both are cut, and the cache."""
+"""Tokenization: the boundary of responses, EOS, truncation and the cache."""
 
 from __future__ import annotations
 
@@ -40,14 +40,18 @@ def one(
 ) -> tuple[dict[str, Any], Counter[str]]:
     counts: Counter[str] = Counter()
     config = Data(train="x", **options)
-    (made,) = next(tokenize([[(1, *to_groups(row))]], "x", tokenizer, config, "pairwise", counts))
-    ids = zip(
-        ("prompt", "chosen", "rejected"), (made.pop("prompt"), *made.pop("responses")), strict=True
+    (encoded,) = next(
+        tokenize([[(1, *to_groups(row))]], "x", tokenizer, config, "pairwise", counts)
     )
-    return {**made, **{name: tokens.tolist() for name, tokens in ids}}, counts
+    ids = zip(
+        ("prompt", "chosen", "rejected"),
+        (encoded.pop("prompt"), *encoded.pop("responses")),
+        strict=True,
+    )
+    return {**encoded, **{name: tokens.tolist() for name, tokens in ids}}, counts
 
 
-def test_what_the_tokenizers_file_says_of_truncation_and_padding_is_not_done(
+def test_truncation_and_padding_of_the_tokenizer_file_are_ignored(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     row = {"prompt": "one two three", "chosen": " four five six", "rejected": " seven"}
@@ -61,10 +65,10 @@ def test_prompt_and_response_are_the_tokens_of_the_whole_text(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     for row in rows(20):
-        made, _ = one(tokenizer, row)
+        encoded, _ = one(tokenizer, row)
         for name in ("chosen", "rejected"):
             whole = tokenizer(row["prompt"] + row[name])["input_ids"]
-            assert made["prompt"] + made[name] == [*whole, tokenizer.eos_token_id]
+            assert encoded["prompt"] + encoded[name] == [*whole, tokenizer.eos_token_id]
 
 
 def test_a_token_that_merges_across_the_boundary_is_scored(
@@ -73,19 +77,19 @@ def test_a_token_that_merges_across_the_boundary_is_scored(
     """`…Assistant:` + ` tea` splits between tokens, but `… t` + `ea` merges into ` tea`."""
     row = {"prompt": "User: tea or coffee?\nAssistant: t", "chosen": "ea", "rejected": "he"}
     alone = tokenizer(row["prompt"])["input_ids"]
-    made, _ = one(tokenizer, row)
+    encoded, _ = one(tokenizer, row)
     whole = tokenizer(row["prompt"] + "ea")["input_ids"]
-    assert len(made["prompt"]) < len(alone)
-    assert made["prompt"] + made["chosen"] == [*whole, tokenizer.eos_token_id]
-    assert tokenizer.decode(made["chosen"]) == " tea</s>"
+    assert len(encoded["prompt"]) < len(alone)
+    assert encoded["prompt"] + encoded["chosen"] == [*whole, tokenizer.eos_token_id]
+    assert tokenizer.decode(encoded["chosen"]) == " tea</s>"
 
 
 def test_eos_is_added_once_and_only_to_text(tokenizer: PreTrainedTokenizerFast) -> None:
     eos = tokenizer.eos_token_id
     row = {"prompt": "User: a\nAssistant:", "chosen": " tea", "rejected": " tea</s>"}
-    made, _ = one(tokenizer, row)
-    assert made["chosen"] == made["rejected"]
-    assert made["chosen"].count(eos) == 1
+    encoded, _ = one(tokenizer, row)
+    assert encoded["chosen"] == encoded["rejected"]
+    assert encoded["chosen"].count(eos) == 1
     assert eos not in one(tokenizer, {**row, "rejected": " x"}, add_eos=False)[0]["chosen"]
     user = [{"role": "user", "content": "a"}]
     chat, _ = one(
@@ -128,9 +132,9 @@ def test_bos_is_neither_doubled_nor_missing(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_without_any_prompt_token_bos_or_eos_opens(tokenizer: PreTrainedTokenizerFast) -> None:
-    made, _ = one(tokenizer, {"prompt": "", "chosen": "tea", "rejected": "bread"})
-    assert made["prompt"] == [tokenizer.bos_token_id]
-    assert tokenizer.decode(made["chosen"]) == "tea</s>"
+    encoded, _ = one(tokenizer, {"prompt": "", "chosen": "tea", "rejected": "bread"})
+    assert encoded["prompt"] == [tokenizer.bos_token_id]
+    assert tokenizer.decode(encoded["chosen"]) == "tea</s>"
 
 
 def test_keep_start_cuts_both_responses_at_the_same_length(
@@ -139,19 +143,19 @@ def test_keep_start_cuts_both_responses_at_the_same_length(
     row = {"prompt": "User: a\nAssistant:", "chosen": " tea" * 30, "rejected": " tea" * 5}
     full, _ = one(tokenizer, row)
     room = 10
-    made, counts = one(tokenizer, row, max_length=len(full["prompt"]) + room)
-    assert made["prompt"] == full["prompt"]
-    assert made["chosen"] == full["chosen"][:room]  # EOS is cut off, not moved
-    assert made["rejected"] == full["rejected"]
+    encoded, counts = one(tokenizer, row, max_length=len(full["prompt"]) + room)
+    assert encoded["prompt"] == full["prompt"]
+    assert encoded["chosen"] == full["chosen"][:room]  # EOS is cut off, not moved
+    assert encoded["rejected"] == full["rejected"]
     assert (counts["chosen_cut"], counts["rejected_cut"], counts["prompts_cut"]) == (1, 0, 0)
 
 
 def test_keep_end_cuts_the_prompt_for_both(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "User:" + " tea" * 30, "chosen": " bread" * 4, "rejected": " bread"}
     full, _ = one(tokenizer, row)
-    made, counts = one(tokenizer, row, max_length=20, truncation="keep_end")
-    assert (made["chosen"], made["rejected"]) == (full["chosen"], full["rejected"])
-    assert made["prompt"] == full["prompt"][-(20 - len(full["chosen"])) :]
+    encoded, counts = one(tokenizer, row, max_length=20, truncation="keep_end")
+    assert (encoded["chosen"], encoded["rejected"]) == (full["chosen"], full["rejected"])
+    assert encoded["prompt"] == full["prompt"][-(20 - len(full["chosen"])) :]
     assert counts["prompts_cut"] == 1 and counts["chosen_cut"] == 0
 
 
@@ -160,8 +164,8 @@ def test_rows_without_a_completion_are_dropped_and_counted(
 ) -> None:
     long = {"prompt": "tea " * 50, "chosen": " a", "rejected": " b"}
     empty = {"prompt": "tea", "chosen": "", "rejected": " b"}
-    kept = {"prompt": "tea", "chosen": " a", "rejected": " b"}
-    dataset = load(tmp_path, tokenizer, [long, empty, kept], max_length=32, add_eos=False)
+    complete = {"prompt": "tea", "chosen": " a", "rejected": " b"}
+    dataset = load(tmp_path, tokenizer, [long, empty, complete], max_length=32, add_eos=False)
     assert len(dataset) == 1 and dataset[0].row == 3
     assert dataset.counts["no_completion"] == 2
     assert "1 of 3 pairs" in dataset.summary() and "dropped 2" in dataset.summary()
@@ -216,14 +220,14 @@ def test_a_crash_while_writing_leaves_no_cache(
 
 
 def test_reference_logps_of_the_data(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    given = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2} for row in rows(3)]
-    found = load(tmp_path, tokenizer, given).given_reference_logps()
-    assert found is not None and found.tolist() == [-1.5, -2.0] * 3
+    with_logps = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2} for row in rows(3)]
+    reference_logps = load(tmp_path, tokenizer, with_logps).given_reference_logps()
+    assert reference_logps is not None and reference_logps.tolist() == [-1.5, -2.0] * 3
     assert load(tmp_path, tokenizer, rows(3)).given_reference_logps() is None
     with pytest.raises(DataError, match="cannot be used, 1 rows have none"):
-        load(tmp_path, tokenizer, [*given[:2], rows(3)[2]]).given_reference_logps()
+        load(tmp_path, tokenizer, [*with_logps[:2], rows(3)[2]]).given_reference_logps()
     with pytest.raises(DataError, match="cannot be used, some rows are cut to max_length"):
-        load(tmp_path, tokenizer, given, max_length=14).given_reference_logps()
+        load(tmp_path, tokenizer, with_logps, max_length=14).given_reference_logps()
 
 
 def test_conversations_need_a_template_and_its_errors_name_the_row(
@@ -252,9 +256,9 @@ def test_a_default_system_prompt_is_not_scored(tokenizer: PreTrainedTokenizerFas
         "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "tea"}],
         "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bread"}],
     }
-    made, _ = one(with_system, row)
-    assert with_system.decode(made["prompt"]).startswith("You are kind.")
-    assert with_system.decode(made["chosen"]) == "tea<|im_end|>\n"
+    encoded, _ = one(with_system, row)
+    assert with_system.decode(encoded["prompt"]).startswith("You are kind.")
+    assert with_system.decode(encoded["chosen"]) == "tea<|im_end|>\n"
 
 
 def kinds(
@@ -268,8 +272,8 @@ def kinds(
     return load_groups(config.train, tokenizer, config, kind)
 
 
-def test_labelled_and_scored_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Every response goes on from the prompt and ends; labels and offsets are in place."""
+def test_labeled_and_scored_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Every response continues the prompt and ends with EOS; labels and offsets match."""
     eos = tokenizer.eos_token_id
     single = kinds(tmp_path, tokenizer, labelled(9), "pointwise")
     assert single.offsets.tolist() == list(range(10)) and not single.has_preferences
@@ -295,7 +299,7 @@ def test_labelled_and_scored_rows(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
 
 def test_a_group_shares_one_start(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The second response merges with the prompt's end, so that the first begins there too."""
+    """The second response merges with the end of the prompt, so the first starts there too."""
     row = {"prompt": "User: tea?\nAssistant: t", "completions": ["he", "ea"], "scores": [0, 1]}
     group = kinds(tmp_path, tokenizer, [row], "groupwise")[0]
     alone = kinds(tmp_path, tokenizer, [{**row, "completions": ["he", " x"]}], "groupwise")[0]
@@ -360,7 +364,7 @@ def test_real_responses(
     kind: Any,
     labels: int,
 ) -> None:
-    """Every real response spells the original text; rows are long, so 40 of them."""
+    """Real responses decode to the original text; 40 rows, because they are long."""
     lines = (real_data / f"{name}.jsonl").read_text().splitlines()
     originals = [json.loads(line) for line in lines]
     assert sum(len(row.get("scores", [0])) for row in originals) == labels
@@ -376,7 +380,7 @@ def test_real_responses(
 
 
 def test_real_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, real_data: Path) -> None:
-    """Every real row gives a prompt and two responses that spell the original text."""
+    """Real rows decode to a prompt and two responses with the original text."""
     config = Data(train=str(real_data / "hh_harmless_pairs.jsonl"), cache=str(tmp_path))
     dataset = load_groups(config.train, tokenizer, config)
     assert dataset.counts["found"] == 1200

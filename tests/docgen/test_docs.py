@@ -1,4 +1,4 @@
-"""The site builds, loads nothing from elsewhere, and what its pages say to type works."""
+"""The site builds and loads nothing from the network, and the commands on its pages work."""
 
 from __future__ import annotations
 
@@ -27,33 +27,34 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: a link that leads nowhere, or a page without a place, raises."""
+    """Site of a strict build, which fails on a broken link or a page that is not in the nav."""
     folder = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
     return folder
 
 
 class Resources(HTMLParser):
-    """What a browser would load to show a page."""
+    """Addresses that a browser loads to show a page."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         address = values.get("href") if tag == "link" else values.get("src")
-        self.found += [address] if address else []
+        self.addresses += [address] if address else []
 
 
-def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
-    pages = [page for page in site.rglob("*.html") if page.name != "404.html"]  # a server's own
+def test_pages_load_nothing_from_the_network(site: Path) -> None:
+    # Only a server shows 404.html, whose addresses begin at its root.
+    pages = [page for page in site.rglob("*.html") if page.name != "404.html"]
     assert len(pages) > 15
     for page in pages:
         resources = Resources()
         resources.feed(page.read_text(encoding="utf-8"))
-        assert len(resources.found) > 3
-        for address in resources.found:
+        assert len(resources.addresses) > 3
+        for address in resources.addresses:
             assert "//" not in address, (page.name, address)
             assert address.startswith("data:") or (page.parent / address.split("?")[0]).exists()
     for sheet in site.rglob("*.css"):
@@ -62,22 +63,22 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 
 def fenced(page: str, language: str = "") -> list[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
-    return [text for of, text in blocks if of == language]
+    return [text for block_language, text in blocks if block_language == language]
 
 
 @pytest.mark.parametrize("line", fenced("quick-start.md", "json"))
 def test_the_rows_of_the_quick_start_are_data(line: str) -> None:
     row = json.loads(line)
-    kind = next(k for k in ("completions", "completion", "chosen") if k in row)
-    of = {"completions": "groupwise", "completion": "pointwise", "chosen": "pairwise"}
-    (group,) = to_groups(row, of[kind])
-    assert len(group.responses) == {"completions": 3, "completion": 1, "chosen": 2}[kind]
+    column = next(name for name in ("completions", "completion", "chosen") if name in row)
+    kinds = {"completions": "groupwise", "completion": "pointwise", "chosen": "pairwise"}
+    (group,) = to_groups(row, kinds[column])
+    assert len(group.responses) == {"completions": 3, "completion": 1, "chosen": 2}[column]
 
 
 def test_the_quick_start_works(
     tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind the demo; with a smaller model, fewer pairs and fewer steps than there."""
+    """Runs after the demo; here with a smaller model, fewer pairs and fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(tiny_llama, "runs/demo/sft/model")
@@ -87,15 +88,15 @@ def test_the_quick_start_works(
     (text,) = fenced("quick-start.md", "yaml")
     Path("first.yaml").write_text(text.replace("steps: 20", "steps: 3"))
     commands = "".join(fenced("quick-start.md")).splitlines()
-    ours = [line for line in commands if line.startswith("fastpref ")]
-    assert len(ours) == 7 and text.startswith("# first.yaml") and "steps: 20" in text
-    for line in ours:
+    lines = [line for line in commands if line.startswith("fastpref ")]
+    assert len(lines) == 7 and text.startswith("# first.yaml") and "steps: 20" in text
+    for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code in (None, 0), line
-    for made in ("compare/report.html", "eval.json", "drawn.jsonl"):
-        assert Path(made).stat().st_size > 100
+    for output in ("compare/report.html", "eval.json", "drawn.jsonl"):
+        assert Path(output).stat().st_size > 100
     Path("load.py").write_text(*fenced("quick-start.md", "python"))
     runpy.run_path("load.py")
 

@@ -1,14 +1,14 @@
-"""Measurements in README and docs are those of the result files that they name.
+"""Measurements in README and docs agree with the result files that they name.
 
-A block of a page, which is what stands between blank lines, has a comment before it if it holds a
-quantity (a number with a unit; in a table a decimal fraction, too):
+A block is the text between two blank lines. A block that contains a quantity (a number with a unit,
+or in a table a decimal fraction) has one of these comments before it:
 
-    <!-- table: NAME, from FILE -->           a table that `benchmarks/tables.py` makes of the file
-    <!-- figures: FILE#KEY/KEY; 8 24 -->      every number of the block, but for those listed behind
-                                              the semicolon, is in the file (below the keys)
-    <!-- not measured: REASON -->             settings, predictions, figures of others
+    <!-- table: NAME, from FILE -->           `benchmarks/tables.py` writes the table from the file
+    <!-- figures: FILE#KEY/KEY; 8 24 -->      every number of the block is in the file (below the
+                                              keys), except those listed after the semicolon
+    <!-- not measured: REASON -->             settings, predictions, figures from other sources
 
-and a file that is named so is also linked to in the same section, where readers see it.
+The section of the block also links to the file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks import tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Pages that a program writes whole, from sources that hold no measurement.
-GENERATED = {"config.md", "objectives.md", "kernels-compiled.md"}
+# Pages that are generated from sources without measurements.
+GENERATED = {"config.md", "objectives.md"}
 PAGES = [p for p in (*tables.PAGES, ROOT / "CONTRIBUTING.md") if p.name not in GENERATED]
 
-# What a number in a file is multiplied by to be one on a page.
+# Factors between a number in a file and the number with this unit on a page.
 UNITS = {
     "": (1,),
     "%": (100,),
@@ -61,16 +61,16 @@ class Number(NamedTuple):
     unit: str
 
     def is_in(self, values: list[float]) -> bool:
-        """Whether one of the values is this number, to the digits that are printed."""
+        """Whether one of the values equals this number, to its printed digits."""
         mantissa, _, exponent = self.text.replace(",", "").replace("−", "-").partition("e")
         printed = float(f"{mantissa}e{exponent or 0}")
         digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
-        room = 0.5 * 10.0**-digits * (1 + 1e-9)
-        return any(abs(abs(v) * f - printed) <= room for v in values for f in UNITS[self.unit])
+        tolerance = 0.5 * 10.0**-digits * (1 + 1e-9)
+        return any(abs(abs(v) * f - printed) <= tolerance for v in values for f in UNITS[self.unit])
 
 
 def numbers(block: str) -> list[Number]:
-    """Those that a reader sees as such: not in code, not in the targets of links."""
+    """Numbers of a block, except those in code and in the targets of links."""
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", " ", block, flags=re.DOTALL)
     return [Number(text.rstrip(","), unit) for text, unit in _NUMBER.findall(text)]
 
@@ -81,16 +81,16 @@ def has_quantity(block: str) -> bool:
 
 
 def blocks(page: str) -> Iterator[tuple[str, str, str, str]]:
-    """Section, kind of marker, what the marker says, block."""
+    """Section, kind and content of the marker, and block, for each block of a page."""
     page = re.sub(r"^ *```.*?^ *```", "", page, flags=re.DOTALL | re.MULTILINE)
     for section in re.split(r"^#+ .*$", page, flags=re.MULTILINE):
-        kind = said = ""
+        kind = content = ""
         for block in filter(None, map(str.strip, section.split("\n\n"))):
-            if marked := _MARKER.fullmatch(block):
-                kind, said = marked.groups()
+            if marker := _MARKER.fullmatch(block):
+                kind, content = marker.groups()
             elif not block.startswith("<!--"):
-                yield section, kind, said, block
-                kind = said = ""
+                yield section, kind, content, block
+                kind = content = ""
 
 
 def leaves(value: Any) -> Iterator[float]:
@@ -102,21 +102,21 @@ def leaves(value: Any) -> Iterator[float]:
 
 
 def problems(page: str) -> list[str]:
-    """What is wrong with the figures of a page, one line each."""
-    found = []
-    for section, kind, said, block in blocks(page):
-        wrong = []
+    """Problems with the figures of a page, one line per problem."""
+    lines = []
+    for section, kind, content, block in blocks(page):
+        messages = []
         if not kind and has_quantity(block):
-            wrong = ["no comment says where the figures are from"]
+            messages = ["no comment says where the figures are from"]
         elif kind in ("table", "figures"):
-            wrong = problems_of(section, kind, said, block)
-        found += [f"{what}: {block.splitlines()[0][:60]}" for what in wrong]
-    return found
+            messages = problems_of(section, kind, content, block)
+        lines += [f"{message}: {block.splitlines()[0][:60]}" for message in messages]
+    return lines
 
 
-def problems_of(section: str, kind: str, said: str, block: str) -> list[str]:
-    """What is wrong with a block that names a file."""
-    source, _, listed = said.partition("; ")
+def problems_of(section: str, kind: str, content: str, block: str) -> list[str]:
+    """Problems with the figures of a block whose marker names a file."""
+    source, _, listed = content.partition("; ")
     file, _, keys = source.rpartition(" ")[2].partition("#")
     if not (ROOT / file).is_file():
         return [f"no such file as {file}"]
@@ -138,12 +138,12 @@ def test_the_figures_of_a_page_are_those_of_its_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tables_are_what_is_made_of_their_files(page: Path) -> None:
+def test_tables_agree_with_their_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert tables.with_tables(text) == text, "run: python -m benchmarks.tables"
 
 
-def test_every_table_that_is_made_is_on_a_page() -> None:
+def test_every_generated_table_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert set(re.findall(r"<!-- table: (\S+), from ", text)) == set(tables.TABLES)
 
@@ -153,7 +153,7 @@ LINK = f"[numbers]({FILE})"
 
 
 @pytest.mark.parametrize(
-    ("page", "wrong"),
+    ("page", "message"),
     [
         ("It takes 3 s.", "no comment says"),
         ("- one\n- 36 % of it", "no comment says"),
@@ -168,9 +168,9 @@ LINK = f"[numbers]({FILE})"
         ("<!-- table: none, from benchmarks/results/none.json -->\n\n| 1 s |", "no such file as"),
     ],
 )
-def test_figures_without_a_source_are_found(page: str, wrong: str) -> None:
-    (found,) = problems(page)
-    assert wrong in found
+def test_figures_without_a_source_are_found(page: str, message: str) -> None:
+    (problem,) = problems(page)
+    assert message in problem
 
 
 @pytest.mark.parametrize(
@@ -182,18 +182,19 @@ def test_figures_without_a_source_are_found(page: str, wrong: str) -> None:
         "`5 s`, [a](b-5%20s), 8B, bf16, 128 × 64, 3 steps\n\n```\n5 s\n```",
     ],
 )
-def test_figures_with_a_source_are_let_be(page: str) -> None:
+def test_figures_with_a_source_have_no_problems(page: str) -> None:
     assert problems(page) == []
 
 
-def test_a_table_that_was_changed_by_hand_is_made_anew() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.with_tables(page.replace("| 0.952 |", "| 0.953 |")) == page
+def test_a_table_that_was_changed_by_hand_is_restored() -> None:
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    changed = page.replace("| 0.952 |", "| 0.953 |")
+    assert changed != page and tables.with_tables(changed) == page
 
 
 def test_the_memory_of_large_vocabularies() -> None:
     points = json.loads((RESULTS / "bench-cpu.json").read_text())["points"]
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split())
     for name, words in (
         ("fastpref cpu", "it is {:.0f} MiB at V 32,768 and {:.0f} MiB at V 262,144"),
         ("torch full logits", "full logits take {:,.0f} MiB and {:,.0f} MiB"),
@@ -211,4 +212,4 @@ def test_the_memory_of_large_vocabularies() -> None:
 def test_every_step_of_gradient_descent_went_as_the_band_predicts() -> None:
     runs = json.loads((RESULTS / "calibration.json").read_text())["training"]["runs"]
     measured = [run["one_step"] for run in runs if "one_step" in run]
-    assert len(measured) == 11 and all(found["agree"] == 1 for found in measured)
+    assert len(measured) == 11 and all(step["agree"] == 1 for step in measured)

@@ -67,28 +67,28 @@ def test_the_optimum_on_all_pairs_is_the_differential_information() -> None:
         return mean
 
     optimizer.step(closure)
-    learnt = logits.detach().log_softmax(-1)
-    torch.testing.assert_close(learnt, q, rtol=0, atol=1e-5)
+    learned = logits.detach().log_softmax(-1)
+    torch.testing.assert_close(learned, q, rtol=0, atol=1e-5)
 
-    y = torch.multinomial(learnt.exp(), samples, replacement=True, generator=generator)
-    estimate, error = entropy(learnt.gather(-1, y))
-    truth = -(q.exp() * q).sum(-1).mean().item()
+    y = torch.multinomial(learned.exp(), samples, replacement=True, generator=generator)
+    estimate, error = entropy(learned.gather(-1, y))
+    exact = -(q.exp() * q).sum(-1).mean().item()
     assert error is not None and 0 < error < 0.05
-    assert abs(estimate - truth) < 3 * error
-    found = slopes((policy - reference).gather(-1, y), learnt.gather(-1, y))
-    summary = slope_summary(found)
+    assert abs(estimate - exact) < 3 * error
+    fitted = slopes((policy - reference).gather(-1, y), learned.gather(-1, y))
+    summary = slope_summary(fitted)
     assert summary["share_nonnegative"] == 1.0
     assert summary["median"] == pytest.approx(1.0, abs=1e-3)
     same = (y == y[:, :1]).all(1)  # K equal samples say nothing about a slope
-    assert torch.equal(found.isnan(), same) and summary["prompts"] == prompts - same.sum()
+    assert torch.equal(fitted.isnan(), same) and summary["prompts"] == prompts - same.sum()
 
 
 def test_slopes_are_least_squares() -> None:
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(2, 50, 4))
     expected = [np.polyfit(a, b, 1)[0] for a, b in zip(x, y, strict=True)]
-    found = slopes(torch.from_numpy(x), torch.from_numpy(y))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+    fitted = slopes(torch.from_numpy(x), torch.from_numpy(y))
+    np.testing.assert_allclose(fitted.numpy(), expected, rtol=1e-9)
     assert slope_summary(torch.tensor([1.0, -1.0, 2.0, 0.0, math.nan])) == {
         "prompts": 4,
         "share_nonnegative": 0.75,
@@ -219,5 +219,5 @@ def test_the_command(fastpref: Any, tiny_llama: str, other_llama: str, tmp_path:
     options = ("--prompts", data, "--out", str(tmp_path / "out"), "--max-new-tokens", "4")
     done = fastpref("did-entropy", tiny_llama, other_llama, *options, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "note: training ends at step 1, within the 150 of the warm-up" in done.stdout
+    assert "note: training ends at step 1, within the warm-up of 150 steps" in done.stdout
     assert done.stdout.rstrip().endswith("out/did_entropy.json")

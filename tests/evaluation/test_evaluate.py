@@ -1,4 +1,4 @@
-"""Metrics of a model against the trainer's own; intervals against theory; what is refused."""
+"""Metrics of a model against those of the trainer; intervals against theory; errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MakeConfig = Callable[..., Config]
 
 
 def values(result: dict[str, Any]) -> dict[str, float]:
-    return {name: found["value"] for name, found in result["metrics"].items()}
+    return {name: metric["value"] for name, metric in result["metrics"].items()}
 
 
 @pytest.mark.parametrize("merge", [None, False])
@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_the_trainer(
         optim__lr=3e-3, **adapter,
     )  # fmt: skip
     model = train(config, display)
-    *_, last = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    *_, last = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     result = evaluate(
         str(model), data, display, against=tiny_llama, max_length=64, device="cpu",
         options={"cache": str(tmp_path / "cache")},
@@ -61,7 +61,7 @@ def test_log_probs_and_entropies_are_those_of_plain_transformers(
     records = rows(6)
     data = str(write_jsonl(tmp_path / "d.jsonl", records))
     options = {"cache": str(tmp_path / "cache")}
-    found = values(evaluate(tiny_llama, data, display, device="cpu", options=options))
+    metrics = values(evaluate(tiny_llama, data, display, device="cpu", options=options))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
     sums: dict[str, list[float]] = {"chosen": [], "rejected": []}
@@ -79,7 +79,7 @@ def test_log_probs_and_entropies_are_those_of_plain_transformers(
             entropies += (-(logps.exp() * logps).sum(-1)).tolist()
     chosen, rejected = (np.array(sums[side]) for side in sums)
     n_w, n_l = (np.array(lengths[side]) for side in sums)
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "accuracy": np.mean(chosen > rejected),
             "accuracy_per_token": np.mean(chosen / n_w > rejected / n_l),
@@ -104,13 +104,13 @@ def test_every_metric_of_two_pairs() -> None:
     p = torch.tensor([0.9, 0.6]).double()
     columns = ratios(policy, lengths, p, reference)
     assert list(columns) == list(METRICS)
-    found = {name: (top.sum() / bottom.sum()).item() for name, (top, bottom) in columns.items()}
+    metrics = {name: (top.sum() / bottom.sum()).item() for name, (top, bottom) in columns.items()}
 
     def kl(p: float, margin: float) -> float:
         q = 1 / (1 + math.exp(-margin))
         return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "accuracy": 1 / 2,
             "accuracy_per_token": 0,  # -1 and -1, -3 and -1.5
@@ -142,14 +142,14 @@ def test_intervals_are_those_of_the_central_limit() -> None:
         "mean": (torch.from_numpy(top), torch.from_numpy(ones)),
         "ratio": (torch.from_numpy(top), torch.from_numpy(bottom)),
     }
-    found = intervals(columns)
+    metrics = intervals(columns)
     for name, weights in (("mean", ones), ("ratio", bottom)):
         value = top.sum() / weights.sum()
         error = np.std(top - value * weights) / weights.mean() / math.sqrt(4000)
-        assert found[name]["value"] == pytest.approx(value)
+        assert metrics[name]["value"] == pytest.approx(value)
         for key, sign in (("low", -1), ("high", 1)):
-            assert found[name][key] == pytest.approx(value + sign * 1.96 * error, abs=0.1 * error)
-    assert intervals(columns) == found
+            assert metrics[name][key] == pytest.approx(value + sign * 1.96 * error, abs=0.1 * error)
+    assert intervals(columns) == metrics
 
 
 def test_intervals_of_pairs_that_are_all_alike_are_points() -> None:
@@ -159,7 +159,7 @@ def test_intervals_of_pairs_that_are_all_alike_are_points() -> None:
 
 def test_what_does_not_fit_is_refused(tiny_llama: str, tmp_path: Path, display: Display) -> None:
     data = str(write_jsonl(tmp_path / "d.jsonl", rows(2)))
-    with pytest.raises(UserError, match="--max-length: got 257, but the model knows 256 positions"):
+    with pytest.raises(UserError, match="--max-length: got 257, but the model has 256 positions"):
         evaluate(tiny_llama, data, display, max_length=257, device="cpu")
     with pytest.raises(UserError, match=r"^data.truncation: must be 'keep_start' or 'keep_end'"):
         evaluate(tiny_llama, data, display, device="cpu", options={"truncation": "x"})
@@ -179,7 +179,7 @@ def test_the_command_shows_a_table_and_writes_json(
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
     assert written["pairs"] == 5 and "2,000 resamples" in written["interval"]
-    for name, found in written["metrics"].items():
-        assert f" {name} " in done.stdout and f"{found['value']:.4g}" in done.stdout
-        assert found["low"] <= found["value"] <= found["high"]
+    for name, metric in written["metrics"].items():
+        assert f" {name} " in done.stdout and f"{metric['value']:.4g}" in done.stdout
+        assert metric["low"] <= metric["value"] <= metric["high"]
     assert set(written["lengths"]["chosen"]) == {"least", "median", "p90", "most"}

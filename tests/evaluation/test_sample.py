@@ -42,8 +42,8 @@ def plain_logps(causal_lm: Any, each: Completion) -> float:
     return float(logps[len(each.prompt.ids) - 1 :].sum())
 
 
-def ids_of(drawn: list[Completion]) -> list[list[int]]:
-    return [each.ids.tolist() for each in drawn]
+def ids_of(completions: list[Completion]) -> list[list[int]]:
+    return [each.ids.tolist() for each in completions]
 
 
 def test_greedy_in_a_batch_is_greedy_one_by_one(
@@ -51,21 +51,21 @@ def test_greedy_in_a_batch_is_greedy_one_by_one(
 ) -> None:
     """Prompts of different lengths, so that all but one are padded."""
     records = [{"prompt": "tea " * k} for k in (1, 2, 5, 9, 14, 3, 7)]
-    found = prompts(sampler, tmp_path, records)
-    assert len({len(prompt.ids) for prompt in found}) > 4
+    encoded = prompts(sampler, tmp_path, records)
+    assert len({len(prompt.ids) for prompt in encoded}) > 4
     greedy = Sampling(temperature=0.0, max_new_tokens=24, batch_size=7)
-    batched = sampler.draw(found, greedy, display)
-    single = sampler.draw(found, replace(greedy, batch_size=1), display)
+    batched = sampler.draw(encoded, greedy, display)
+    single = sampler.draw(encoded, replace(greedy, batch_size=1), display)
     assert ids_of(batched) == ids_of(single)
 
 
 def test_the_seed_decides(sampler: Sampler, tmp_path: Path, display: Display) -> None:
-    found = prompts(sampler, tmp_path, rows(5))
+    encoded = prompts(sampler, tmp_path, rows(5))
     sampling = Sampling(n=2, max_new_tokens=12, batch_size=4)
-    first = ids_of(sampler.draw(found, sampling, display))
+    first = ids_of(sampler.draw(encoded, sampling, display))
     torch.manual_seed(7)
-    assert ids_of(sampler.draw(found, sampling, display)) == first
-    assert ids_of(sampler.draw(found, replace(sampling, seed=1), display)) != first
+    assert ids_of(sampler.draw(encoded, sampling, display)) == first
+    assert ids_of(sampler.draw(encoded, replace(sampling, seed=1), display)) != first
     assert len({tuple(ids) for ids in first}) == 10
 
 
@@ -74,11 +74,11 @@ def test_log_probs_are_those_of_plain_logits_at_temperature_one(
     sampler: Sampler, tmp_path: Path, display: Display, tiny_llama: str, temperature: float
 ) -> None:
     wide = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
-    found = prompts(sampler, tmp_path, rows(9))
+    encoded = prompts(sampler, tmp_path, rows(9))
     sampling = Sampling(temperature=temperature, top_p=0.9, max_new_tokens=20, batch_size=4)
-    drawn = sampler.draw(found, sampling, display)
-    ours = torch.tensor([each.logps for each in drawn], dtype=torch.float64)
-    expected = torch.tensor([plain_logps(wide, each) for each in drawn], dtype=torch.float64)
+    completions = sampler.draw(encoded, sampling, display)
+    ours = torch.tensor([each.logps for each in completions], dtype=torch.float64)
+    expected = torch.tensor([plain_logps(wide, each) for each in completions], dtype=torch.float64)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
@@ -87,19 +87,19 @@ def test_a_completion_ends_with_its_first_end_or_at_the_limit(
     sampler: Sampler, tmp_path: Path, display: Display, records: list[dict[str, Any]]
 ) -> None:
     """At a high temperature the ends come now and then; a chat also ends with its turn."""
-    found = prompts(sampler, tmp_path, records)
+    encoded = prompts(sampler, tmp_path, records)
     names = ["</s>", "<pad>"]  # the tokenizer's, and token 2, which is that of a Llama config
     names += ["<|im_end|>"] if records is CHAT else []
     ends = set(sampler.tokenizer.convert_tokens_to_ids(names))
     sampling = Sampling(n=40, temperature=100.0, max_new_tokens=60, batch_size=200)
-    drawn = sampler.draw(found, sampling, display)
-    for each in drawn:
+    completions = sampler.draw(encoded, sampling, display)
+    for each in completions:
         assert not ends & set(each.ids[:-1].tolist())
         assert each.finished == (each.ids[-1] in ends)
         assert each.finished or len(each.ids) == 60
         assert not any(name in each.text for name in names)
-    assert {int(each.ids[-1]) for each in drawn if each.finished} == ends
-    assert not all(each.finished for each in drawn)
+    assert {int(each.ids[-1]) for each in completions if each.finished} == ends
+    assert not all(each.finished for each in completions)
 
 
 def test_ends_that_the_model_names_count(
@@ -110,10 +110,10 @@ def test_ends_that_the_model_names_count(
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     sampler = Sampler(str(tmp_path / "m"), "cpu")
-    found = prompts(sampler, tmp_path, rows(1))
+    encoded = prompts(sampler, tmp_path, rows(1))
     sampling = Sampling(n=64, temperature=100.0, max_new_tokens=60, batch_size=64)
-    drawn = sampler.draw(found, sampling, display)
-    assert {int(each.ids[-1]) for each in drawn if each.finished} == {100, 200, 1}
+    completions = sampler.draw(encoded, sampling, display)
+    assert {int(each.ids[-1]) for each in completions if each.finished} == {100, 200, 1}
 
 
 def test_a_row_has_the_form_of_its_prompt_and_can_be_trained_on(
@@ -121,15 +121,15 @@ def test_a_row_has_the_form_of_its_prompt_and_can_be_trained_on(
 ) -> None:
     tools = [{"name": "kettle"}]
     for records in (rows(1), [{**CHAT[0], "tools": tools}]):
-        found = prompts(sampler, tmp_path, records)
-        (drawn,) = sampler.draw(found, Sampling(max_new_tokens=5), display)
-        row = json.loads(json.dumps(record(drawn)))
+        encoded = prompts(sampler, tmp_path, records)
+        (completions,) = sampler.draw(encoded, Sampling(max_new_tokens=5), display)
+        row = json.loads(json.dumps(record(completions)))
         (group,) = to_groups({**row, "label": True}, "pointwise")
         assert group.prompt == records[0]["prompt"] and group.tools == records[0].get("tools")
-        assert (row["tokens"], row["logps"]) == (len(drawn.ids), drawn.logps)
+        assert (row["tokens"], row["logps"]) == (len(completions.ids), completions.logps)
         (response,) = group.responses
         text = response if isinstance(response, str) else response[0]["content"]
-        assert text == drawn.text
+        assert text == completions.text
 
 
 def test_the_space_that_begins_a_completion_is_kept(sampler: Sampler) -> None:
@@ -165,8 +165,8 @@ def test_an_adapter_is_merged_into_its_base(
         tokenizer.save_pretrained(tmp_path / "adapter")
     sampler = Sampler(str(tmp_path / "adapter"), "cpu")
     assert sampler.is_adapter
-    found = prompts(sampler, tmp_path, rows(3))
-    for each in sampler.draw(found, Sampling(max_new_tokens=8), display):
+    encoded = prompts(sampler, tmp_path, rows(3))
+    for each in sampler.draw(encoded, Sampling(max_new_tokens=8), display):
         assert each.logps == pytest.approx(plain_logps(adapted, each), abs=1e-4)
         with adapted.disable_adapter():
             assert abs(each.logps - plain_logps(adapted, each)) > 0.1
@@ -182,17 +182,17 @@ def test_frozen_weights_are_in_the_dtype_and_rotary_frequencies_are_not(tiny_lla
 def test_a_prompt_needs_room_for_its_completion(
     sampler: Sampler, tmp_path: Path, display: Display
 ) -> None:
-    found = prompts(sampler, tmp_path, [{"prompt": "tea"}, {"prompt": "@" * 250}])
-    sampler.draw(found, Sampling(max_new_tokens=6), display)
+    encoded = prompts(sampler, tmp_path, [{"prompt": "tea"}, {"prompt": "@" * 250}])
+    sampler.draw(encoded, Sampling(max_new_tokens=6), display)
     message = (
         r"--max-new-tokens: 7 after the prompt of row 2 \(250 tokens\) end beyond the 256 "
-        "positions that the model knows; use 6 or less"
+        "positions of the model; use 6 or less"
     )
     with pytest.raises(UserError, match=message):
-        sampler.draw(found, Sampling(max_new_tokens=7), display)
-    found = prompts(sampler, tmp_path, [{"prompt": "@" * 256}])
+        sampler.draw(encoded, Sampling(max_new_tokens=7), display)
+    encoded = prompts(sampler, tmp_path, [{"prompt": "@" * 256}])
     with pytest.raises(UserError, match="leave out prompts that long"):
-        sampler.draw(found, Sampling(max_new_tokens=1), display)
+        sampler.draw(encoded, Sampling(max_new_tokens=1), display)
 
 
 def test_models_that_cannot_be_sampled(
@@ -231,11 +231,11 @@ def test_a_file_that_is_there_is_left_alone(
     out = tmp_path / "out.jsonl"
     sampling = Sampling(n=2, max_new_tokens=3)
     run(tiny_llama, data, out, sampling, display, device="cpu", limit=1)
-    kept = out.read_text()
-    assert len(kept.splitlines()) == 2
+    written = out.read_text()
+    assert len(written.splitlines()) == 2
     with pytest.raises(UserError, match=r"--out: .*out\.jsonl is already there; choose another"):
         run(tiny_llama, data, out, sampling, display, device="cpu")
-    assert out.read_text() == kept
+    assert out.read_text() == written
 
 
 def test_the_command_writes_rows_to_stdout_and_the_rest_elsewhere(
@@ -245,6 +245,6 @@ def test_the_command_writes_rows_to_stdout_and_the_rest_elsewhere(
     options = ("--prompts", data, "--max-new-tokens", "4", "--n", "2", "--limit", "2")
     done = fastpref("sample", tiny_llama, *options, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["prompt"] for row in found] == [rows(3)[k]["prompt"] for k in (0, 0, 1, 1)]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in lines] == [rows(3)[k]["prompt"] for k in (0, 0, 1, 1)]
     assert "4 completions of 2 prompts, " in done.stderr

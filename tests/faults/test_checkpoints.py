@@ -1,4 +1,4 @@
-"""Checkpoints that were harmed after they were written, run directories that were moved."""
+"""Damaged checkpoints and moved run directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Again = Callable[..., Config]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
-    """Data, their cache, and a run that is done, with the checkpoints of steps 4 and 6."""
+    """Data, their cache, and a finished run with the checkpoints of steps 4 and 6."""
     folder = tmp_path_factory.mktemp("checkpoints")
     told(config_of(tiny_llama, folder, folder / "whole"))
     return folder
@@ -31,13 +31,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
 
 @pytest.fixture
 def run(home: Path, tmp_path: Path) -> Path:
-    """That run, to be harmed."""
+    """Copy of the run, to be damaged."""
     return Path(shutil.copytree(home / "whole", tmp_path / "run"))
 
 
 @pytest.fixture
 def again(home: Path, run: Path, tiny_llama: str) -> Again:
-    """Its config, with changes."""
+    """Config of the copied run, with changes."""
     return lambda **changes: config_of(tiny_llama, home, **{"run": run, **changes})
 
 
@@ -46,7 +46,7 @@ def halved(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "message"),
+    ("name", "damage", "message"),
     [
         (SHARD, lambda path: flip(path, -100), f"{SHARD} is damaged"),
         (SHARD, halved, f"{SHARD} is damaged"),
@@ -57,13 +57,13 @@ def halved(path: Path) -> None:
         ("checksums.json", Path.unlink, "checksums.json is missing"),
     ],
 )
-def test_the_checkpoint_before_a_harmed_one_is_continued(
-    home: Path, run: Path, again: Again, name: str, harm: Callable[[Path], None], message: str
+def test_the_checkpoint_before_a_damaged_one_is_continued(
+    home: Path, run: Path, again: Again, name: str, damage: Callable[[Path], None], message: str
 ) -> None:
     folder = run / "checkpoints" / "step-6"
-    harm(folder / name)
+    damage(folder / name)
     text = told(again(resume="auto"))
-    assert f"{folder} is passed over: {message}" in text
+    assert f"{folder} is skipped: {message}" in text
     assert f"resumed from {run / 'checkpoints' / 'step-4'}" in text
     assert_same(run, home / "whole")
 
@@ -80,13 +80,13 @@ def test_no_flipped_bit_goes_unseen(run: Path) -> None:
     assert checkpoint_files.find(root, "auto", notes.append) == root / "step-6"
 
 
-def test_without_a_whole_checkpoint_a_run_does_not_start_anew(run: Path, again: Again) -> None:
+def test_without_an_undamaged_checkpoint_a_run_does_not_start_over(run: Path, again: Again) -> None:
     for step in (4, 6):
         halved(run / "checkpoints" / f"step-{step}" / SHARD)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole .*remove them to st"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .*remove th"):
         told(again(resume="auto"))
     named = str(run / "checkpoints" / "step-4")
-    with pytest.raises(CheckpointError, match=r"step-4: shard.* is damaged; name another checkpo"):
+    with pytest.raises(CheckpointError, match=r"step-4: shard.* is damaged; use another checkpoi"):
         told(again(resume=named))
 
 
@@ -120,7 +120,7 @@ def test_clocks_decide_nothing(run: Path, again: Again, monkeypatch: pytest.Monk
 def test_going_back_drops_the_later_checkpoints_before_the_first_step(
     run: Path, again: Again, display: Display
 ) -> None:
-    """Else a run that is killed there would go on from a checkpoint whose metrics are gone."""
+    """Otherwise a run that is killed then would resume from a checkpoint without metrics."""
     Trainer(again(resume=str(run / "checkpoints" / "step-4")), display)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
 

@@ -1,4 +1,4 @@
-"""A disk that is full, and files that may not grow."""
+"""Full disks and limits of file size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from fastpref.training.checkpoint_files import CheckpointError
 from tests.helpers.training_runs import assert_same, config_of, told
 
-CHECKPOINT = 540_000  # bytes of one: weights and two moments of 45k parameters
-# A name space of its own, in which an ordinary user may mount.
+CHECKPOINT = 540_000  # bytes: weights and two moments of 45k parameters
+# A separate name space, in which an ordinary user may mount.
 OWN = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount"]
 
 
@@ -47,7 +47,7 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="mounting a small disk needs user name spaces")
 def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tiny_llama: str, tmp_path: Path) -> None:
-    """Room for the checkpoint of step 2, not for the next one; then for all."""
+    """The disk first has room for the checkpoint of step 2 only, then for all."""
     told(config_of(tiny_llama, tmp_path, tmp_path / "whole"))
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -1,4 +1,4 @@
-"""Reference log-probs that were harmed on disk are computed again, not trained on."""
+"""Reference log-probs that were damaged on disk are recomputed, not trained on."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def cached(make_config: MakeConfig, display: Display, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut", "empty"])
-def test_a_harmed_file_is_computed_again(
-    cached: Path, make_config: MakeConfig, display: Display, harm: str
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_file_is_recomputed(
+    cached: Path, make_config: MakeConfig, display: Display, damage: str
 ) -> None:
     before = load_file(cached)["logps"].clone()
-    if harm == "flipped":
+    if damage == "flipped":
         flip(cached, -10)
     else:
-        os.truncate(cached, 100 if harm == "cut" else 0)
+        os.truncate(cached, 100 if damage == "cut" else 0)
     precompute(make_config(), display)
     assert torch.equal(load_file(cached)["logps"], before)
 
@@ -42,14 +42,14 @@ def test_a_harmed_file_is_computed_again(
 def test_no_flipped_bit_goes_unseen(cached: Path, display: Display) -> None:
     for position in range(cached.stat().st_size):
         flip(cached, position)
-        found = reference_policy._read(cached, display)
+        tensors = reference_policy._read(cached, display)
         flip(cached, position)
-        # Of the header some bits mean nothing: spaces at its end.
-        assert found is None or torch.equal(found["logps"], load_file(cached)["logps"])
+        # Some bits of the header are ignored: spaces at its end.
+        assert tensors is None or torch.equal(tensors["logps"], load_file(cached)["logps"])
     assert reference_policy._read(cached, display) is not None
 
 
-def test_a_harmed_part_is_computed_again(
+def test_a_damaged_partial_file_is_recomputed(
     cached: Path, make_config: MakeConfig, display: Display
 ) -> None:
     before = load_file(cached)["logps"].clone()

@@ -46,7 +46,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
         hidden = states(self, batch, *arguments)
         if torch.is_grad_enabled() and 2 * BAD in batch.responses:
             owner = batch.responses.tolist().index(2 * BAD)
-            place = batch.positions[batch.cu_seqlens[owner]]
+            place = batch.predictor_positions[batch.cu_seqlens[owner]]
             hidden = hidden.index_put((place, torch.tensor(0)), torch.tensor(value))
         return hidden
 
@@ -70,7 +70,7 @@ def test_a_gradient_that_is_not_finite_names_the_rows_of_its_step(
     make_config: MakeConfig, display: Any
 ) -> None:
     trainer = Trainer(make_config(training__batch_size=12), display)
-    trainer.trained[3].register_hook(lambda gradient: gradient * math.nan)
+    trainer.parameters[3].register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(Diverged, match=r"grad_norm is nan at step 1, rows (\d+, ){8}… \("):
         trainer.loop([])
 
@@ -140,7 +140,7 @@ def test_what_goes_wrong_on_one_rank_is_skipped_by_all(
     config = make_config(**{f"training__{name}": value for name, value in options.items()})
     first, _ = on_two_ranks(config, tmp_path)
     assert first.count(f"is skipped: loss is nan, rows {ROW}\n") == 1
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     assert [line["steps/skipped"] for line in lines if "steps/skipped" in line] in (
         [{"1": [ROW]}],
         [{"2": [ROW]}],
@@ -149,7 +149,7 @@ def test_what_goes_wrong_on_one_rank_is_skipped_by_all(
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in trainer.trained]
+    return [parameter.detach().clone() for parameter in trainer.parameters]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(
 
     monkeypatch.setattr(trainer, "_train_step", watched)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     lines = [line for line in lines if "learning_rate" in line]
     skipped = {step: rows for line in lines for step, rows in line.get("steps/skipped", {}).items()}
     assert list(skipped.values()) == [[ROW], [ROW]]  # once an epoch
@@ -226,7 +226,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(
     step, gone = trainer._train_step, torch.tensor(math.nan)
 
     def poisoned(with_entropy: bool) -> Any:
-        hook = trainer.trained[3].register_hook(
+        hook = trainer.parameters[3].register_hook(
             lambda g: g if trainer.step in (3, 15) else g * gone
         )
         try:
@@ -244,19 +244,19 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(
 
 def test_a_jump_of_the_loss_is_a_spike_until_it_is_the_usual_one() -> None:
     chance, spikes = random.Random(0), SpikeDetector()
-    assert not any(spikes.see(chance.gauss(2.0, 0.1)) for _ in range(500))
+    assert not any(spikes.is_spike(chance.gauss(2.0, 0.1)) for _ in range(500))
     assert spikes.usual == pytest.approx(2.0, abs=0.1)
-    assert spikes.see(5.0) and spikes.see(5.0)
+    assert spikes.is_spike(5.0) and spikes.is_spike(5.0)
     again = SpikeDetector()
-    again.restore(json.loads(json.dumps(spikes.state())))
-    jumps = [spikes.see(chance.gauss(4.0, 0.1)) for _ in range(500)]
+    again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
+    jumps = [spikes.is_spike(chance.gauss(4.0, 0.1)) for _ in range(500)]
     assert jumps[0] and not any(jumps[100:])
-    assert again.see(4.0) and again.state() != spikes.state()
+    assert again.is_spike(4.0) and again.state_dict() != spikes.state_dict()
 
 
 def test_the_first_losses_are_never_spikes() -> None:
     spikes = SpikeDetector()
-    assert [spikes.see(loss) for loss in (0.0, 100.0, 1e4)] == [False] * 3
+    assert [spikes.is_spike(loss) for loss in (0.0, 100.0, 1e4)] == [False] * 3
 
 
 def test_spikes_are_logged(
@@ -275,7 +275,7 @@ def test_spikes_are_logged(
     trainer.loss = Jumping(beta=objective.beta)
     monkeypatch.setattr(display, "note", notes.append)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     found = {line["step"]: line["loss/spikes"] for line in lines if "loss/spikes" in line}
     assert list(found) == [24] and list(found[24]) == ["22"]
     assert found[24]["22"] == pytest.approx(50 * math.log(2), rel=0.1)

@@ -1,6 +1,6 @@
 """Objectives from hidden states: padded, packed, shifted, masked, with a reference.
 
-Those on pairs stand for all; what other kinds see is in `test_fused_views`.
+The objectives are on pairs; `test_views` has the other kinds.
 """
 
 from __future__ import annotations
@@ -275,6 +275,40 @@ def test_autocast_means_for_the_head_what_it_means_for_a_linear_layer():
     assert ours == mixed == half
     with pytest.raises(ValueError, match=r"weight: expected torch.bfloat16 like hidden"):
         module(hidden.bfloat16(), weight, labels)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # numpy's, of lanes that are masked
+@pytest.mark.parametrize("name", ["dpo", "simpo", "kto_simple", "info_nca"])
+def test_the_kernel_of_the_objective_runs_where_the_head_uses_kernels(name, monkeypatch):
+    """An objective without one, such as `info_nca`, is evaluated by its PyTorch code."""
+    hidden, weight, labels = batch(dtype=torch.float32)
+    objective = losses.build(name)
+    given = {"ref_logps": torch.linspace(-12.0, -4.0, 6)} if objective.needs_reference else {}
+    if isinstance(objective, losses.PointwiseLoss):
+        given["desirable"] = torch.arange(6) % 2 == 0
+    if isinstance(objective, losses.GroupwiseLoss):
+        given |= {"cu_groups": torch.tensor([0, 3, 6]), "scores": torch.linspace(0, 1, 6)}
+    kernels, launches = importlib.import_module("fastpref_kernels.losses"), []
+    for launcher in ("pair_losses", "response_losses"):
+        monkeypatch.setattr(kernels, launcher, _noted(getattr(kernels, launcher), launches))
+
+    def run(impl):
+        module = fused.FusedPreferenceLoss(objective, impl=impl)
+        return gradients(lambda h, w: module(h, w, labels, **given)[0], hidden, weight)
+
+    plain = run("reference")
+    assert not launches
+    for ours, expected in zip(run("triton"), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert launches == ([] if name == "info_nca" else [name])
+
+
+def _noted(launcher, launches):
+    def run(name, *arguments):
+        launches.append(name)
+        return launcher(name, *arguments)
+
+    return run
 
 
 HIDDEN, WEIGHT, LABELS = batch()

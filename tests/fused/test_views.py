@@ -1,4 +1,4 @@
-"""What objectives of every kind see of hidden states, against full logits in plain PyTorch."""
+"""Objectives of every kind on hidden states, against full logits in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def plain(objective, hidden, weight, labels, reference):
     if isinstance(objective, losses.PointwiseLoss):
         policy = UnpairedLogps(sums, lengths, DESIRABLE)
         known = replace(policy, logps=known)
-        point = POINT if objective.name == "kto" else 0 * POINT
+        point = {"kto": POINT, "bco": 0 * POINT}.get(objective.name)
         return policy, known, objective(policy, known, point)
     if isinstance(objective, losses.GroupwiseLoss):
         policy = GroupedLogps(sums, lengths, GROUPS, SCORES)
@@ -226,7 +226,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
 
 
 def averages_after(*batches):
-    """What two modules have averaged after one optimizer step of these batches."""
+    """Averages of two modules after one optimizer step of these batches."""
     steps = {"accumulation_steps": len(batches)}
     modules = (
         FusedPreferenceLoss("bco", **steps),

@@ -43,7 +43,7 @@ def some_batch(config: Config, tokenizer: PreTrainedTokenizerFast) -> Batch:
 def plain_logps(model: Any, batch: Batch) -> Tensor:
     """Sums of log-probs from the full logits that a Hugging Face or peft model returns."""
     with torch.no_grad():
-        logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predictor_positions]
     logps = logits.double().log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     return torch.stack([part.sum() for part in logps.split(batch.lengths.tolist())])
 
@@ -64,5 +64,5 @@ def trained(config: Config, display: Display) -> Trainer:
 
 
 def rewards(config: Config) -> list[list[float]]:
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     return [[line[f"rewards/{name}"] for name in ("chosen", "rejected")] for line in lines]

@@ -179,7 +179,7 @@ def assert_finite(objective):
             policy, reference = extremes(dtype, p)
             out = objective(policy, reference)
             incentives = losses.incentives(objective, policy, reference)
-            for tensor in (*dataclasses.astuple(out), *incentives):
+            for tensor in (out.loss, out.chosen_rewards, out.rejected_rewards, *incentives):
                 assert tensor.dtype == dtype and tensor.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Run directories with metrics of which the pictures are known."""
+"""Run directories with metrics of which the charts are known."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(records: list[dict[str, Any]], name: str = "a", **sections: Any) -> Run:
 
 
 def full(name: str = "a", steps: int = 20, **sections: Any) -> Run:
-    """A run that has something for every picture."""
+    """A run that has data for every chart."""
     lines = [with_band(step) for step in range(1, steps + 1)]
     records = [evaluated(0), *lines, evaluated(steps)]
     return run(sorted(records, key=lambda line: int(line["step"])), name, **sections)

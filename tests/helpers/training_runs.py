@@ -53,7 +53,7 @@ def told(config: configs.Config) -> str:
 
 def assert_same(run: Path, whole: Path) -> None:
     """Two runs have the same metrics, but for time and memory, and the same exported weights."""
-    lines = [metrics.read(folder / "metrics.jsonl") for folder in (run, whole)]
+    lines = [metrics.read_records(folder / "metrics.jsonl") for folder in (run, whole)]
     for line in [*lines[0], *lines[1]]:
         for name in metrics.TIMING_METRICS:
             line.pop(name)
@@ -78,7 +78,7 @@ def run(config: Config, display: Display) -> Trainer:
 
 def records(config: Config) -> list[dict[str, Any]]:
     """Lines of metrics without what depends on the clock."""
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
 
 

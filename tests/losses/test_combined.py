@@ -233,7 +233,8 @@ def test_a_token_level_sum_waits_for_no_device_and_stays_finite():
         policy, reference = token_batch(True, dtype, lengths=([4096, 0, 1], [3000, 4096, 0]))
         policy = dataclasses.replace(policy, logps=25 * policy.logps)
         incentives = token_incentives(built_from(*MIXED), policy, reference)
-        for tensor in (*dataclasses.astuple(built_from(*MIXED)(policy, reference)), incentives):
+        out = built_from(*MIXED)(policy, reference)
+        for tensor in (out.loss, out.chosen_rewards, out.rejected_rewards, incentives):
             assert tensor.dtype == dtype and tensor.isfinite().all()
 
 

@@ -379,7 +379,7 @@ def test_info_nca_rests_where_rewards_are_scores_over_tau():
 
 @pytest.mark.parametrize("objective", [InfoNCA(), NCA()], ids=repr)
 def test_equal_scores_share_the_label_whatever_their_size(objective):
-    """fp32 scores of 8.5 are 85000 over tau, where neighbours differ by 0.008."""
+    """fp32 scores of 8.5 are 85000 over tau, where neighbors differ by 0.008."""
     policy, reference = batch(sizes=(4,), dtype=torch.float32)
     high = dataclasses.replace(policy, scores=torch.full((4,), 8.5))
     zero = dataclasses.replace(policy, scores=torch.zeros(4))

@@ -1,4 +1,4 @@
-"""What all objectives share: soft labels, the reference, incentives, names and parameters."""
+"""Common parts of all objectives: soft labels, reference, incentives, names and parameters."""
 
 from __future__ import annotations
 
@@ -398,7 +398,9 @@ def test_importing_the_losses_loads_nothing_else():
         "fastpref.losses.base",
         "fastpref.losses.batchwise",
         "fastpref.losses.combined",
+        "fastpref.losses.dispatch",
         "fastpref.losses.groupwise",
+        "fastpref.losses.kinds",
         "fastpref.losses.margin",
         "fastpref.losses.normalized",
         "fastpref.losses.numerics",

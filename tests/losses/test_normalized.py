@@ -174,7 +174,7 @@ def test_everything_is_finite(objective):
     ],
     ids=repr,
 )
-def test_an_empty_response_has_no_gradient_under_length_normalisation(objective):
+def test_an_empty_response_has_no_gradient_under_length_normalization(objective):
     reference = pairs_of(0, 0)
     for soft in (None, 0.3):
         d_w, d_l = losses.incentives(objective, pairs_of(0, -3, nw=0, nl=2, p=soft), reference)

@@ -103,8 +103,14 @@ def one(t, desirable=True, dtype=torch.float64, z=0.0):
     )
 
 
+def point_of(objective, point=POINT):
+    """The point for an objective that needs one, else None."""
+    return point if objective.needs_reference_point else None
+
+
 def outputs(objective, policy, reference, point=POINT):
     """Loss and d, (S, 2)."""
+    point = point_of(objective, point)
     d = pointwise_incentives(objective, policy, reference, point)
     return torch.stack([objective(policy, reference, point).loss, d], dim=1)
 
@@ -167,7 +173,7 @@ def test_everything_is_finite_in_fp32(objective):
     n = torch.ones(len(t))
     policy, reference = (UnpairedLogps(x, n, label) for x in (t - 9e4, torch.full_like(t, -9e4)))
     for point in (0.0, 1e4, -1e4):
-        out = objective(policy, reference, torch.tensor(point))
+        out = objective(policy, reference, point_of(objective, torch.tensor(point)))
         for tensor in (out.loss, out.rewards, outputs(objective, policy, reference)):
             assert tensor.dtype == torch.float32 and tensor.isfinite().all()
 
@@ -177,7 +183,7 @@ def test_an_empty_response_adds_nothing(objective):
     """-7 and -9 with length 0 cannot come from sums of tokens: they show that neither is read."""
     n, label = torch.tensor([0, 3, 0]), torch.tensor([True, True, False])
     policy = UnpairedLogps(torch.tensor([-7.0, -6.0, -7.0], requires_grad=True), n, label)
-    out = objective(policy, UnpairedLogps(torch.full((3,), -9.0), n, label), POINT)
+    out = objective(policy, UnpairedLogps(torch.full((3,), -9.0), n, label), point_of(objective))
     out.loss.sum().backward()
     for tensor in (out.loss, out.rewards, policy.logps.grad):
         assert tensor[1] != 0 and tensor[0] == 0 and tensor[2] == 0
@@ -189,10 +195,11 @@ def test_nothing_waits_for_the_device(objective):
     n, label = (torch.empty(8, dtype=x, device="meta") for x in (torch.int64, torch.bool))
     policy, reference = (UnpairedLogps(torch.empty(8, device="meta"), n, label) for _ in range(2))
     running = RunningMean("meta")
-    sums = sum_and_count(objective(policy, reference, running.mean).rewards, n)
+    point = point_of(objective, running.mean)
+    sums = sum_and_count(objective(policy, reference, point).rewards, n)
     assert pooled_mean(sums).shape == running.update(sums).shape == ()
-    assert objective(policy, reference, running.mean).loss.shape == (8,)
-    assert pointwise_incentives(objective, policy, reference, running.mean).shape == (8,)
+    assert objective(policy, reference, point).loss.shape == (8,)
+    assert pointwise_incentives(objective, policy, reference, point).shape == (8,)
 
 
 @every_variant
@@ -201,7 +208,7 @@ def test_only_the_policy_gets_a_gradient(objective):
     point = POINT.clone().requires_grad_()
     policy.logps.requires_grad_()
     reference.logps.requires_grad_()
-    out = objective(policy, reference, point)
+    out = objective(policy, reference, point_of(objective, point))
     out.loss.sum().backward()
     assert policy.logps.grad.any() and reference.logps.grad is None and point.grad is None
     assert not out.rewards.requires_grad
@@ -223,10 +230,12 @@ def test_incentives_work_under_no_grad_and_leave_the_batch_alone():
 )
 def test_rewards(objective, beta):
     policy, reference = batch()
-    rewards = objective(policy, reference, POINT).rewards
+    rewards = objective(policy, reference, point_of(objective)).rewards
     expected = beta * (policy.logps - reference.logps) * (policy.lengths > 0)
     assert_close(rewards, expected, 1e-14)
-    assert not objective(policy, policy, POINT).rewards.any()  # exactly, before the first step
+    assert not objective(
+        policy, policy, point_of(objective)
+    ).rewards.any()  # exactly, before the first step
 
 
 @pytest.mark.parametrize("objective", [KTO(), BCO()], ids=repr)
@@ -240,11 +249,11 @@ def test_a_missing_reference_point_is_refused(objective):
 
 
 @pytest.mark.parametrize("objective", [KTOSimple(), DDROUnpaired(), PROB()], ids=repr)
-def test_a_reference_point_that_is_not_needed_is_not_read(objective):
+def test_a_reference_point_that_is_not_needed_is_refused(objective):
     policy, reference = batch()
     assert not objective.needs_reference_point
-    nan = torch.full((3,), math.nan)
-    assert torch.equal(objective(policy, reference, nan).loss, objective(policy, reference).loss)
+    with pytest.raises(ValueError, match=rf"reference_point: {objective.name} has none.*leave it"):
+        objective(policy, reference, POINT)
 
 
 @every_variant
@@ -252,9 +261,9 @@ def test_a_missing_reference_says_what_to_do(objective):
     policy, _ = batch(responses=3)
     assert objective.needs_reference
     with pytest.raises(ValueError, match=rf"{objective.name} needs.*`reference: cached`"):
-        objective(policy, None, POINT)
+        objective(policy, None, point_of(objective))
     with pytest.raises(ValueError, match=r"reference: expected 3 responses.*\(4,\)"):
-        objective(policy, batch(responses=4)[1], POINT)
+        objective(policy, batch(responses=4)[1], point_of(objective))
 
 
 @pytest.mark.parametrize(

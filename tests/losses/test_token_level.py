@@ -46,7 +46,7 @@ def shares(values):
 
 
 def weights_of(o, logps, importance):
-    """What multiplies the log-ratio of each token of a response, those of the data left out."""
+    """Factors of the log-ratios of a response's tokens, without the weights of the data."""
     n = len(logps)
     if not isinstance(o, TIDPO) or n == 0:
         return [1.0] * n
@@ -102,14 +102,14 @@ def expected_outputs(o, policy, reference):
     return losses, list(chain(*on_logps)), list(chain(*on_kl))
 
 
-def gradients(objective, policy, reference, *more):
+def gradients(objective, policy, reference, **more):
     """Losses, and minus their gradients on log-probs and KL (0 where there is none)."""
     policy = dataclasses.replace(
         policy,
         logps=policy.logps.detach().requires_grad_(),
         kl=policy.kl.detach().requires_grad_(),
     )
-    loss = objective(policy, reference, *more).loss
+    loss = objective(policy, reference, **more).loss
     pulls = torch.autograd.grad(loss.sum(), (policy.logps, policy.kl), materialize_grads=True)
     return loss.detach(), -pulls[0], -pulls[1]
 
@@ -265,20 +265,22 @@ def test_the_triplet_term_matches_the_closed_form(soft):
         p = 1.0 if policy.preference is None else policy.preference[b].item()
         added.append(0.2 * (p * max(0, w - l + 0.5) + (1 - p) * max(0, l - w + 0.5)))
     assert 0 < sum(x > 0 for x in added) <= 6 and (soft or 0.0 in added)
-    ours = objective(policy, reference, anchors).loss - base(policy, reference).loss
+    ours = objective(policy, reference, anchors=anchors).loss - base(policy, reference).loss
     assert_close(ours, added, 1e-10)
 
 
 def test_the_triplet_term_pulls_as_its_slope():
     policy, reference = token_batch()
     anchors, objective = anchors_for(), TIDPO(gamma=0.2, margin=0.5)
-    _, on_logps, _ = gradients(objective, policy, reference, anchors)
+    _, on_logps, _ = gradients(objective, policy, reference, anchors=anchors)
     h = 1e-5  # quadratic apart from a smooth term, so truncation is below rounding, 1e-10
     for token in range(policy.logps.numel()):
         step = torch.zeros_like(policy.logps)
         step[token] = h
         up, down = (
-            objective(dataclasses.replace(policy, logps=policy.logps + s), reference, anchors)
+            objective(
+                dataclasses.replace(policy, logps=policy.logps + s), reference, anchors=anchors
+            )
             for s in (step, -step)
         )
         slope = (down.loss.sum() - up.loss.sum()) / (2 * h)
@@ -289,7 +291,7 @@ def test_the_triplet_term_reaches_the_anchors():
     policy, reference = token_batch()
     anchors = anchors_for()
     anchors.log_ratios.requires_grad_()
-    TIDPO(gamma=0.2)(policy, reference, anchors).loss.sum().backward()
+    TIDPO(gamma=0.2)(policy, reference, anchors=anchors).loss.sum().backward()
     assert anchors.log_ratios.grad.any()
 
 
@@ -316,7 +318,7 @@ def test_everything_is_finite_and_keeps_its_precision(objective):
         )
         out = objective(policy, reference)
         incentives = token_incentives(objective, policy, reference)
-        for tensor in (*dataclasses.astuple(out), incentives):
+        for tensor in (out.loss, out.chosen_rewards, out.rejected_rewards, incentives):
             assert tensor.dtype == dtype and tensor.isfinite().all()
 
 
@@ -339,7 +341,7 @@ def test_nothing_waits_for_the_device(objective):
 def test_the_triplet_term_does_not_wait_either():
     policy, reference = (on_meta(x) for x in token_batch())
     anchors = TokenAnchors(*(x.to("meta") for x in dataclasses.astuple(anchors_for())))
-    assert TIDPO(gamma=0.1)(policy, reference, anchors).loss.shape == (6,)
+    assert TIDPO(gamma=0.1)(policy, reference, anchors=anchors).loss.shape == (6,)
 
 
 @every_case
@@ -393,12 +395,12 @@ def test_a_missing_or_other_reference_is_named(objective):
 def test_anchors_are_needed_or_refused():
     policy, reference = token_batch()
     with pytest.raises(ValueError, match="anchors: gamma = 0 leaves them out"):
-        TIDPO()(policy, reference, anchors_for())
+        TIDPO()(policy, reference, anchors=anchors_for())
     for anchors, got in ((None, "None"), (TokenAnchors(torch.zeros(2), torch.tensor([0, 2])), "1")):
         with pytest.raises(
             ValueError, match=f"anchors: gamma > 0 needs one per pair, 6, got {got}"
         ):
-            TIDPO(gamma=0.1)(policy, reference, anchors)
+            TIDPO(gamma=0.1)(policy, reference, anchors=anchors)
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_every_loss_type_of_cpo_is_here():
 
 @pytest.mark.parametrize("averages", [False, True], ids=["cpo", "cpo_simpo"])
 def test_cpo_with_its_likelihood(averages):
-    """Where all chosen responses have n = 5 tokens, the mean over the batch is the sum / n."""
+    """All chosen responses have n = 5 tokens, so the mean over the batch is the sum / n."""
     policy, reference = token_batch(lengths=EQUAL)
     if averages:
         objective = losses.build("cpo_simpo", beta=2.0, gamma=0.7, lam=0.4)

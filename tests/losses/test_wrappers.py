@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastpref import losses
-from fastpref.logps import SequenceLogps, TokenLogps
+from fastpref.logps import SequenceLogps, TokenLogps, segment_sum
 from fastpref.losses import anchored, batchwise, margin, normalized, pointwise, token_level
 from fastpref.losses.batchwise import AOT, BetaDPO
 from fastpref.losses.combined import TokenLevelSum, WeightedSum
@@ -31,7 +31,7 @@ from fastpref.losses.wrappers import (
     TokenWeighted,
     build_with_options,
     config_of,
-    ld_sequence_logps,
+    ld_weights,
 )
 from tests.helpers.pairs import (
     assert_close,
@@ -208,7 +208,12 @@ def test_a_divergence_is_for_losses_of_the_margin():
     assert blind == {*OF_MARGIN, "f_dpo", "beta_dpo"}
 
 
-# Length desensitisation
+# Length desensitization
+
+
+def ld_sequence_logps(logps, cu_seqlens, alpha):
+    """z = z_shared + alpha * z_beyond, (2B,)."""
+    return segment_sum(ld_weights(logps.detach(), cu_seqlens, alpha) * logps, cu_seqlens)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -238,7 +243,7 @@ def test_alpha_one_is_the_plain_sum(objective):
 
 @hard_and_soft
 @pytest.mark.parametrize("objective", [DPO(), SimPO(), WeightedSum(((DPO(), 1), (SFT(), 2)))])
-def test_a_desensitised_objective_sees_the_weighted_sums(objective, soft):
+def test_a_desensitized_objective_sees_the_weighted_sums(objective, soft):
     policy, reference = token_batch(soft, weights=True)
     pairs = []
     for side in (policy, reference):
@@ -363,7 +368,7 @@ def test_everything_is_finite_and_keeps_its_precision(objective):
         policy = dataclasses.replace(policy, logps=scale * policy.logps)
         out = objective(policy, reference)
         incentives = token_incentives(objective, policy, reference)
-        for tensor in (*dataclasses.astuple(out), incentives):
+        for tensor in (out.loss, out.chosen_rewards, out.rejected_rewards, incentives):
             assert tensor.dtype == dtype and tensor.isfinite().all()
 
 

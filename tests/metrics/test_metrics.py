@@ -1,4 +1,4 @@
-"""Metric definitions at points where the answer is known, windows, and files."""
+"""Metric definitions at points with known answers, windows, and metrics files."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_responses_are_counted_by_their_class() -> None:
 
 
 def test_a_class_that_is_missing_has_no_metrics() -> None:
-    found = metrics.means(responses([1.0, -3.0], [True, True]))
-    assert set(found) == {"loss", "rewards/chosen", "rewards/accuracies", "logps/chosen"}
+    values = metrics.means(responses([1.0, -3.0], [True, True]))
+    assert set(values) == {"loss", "rewards/chosen", "rewards/accuracies", "logps/chosen"}
 
 
 def test_groups_are_measured_by_their_best_and_worst() -> None:
@@ -98,10 +98,10 @@ def test_a_window_weighs_steps_by_their_pairs() -> None:
     sums = torch.arange(7, dtype=torch.float64)
     window.add(1, torch.tensor(3.0), counted(sums, 2))
     window.add(2, torch.tensor(5.0), counted(sums, 6))
-    found = window.flush()
-    assert found["logps/rejected"] == pytest.approx(12 / 8)
-    assert found["grad_norm"] == 4
-    assert window.state()[0] == [] and window.first_non_finite() is None
+    means = window.flush()
+    assert means["logps/rejected"] == pytest.approx(12 / 8)
+    assert means["grad_norm"] == 4
+    assert window.state_dict()[0] == [] and window.first_non_finite() is None
 
 
 @pytest.mark.parametrize(("column", "metric"), enumerate(("grad_norm", *metrics.PAIR_METRICS)))
@@ -117,18 +117,18 @@ def test_a_window_finds_the_first_step_that_is_not_finite(
         if bad and column:
             sums[column - 1] = value
         window.add(step, norm, counted(sums, 2))
-    found = window.first_non_finite()
-    assert found is not None and (found.step, found.metric) == (3, metric)
+    first = window.first_non_finite()
+    assert first is not None and (first.step, first.metric) == (3, metric)
 
 
 def test_a_resumed_file_forgets_later_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
-    assert [line["step"] for line in metrics.read(path)] == [1, 2, 3]
+    assert [line["step"] for line in metrics.read_records(path)] == [1, 2, 3]
     lines = metrics.JsonLines(path, resume_step=2)
     lines.log({"step": 3, "loss": 0.1})
     lines.close()
-    assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.1}]
+    assert metrics.read_records(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.1}]
 
 
 def test_trackers_that_are_not_installed_say_how_to_install(
@@ -140,4 +140,4 @@ def test_trackers_that_are_not_installed_say_how_to_install(
     with pytest.raises(
         ValueError, match=r"training.report_to: wandb is not installed; pip install"
     ):
-        metrics.trackers(tmp_path, ["wandb"], {}, 0)
+        metrics.open_trackers(tmp_path, ["wandb"], {}, 0)

@@ -1,4 +1,4 @@
-"""Monitors at points where the answer is known, for each kind of objective."""
+"""Monitors at points with known answers, for each kind of objective."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def preference(margins: list[float], p: list[float]) -> dict[str, float]:
 
 def test_a_policy_that_matches_the_target() -> None:
     p = [0.9, 0.6, 0.25]
-    found = preference([math.log(x / (1 - x)) for x in p], p)
-    assert found["preference/mean_kl"] == pytest.approx(0, abs=1e-12)
-    assert found["preference/accuracy"] == 1
-    assert found["preference/pci"] == pytest.approx((0.1 + 0.4 + 0.25) / 3)
+    values = preference([math.log(x / (1 - x)) for x in p], p)
+    assert values["preference/mean_kl"] == pytest.approx(0, abs=1e-12)
+    assert values["preference/accuracy"] == 1
+    assert values["preference/pci"] == pytest.approx((0.1 + 0.4 + 0.25) / 3)
 
 
 def test_an_undecided_and_a_collapsed_policy() -> None:
@@ -59,9 +59,9 @@ def test_an_undecided_and_a_collapsed_policy() -> None:
 
 
 def test_certain_targets_have_finite_kl() -> None:
-    found = preference([2.0, 2.0], [1.0, 0.0])
+    values = preference([2.0, 2.0], [1.0, 0.0])
     expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
-    assert found["preference/mean_kl"] == pytest.approx(expected)
+    assert values["preference/mean_kl"] == pytest.approx(expected)
 
 
 def pairs() -> tuple[SequenceLogps, SequenceLogps]:
@@ -86,11 +86,11 @@ def test_pairs_without_a_reference() -> None:
 
 
 def test_pairs_with_a_reference() -> None:
-    found = watch(*pairs(), log_ratios=True, margins=(0.0, 1.0))
-    assert found["logps/chosen_change"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert found["logps/rejected_change"] == pytest.approx((-1 + 0 + 0.3) / 3)
-    assert found["contrast/mean"] == pytest.approx((2 + 0.5 - 0.3) / 3)
-    shares = [found[f"contrast/{name}"] for name in ("below", "inside", "above")]
+    values = watch(*pairs(), log_ratios=True, margins=(0.0, 1.0))
+    assert values["logps/chosen_change"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert values["logps/rejected_change"] == pytest.approx((-1 + 0 + 0.3) / 3)
+    assert values["contrast/mean"] == pytest.approx((2 + 0.5 - 0.3) / 3)
+    shares = [values[f"contrast/{name}"] for name in ("below", "inside", "above")]
     assert shares == [1 / 3, 1 / 3, 1 / 3]
 
 
@@ -123,14 +123,14 @@ def test_groups_are_watched_by_their_best_and_worst() -> None:
         torch.tensor([0, 3, 5, 7]),
         vector(0.5, 0.9, 0.1, 3, 3, 1, 2),
     )
-    found = watch(policy)
-    assert found["lengths/chosen"] == (2 + 7) / 2
-    assert found["lengths/rejected"] == (3 + 6) / 2
+    values = watch(policy)
+    assert values["lengths/chosen"] == (2 + 7) / 2
+    assert values["lengths/rejected"] == (3 + 6) / 2
 
 
 def test_the_histogram_counts_every_finite_value() -> None:
-    made = monitors.histogram(vector(-1, 0, 0, 3, math.inf, math.nan), bins=4)
-    assert made == {"counts": [1, 2, 0, 1], "edges": [-1, 0, 1, 2, 3]}
+    histogram = monitors.histogram(vector(-1, 0, 0, 3, math.inf, math.nan), bins=4)
+    assert histogram == {"counts": [1, 2, 0, 1], "edges": [-1, 0, 1, 2, 3]}
 
 
 def test_the_histogram_of_equal_values() -> None:
@@ -140,14 +140,14 @@ def test_the_histogram_of_equal_values() -> None:
 def test_calibration_sums_by_the_bin_of_the_prediction() -> None:
     """ph .05, .5, 1 - 1e-22 (rounds to 1) and .55: bins 0, 5, 9 and 5."""
     p = [0.1, 0.2, 1.0, 0.4]
-    made = monitors.calibration(
+    calibration = monitors.calibration(
         monitors.calibration_sums(logps([math.log(1 / 19), 0, 50, math.log(0.55 / 0.45)], p))
     )
     count, predicted, target = ([0.0] * 10 for _ in range(3))
     count[0], predicted[0], target[0] = 1, pytest.approx(0.05), 0.1
     count[5], predicted[5], target[5] = 2, pytest.approx(1.05), pytest.approx(0.6)
     count[9], predicted[9], target[9] = 1, 1.0, 1.0
-    assert made == {"count": count, "predicted": predicted, "target": target}
+    assert calibration == {"count": count, "predicted": predicted, "target": target}
 
 
 def test_calibration_counts_no_pair_without_a_soft_label() -> None:

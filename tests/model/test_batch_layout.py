@@ -1,4 +1,4 @@
-"""Layouts of a run: what is chosen, what is refused, and that all of them train the same model."""
+"""Layouts of a run: choice, errors, and equality of the trained models."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_a_model_that_cannot_share_is_padded_and_the_user_told(
     model = {"init": "random", "config": FALCON, "dtype": "float32"}
     trainer, said = notes(make_config(model=model))
     assert trainer.policy.layout == "padded"
-    assert "note: FalconForCausalLM cannot share prompts; each response has a row" in said
-    with pytest.raises(ConfigError, match="FalconForCausalLM gives other hidden states"):
+    assert "note: FalconForCausalLM cannot share prompts; each response has its own row" in said
+    with pytest.raises(ConfigError, match="FalconForCausalLM computes different hidden"):
         notes(
             make_config(
                 model=model,
@@ -63,14 +63,14 @@ def test_a_model_that_cannot_share_is_padded_and_the_user_told(
 
 
 def test_flat_rows_are_for_flash_attention(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"packed is for model.attn_implementation: flash_"):
+    with pytest.raises(ConfigError, match=r"packed needs model.attn_implementation: flash_"):
         notes(make_config(training__layout="packed"))
 
 
 def test_on_cpu_a_pass_holds_one_group_so_that_its_bits_are_its_own(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """And without batch invariance all groups, with the same log-probs up to rounding."""
+    """Without batch invariance one pass holds all groups; log-probs agree up to rounding."""
     chosen = {}
     for invariant in (True, False):
         out = str(tmp_path / str(invariant))

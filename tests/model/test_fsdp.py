@@ -18,15 +18,16 @@ from fastpref import config as configs
 from fastpref import distributed, metrics
 from fastpref.config import ConfigError
 from fastpref.model import fsdp
-from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy
 from fastpref.training.trainer import Trainer
 from fastpref.utils.errors import ModelError
 from fastpref.utils.progress import Display
 from tests.helpers import rank_processes
 from tests.helpers.data import labelled, rows, scored, write_jsonl
+from tests.helpers.policies import policy_of
 
-STEPS = 5  # of 8 groups; the last one of an epoch has 5, fewer than four ranks' micro-batches
+# Of 8 groups; the last step of an epoch has 5, fewer than the micro-batches of four ranks.
+STEPS = 5
 LORA = {"name": "lora", "r": 4, "alpha": 8}
 RC = {"name": "rc", "momentum": 0.9}
 CASES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,8 @@ def make(home: Path, case: str, name: str, **training: Any) -> configs.Config:
         change.pop("parallel", None)
     values: dict[str, Any] = {
         "loss": "dpo",
-        "optim": {"lr": 3e-3, "eps": 1e-3},  # large: a sign does not hang on the last bit
+        # With a large eps no update depends on the sign of a rounding error.
+        "optim": {"lr": 3e-3, "eps": 1e-3},
         "monitor": {"band_every": 1}
         if change.get("loss", "dpo") == "dpo" and "update" not in change
         else {},
@@ -85,7 +87,7 @@ def make(home: Path, case: str, name: str, **training: Any) -> configs.Config:
 
 
 def train(config: configs.Config) -> dict[str, Tensor]:
-    """Train to the end and export; all trained weights, whole."""
+    """Train to the end, export, and return the full trained weights."""
     trainer = Trainer(config, Display(Console(quiet=True)))
     trainer.loop([])
     trained = {
@@ -102,9 +104,9 @@ def work(rank: int, port: int, world: int, home: Path) -> None:
     torch.set_num_threads(1)
     with distributed.process_group():
         for case in CASES if world == 2 else ON_FOUR:
-            found = train(make(home, case, f"{case}-{world}"))
+            weights = train(make(home, case, f"{case}-{world}"))
             if rank == 0:
-                torch.save(found, home / f"{case}-{world}.pt")
+                torch.save(weights, home / f"{case}-{world}.pt")
         for case in RESUMED if world == 2 else ():
             train(make(home, case, f"{case}-cut", steps=3, checkpoint_every=3, log_every=1))
         for case in RESUMED if world == 4 else ():
@@ -120,14 +122,14 @@ def resume(home: Path, case: str, world: int) -> None:
     distributed.barrier()
     config = make(home, case, copy.name, log_every=1)
     resumed = config.model_copy(update={"resume": str(source / "checkpoints" / "step-3")})
-    found = train(resumed)
+    weights = train(resumed)
     if distributed.is_main_process():
-        torch.save(found, home / f"{copy.name}.pt")
+        torch.save(weights, home / f"{copy.name}.pt")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
-    """Models, data, and what one, two and four ranks made of each case."""
+    """Models, data, and the results of each case on one, two and four ranks."""
     folder = tmp_path_factory.mktemp("sharding")
     (folder / "llama").symlink_to(tiny_llama)
     torch.manual_seed(1)
@@ -147,26 +149,26 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """Metrics that are numbers, but for those of time and memory."""
-    found = []
-    for line in metrics.read(run / "metrics.jsonl"):
+    """Numeric metrics, except for time and memory."""
+    records = []
+    for line in metrics.read_records(run / "metrics.jsonl"):
         skipped = {*metrics.TIMING_METRICS}
-        if line["step"] <= 1:  # rewards are 0 but for rounding, which has any sign
+        if line["step"] <= 1:  # rewards are 0 up to rounding errors, whose sign is arbitrary
             skipped |= {"rewards/accuracies", "eval_rewards/accuracies"}
-        kept = {k: v for k, v in line.items() if k not in skipped}
-        found.append({k: v for k, v in kept.items() if isinstance(v, int | float)})
-    return found
+        compared = {k: v for k, v in line.items() if k not in skipped}
+        records.append({k: v for k, v in compared.items() if isinstance(v, int | float)})
+    return records
 
 
-def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def assert_same_lines(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert [line.keys() for line in found] == [line.keys() for line in expected]
-    for line, other in zip(found, expected, strict=True):
+def assert_same_lines(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line.keys() for line in actual] == [line.keys() for line in expected]
+    for line, other in zip(actual, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
@@ -174,8 +176,8 @@ def assert_same_lines(found: list[dict[str, Any]], expected: list[dict[str, Any]
     ("case", "world"), [*((case, 2) for case in CASES), *((case, 4) for case in ON_FOUR)]
 )
 def test_ranks_train_the_weights_of_one_process(home: Path, case: str, world: int) -> None:
-    found, expected = (torch.load(home / f"{case}-{n}.pt") for n in (world, 1))
-    assert_same_weights(found, expected)
+    actual, expected = (torch.load(home / f"{case}-{n}.pt") for n in (world, 1))
+    assert_same_weights(actual, expected)
     assert_same_lines(lines(home / f"{case}-{world}"), lines(home / f"{case}-1"))
     start = lines(home / f"{case}-{world}")[0]
     if case != "tied":
@@ -204,8 +206,11 @@ def test_a_checkpoint_of_two_ranks_resumes_on_any_number(home: Path, case: str, 
 
 def test_only_the_first_rank_writes(home: Path) -> None:
     assert json.loads((home / "full-4" / "metrics.jsonl").read_text().splitlines()[0])
-    steps = [line["step"] for line in metrics.read(home / "full-4" / "metrics.jsonl")]
-    assert steps == [line["step"] for line in metrics.read(home / "full-1" / "metrics.jsonl")]
+    four, one = (
+        [line["step"] for line in metrics.read_records(home / f"full-{n}" / "metrics.jsonl")]
+        for n in (4, 1)
+    )
+    assert four == one
 
 
 @pytest.mark.parametrize(
@@ -246,7 +251,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(
 def test_weights_under_other_names_are_named(make_config: Any, tmp_path: Path) -> None:
     config = make_config()
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    policy = load_policy(config, tokenizer, torch.device("cpu"))
+    policy = policy_of(config, tokenizer, torch.device("cpu"))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"has no weights named lm_head.weight \(of 21 that are"):
         fsdp.load(policy, tmp_path)

@@ -1,4 +1,4 @@
-"""Which functions of liger-kernel are called, with what; they run on GPUs alone."""
+"""Calls of liger-kernel's patch functions; the kernels themselves need a GPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from fastpref.config import Config
 from fastpref.model.liger import use_liger
-from fastpref.model.load import load_policy
 from fastpref.utils import optional_packages
 from fastpref.utils.errors import ModelError
 from fastpref.utils.optional_packages import MissingPackage
 from tests.helpers.data import LLAMA
+from tests.helpers.policies import policy_of
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # none of the latter is touched
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # no CUDA device is used
 KINDS = ("llama", "qwen3", "gemma2")
 ARGUMENTS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -33,24 +33,24 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """The architectures that are patched, and the arguments."""
-    made: list[tuple[str, dict[str, Any]]] = []
+    """Patched architectures and the arguments of the calls."""
+    patches: list[tuple[str, dict[str, Any]]] = []
     for kind in KINDS:
         original = getattr(liger, f"apply_liger_kernel_to_{kind}")
 
-        def record(_kind: str = kind, _original: Any = original, **given: Any) -> None:
-            inspect.signature(_original).bind(**given)
-            made.append((_kind, given))
+        def record(_kind: str = kind, _original: Any = original, **options: Any) -> None:
+            inspect.signature(_original).bind(**options)
+            patches.append((_kind, options))
 
         monkeypatch.setattr(liger, f"apply_liger_kernel_to_{kind}", record)
-    return made
+    return patches
 
 
-@pytest.mark.parametrize("asked", ["auto", "liger"])
+@pytest.mark.parametrize("kernels", ["auto", "liger"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_without_liger_s_losses(kind: str, asked: str, calls: list[Any]) -> None:
+def test_layers_without_liger_s_losses(kind: str, kernels: str, calls: list[Any]) -> None:
     model = model_of(kind)
-    assert use_liger(model, asked, CUDA)
+    assert use_liger(model, kernels, CUDA)
     assert calls == [(kind, {"model": model, **ARGUMENTS})]
 
 
@@ -79,9 +79,9 @@ def test_liger_by_name_is_had_or_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_of_a_run(
     make_config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert load_policy(make_config(), tokenizer, CPU).kernels == "torch"
+    assert policy_of(make_config(), tokenizer, CPU).kernels == "torch"
     with pytest.raises(ModelError, match=r"model\.kernels: liger runs on CUDA"):
-        load_policy(make_config(model__kernels="liger"), tokenizer, CPU)
+        policy_of(make_config(model__kernels="liger"), tokenizer, CPU)
 
 
 def test_flash_attention_needs_its_package(
@@ -92,4 +92,4 @@ def test_flash_attention_needs_its_package(
     monkeypatch.setattr(optional_packages, "find_spec", lambda name: None)
     config = make_config(model__attn_implementation="flash_attention_2")
     with pytest.raises(MissingPackage, match="flash_attention_2 needs flash-attn; pip install fl"):
-        load_policy(config, tokenizer, CPU)
+        policy_of(config, tokenizer, CPU)

@@ -1,4 +1,4 @@
-"""Adapters, fresh and loaded: what they compute, what the reference is then, what is exported."""
+"""New and loaded adapters: log-probs, reference, export and errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastpref.config import Config, ConfigError
-from fastpref.model.load import load_policy
-from fastpref.model.lora import as_loaded
+from fastpref.model.lora import as_reference
 from fastpref.model.reference_policy import weights_sha256
 from fastpref.utils.errors import ModelError
 from fastpref.utils.progress import Display
@@ -28,6 +27,7 @@ from tests.helpers.adapted import (
     trained,
 )
 from tests.helpers.data import LLAMA
+from tests.helpers.policies import policy_of
 
 MakeConfig = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_a_loaded_adapter_is_peft_s(
     make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tiny_llama: str, sft: str
 ) -> None:
     config = make_config(adapter={"name": "lora", "path": sft})
-    policy, batch = load_policy(config, tokenizer, CPU), some_batch(config, tokenizer)
+    policy, batch = policy_of(config, tokenizer, CPU), some_batch(config, tokenizer)
     expected = plain_logps(with_peft(tiny_llama, sft), batch)
     close(logps_of(policy.eval(), batch), expected)
     base = plain_logps(AutoModelForCausalLM.from_pretrained(tiny_llama), batch)
@@ -73,19 +73,19 @@ def test_the_reference_is_the_adapter_as_it_was_loaded(
     batch = some_batch(config, tokenizer)
     expected = plain_logps(with_peft(tiny_llama, path), batch)
     assert (logps_of(trainer.policy, batch) - expected).abs().max() > 0.1
-    found = trainer.run.train.reference(batch)
-    assert found is not None
-    close(found.logps.double(), expected)
+    output = trainer.run.train.reference(batch)
+    assert output is not None
+    close(output.logps.double(), expected)
 
 
 def test_dropout_is_the_policy_s_alone(
     make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tiny_llama: str, sft: str
 ) -> None:
     config = make_config(adapter={"name": "lora", "path": sft}, reference="adapter")
-    policy, batch = load_policy(config, tokenizer, CPU), some_batch(config, tokenizer)
+    policy, batch = policy_of(config, tokenizer, CPU), some_batch(config, tokenizer)
     expected = plain_logps(with_peft(tiny_llama, sft), batch)
     assert policy.training
-    with as_loaded(policy):
+    with as_reference(policy):
         close(logps_of(policy, batch), expected)
         assert not policy.trainable_parameters()
     assert (logps_of(policy, batch) - expected).abs().max() > 0.1
@@ -97,7 +97,7 @@ def test_dropout_is_the_policy_s_alone(
 def test_rewards_of_dora_begin_at_zero(
     make_config: MakeConfig, display: Display, dtype: str, reference: str
 ) -> None:
-    """In bf16 its norms are rounded, and it is not quite the model without it."""
+    """In bf16 the norms are rounded, so a new adapter does not exactly give the base model."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     values = {**LLAMA, **small, "initializer_range": 0.3}
     config = make_config(
@@ -115,7 +115,7 @@ def test_rewards_of_dora_begin_at_zero(
 def test_the_scale_of_rslora(make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Against x Wᵀ + α/√r · (x Aᵀ) Bᵀ."""
     adapter = {"name": "lora", "r": 4, "alpha": 6, "rslora": True, "target_modules": ["q_proj"]}
-    policy = load_policy(make_config(adapter=adapter), tokenizer, CPU)
+    policy = policy_of(make_config(adapter=adapter), tokenizer, CPU)
     layer = policy.blocks()[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(b)
@@ -134,7 +134,7 @@ def test_exports_load_in_peft_and_merged_in_transformers(
     kind: str,
 ) -> None:
     adapter = {"fresh": {"r": 4}, "dora": {"r": 4, "dora": True}, "loaded": {"path": sft}}[kind]
-    found = {}
+    logps = {}
     for merge in (True, False):
         config = make_config(
             adapter={"name": "lora", "merge": merge, **adapter},
@@ -154,8 +154,8 @@ def test_exports_load_in_peft_and_merged_in_transformers(
             exported = with_peft(tiny_llama, str(folder))
             assert exported.peft_config["default"].base_model_name_or_path == tiny_llama
         close(plain_logps(exported, batch), ours)
-        found[merge] = ours
-    assert torch.equal(found[True], found[False])
+        logps[merge] = ours
+    assert torch.equal(logps[True], logps[False])
 
 
 def test_a_run_from_an_adapter_resumes(
@@ -170,9 +170,9 @@ def test_a_run_from_an_adapter_resumes(
     )
     trained(make_config(training__steps=2, **options), display)
     config = make_config(training__steps=4, resume="auto", **options)
-    again = trained(config, display).policy.state_dict()
+    resumed = trained(config, display).policy.state_dict()
     for name, weight in expected.policy.state_dict().items():
-        assert torch.equal(again[name], weight), name
+        assert torch.equal(resumed[name], weight), name
 
 
 def test_what_the_cached_reference_depends_on(
@@ -180,20 +180,20 @@ def test_what_the_cached_reference_depends_on(
 ) -> None:
     def key(seed: int = 0, **adapter: Any) -> str:
         config = make_config(adapter={"name": "lora", **adapter}, training__seed=seed)
-        return weights_sha256(load_policy(config, tokenizer, CPU))
+        return weights_sha256(policy_of(config, tokenizer, CPU))
 
     def loaded(name: str, **options: Any) -> str:
         return save_adapter(tmp_path / name, tiny_llama, **options)
 
-    fresh = key(targets=["q_proj", "down_proj"])
-    assert key(targets=["q_proj", "down_proj"], r=2, alpha=1, seed=3) == fresh
+    fresh = key(target_modules=["q_proj", "down_proj"])
+    assert key(target_modules=["q_proj", "down_proj"], r=2, alpha=1, seed=3) == fresh
     first = key(path=loaded("first"))
     assert key(path=loaded("twin")) == first
     others = {
         "weights": key(path=loaded("weights", seed=2)),
         "scale": key(path=loaded("scale", lora_alpha=6)),
         "fresh": fresh,
-        "dora": key(targets=["q_proj", "down_proj"], dora=True),
+        "dora": key(target_modules=["q_proj", "down_proj"], dora=True),
         "loaded dora": key(path=loaded("dora", use_dora=True)),
     }
     assert len({first, *others.values()}) == 6
@@ -205,7 +205,7 @@ def test_a_frozen_copy_does_not_count_twice(
 ) -> None:
     keys = [
         weights_sha256(
-            load_policy(
+            policy_of(
                 make_config(adapter={"name": "lora", "path": sft}, reference=mode), tokenizer, CPU
             )
         )
@@ -232,10 +232,10 @@ def test_the_saved_config_of_a_loaded_adapter_reads_back(
 
 
 @pytest.mark.parametrize(
-    ("made", "described", "message"),
+    ("options", "edits", "message"),
     [
-        ({"modules_to_save": ["lm_head"]}, {}, "beside its own (modules_to_save: ['lm_head']); me"),
-        ({"bias": "all"}, {}, "changes weights of the model beside its own (bias: all)"),
+        ({"modules_to_save": ["lm_head"]}, {}, "base model (modules_to_save: ['lm_head']); merge"),
+        ({"bias": "all"}, {}, "also changes weights of the base model (bias: all)"),
         ({}, {"init_lora_weights": "pissa_niter_4"}, "(init_lora_weights: pissa_niter_4)"),
         ({"target_modules": ["lm_head"]}, {}, "adapter.path: the head of LlamaForCausalLM must be"),
         ({}, {"target_modules": ["no_such"]}, "adapter.path: cannot load"),
@@ -249,13 +249,13 @@ def test_an_adapter_that_cannot_be_trained_on_is_refused(
     tokenizer: PreTrainedTokenizerFast,
     tiny_llama: str,
     tmp_path: Path,
-    made: dict[str, Any],
-    described: dict[str, Any],
+    options: dict[str, Any],
+    edits: dict[str, Any],
     message: str,
 ) -> None:
-    path = Path(save_adapter(tmp_path / "sft", tiny_llama, **made))
+    path = Path(save_adapter(tmp_path / "sft", tiny_llama, **options))
     description = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps({**description, **described}))
+    (path / "adapter_config.json").write_text(json.dumps({**description, **edits}))
     assert message in refusal(make_config(adapter={"name": "lora", "path": str(path)}), tokenizer)
 
 
@@ -267,13 +267,13 @@ def test_what_is_no_lora_adapter_is_refused(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     other = peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM"))
     other.save_pretrained(tmp_path / "ia3")
-    assert "is of type IA3; only LORA can be trained on" in refusal(config, tokenizer)
+    assert "is of type IA3, and only LORA can be trained" in refusal(config, tokenizer)
 
 
 def refusal(config: Config, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The one line with which a model is refused."""
+    """Message of the ModelError, which is one line."""
     with pytest.raises(ModelError) as caught:
-        load_policy(config, tokenizer, CPU)
+        policy_of(config, tokenizer, CPU)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -287,6 +287,6 @@ def test_adapters_on_tied_embeddings_are_refused(
         adapter={"name": "lora", "target_modules": ["embed_tokens"]},
     )
     with pytest.raises(
-        ModelError, match=r"adapter\.targets: the embeddings of Llama.* its head too"
+        ModelError, match=r"adapter\.target_modules: the embeddings of Llama.* also its head"
     ):
-        load_policy(config, tokenizer, CPU)
+        policy_of(config, tokenizer, CPU)

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.data.dataset import TokenGroup
-from fastpref.data.packing import Packing, Row, lay_out
+from fastpref.data.packing import PackedRow, Packing, pack_groups
 from fastpref.model import packed_attention as attention
 from fastpref.model.packed_attention import (
     block_mask,
@@ -59,7 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON,
     "gpt2": COMMON,
 }
-# These are in fp64 throughout. The others normalise, and Gemma 2 also takes its softmax, in fp32.
+# These are in fp64 throughout. The others normalize in fp32, and so does the softmax of Gemma 2.
 EXACT = {"gpt_neox", "gpt2"}
 
 
@@ -96,8 +96,8 @@ def plain_logps(model: Any, groups: list[TokenGroup]) -> Tensor:
     return torch.stack(sums)
 
 
-def packed_logps(model: Any, groups: list[TokenGroup], row: Row) -> Tensor:
-    """The same from the row, its order of members being that of the groups."""
+def packed_logps(model: Any, groups: list[TokenGroup], row: PackedRow) -> Tensor:
+    """The same log-probs from the packed row, in the order of `members`."""
     output = model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -105,7 +105,7 @@ def packed_logps(model: Any, groups: list[TokenGroup], row: Row) -> Tensor:
         packing=row.packing,
     )
     labels = row.input_ids[0, row.label_positions, None]
-    logps = output.logits[0, row.positions].log_softmax(-1).gather(-1, labels)[:, 0]
+    logps = output.logits[0, row.predictor_positions].log_softmax(-1).gather(-1, labels)[:, 0]
     lengths = [len(groups[g].responses[k]) for g, k in members(groups)]
     return torch.stack([part.sum() for part in logps.split(lengths)])
 
@@ -137,7 +137,7 @@ def test_architectures(name: str, dtype: torch.dtype, checkpointing: bool) -> No
         # transformers 5.x is renaming the method.
         older = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
-    row = lay_out(groups, members(groups))
+    row = pack_groups(groups, members(groups))
     ours = logps_and_gradients(model, packed_logps(model, groups, row))
     exact = 1e-9 if name in EXACT else 1e-6
     assert_close(ours, expected, exact if dtype == torch.float64 else 1e-5)
@@ -148,7 +148,7 @@ def test_without_sharing(name: str) -> None:
     model, groups = build(name), make_groups()
     expected = logps_and_gradients(model, plain_logps(model, groups))
     model.set_attn_implementation(register())
-    row = lay_out(groups, members(groups), share=False)
+    row = pack_groups(groups, members(groups), share=False)
     ours = logps_and_gradients(model, packed_logps(model, groups, row))
     assert_close(ours, expected, 1e-9 if name in EXACT else 1e-6)
 
@@ -163,11 +163,11 @@ def test_without_sharing(name: str) -> None:
     ],
 )
 def test_another_packing_is_noticed(parts: tuple[tuple[int, ...], ...]) -> None:
-    """What the comparison is worth: each leak moves a log-prob by far more than rounding does."""
+    """Each leak changes a log-prob by far more than rounding, so the comparison detects it."""
     model, groups = build("gpt_neox"), make_groups()
     expected = plain_logps(model, groups)
     model.set_attn_implementation(register())
-    row = lay_out(groups, members(groups))._replace(packing=Packing(parts))
+    row = pack_groups(groups, members(groups))._replace(packing=Packing(parts))
     assert (packed_logps(model, groups, row) - expected).abs().max() > 0.1
 
 
@@ -192,7 +192,7 @@ def random_heads(rows: int, tokens: int) -> list[Tensor]:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("queries", [1, 3, 5, 7])
 def test_causal_attention(queries: int, softcap: float | None, window: int | None) -> None:
-    """Token by token and head by head."""
+    """Compare with softmax attention computed token by token and head by head."""
     query, key, value = random_heads(2, 7)
     ours = causal_attention(query[:, :, -queries:], key, value, 0.3, softcap, window)
     for row, head, t in itertools.product(range(2), range(6), range(7 - queries, 7)):
@@ -207,18 +207,18 @@ def test_causal_attention(queries: int, softcap: float | None, window: int | Non
 def test_a_response_that_is_longer_than_its_prompt_takes_no_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It would grow with the square of the response."""
-    asked: list[bool] = []
+    """A mask would grow with the square of the response length."""
+    has_mask: list[bool] = []
 
     def noting(*heads: Tensor, **options: Any) -> Tensor:
-        asked.append("attn_mask" in options)
+        has_mask.append("attn_mask" in options)
         return functional.scaled_dot_product_attention(*heads, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
     query, key, value = random_heads(1, 9)
     for queries in (4, 5):
         causal_attention(query[:, :, -queries:], key, value)
-    assert asked == [True, False]
+    assert has_mask == [True, False]
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -256,9 +256,9 @@ def test_masks_and_dropout_are_refused(change: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_packing_error_of_a_model_that_can(name: str) -> None:
     model = build(name, torch.float32)
-    own = model.config._attn_implementation
+    original = model.config._attn_implementation
     assert packing_error(model, make_groups()) < 1e-5
-    assert model.config._attn_implementation == own
+    assert model.config._attn_implementation == original
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
@@ -268,20 +268,20 @@ def test_packing_error_of_a_model_that_can(name: str) -> None:
         ("stablelm", GROUPED, "its layers do not pass the packing on"),
         ("mamba", COMMON, "it has no attention"),
         ("falcon", COMMON, "its attention cannot be set"),
-        ("doge", GROUPED, "it makes a mask of its own"),
+        ("doge", GROUPED, "it builds its own mask"),
     ],
 )
 def test_packing_error_of_a_model_that_cannot(
     kind: str, values: dict[str, Any], reason: str
 ) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
-    own = model.config._attn_implementation
+    original = model.config._attn_implementation
     assert packing_error(model, make_groups()) > 0.1, reason
-    assert model.config._attn_implementation == own
+    assert model.config._attn_implementation == original
 
 
 def test_a_window_shows_only_in_groups_that_are_longer() -> None:
-    """The layers of this model do not say that they have one."""
+    """The layers of this model do not pass their window to the attention function."""
     values = {**GROUPED, "use_sliding_window": True, "sliding_window": 24}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **values))
     assert packing_error(model, make_groups([(9, 14, 11), (1, 1, 12)])) < 1e-4

@@ -1,4 +1,4 @@
-"""Log-probs of the policy against plain transformers logits, pair by pair; what is refused."""
+"""Log-probs of the policy against plain transformers logits, pair by pair; refused models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastpref.data.collate import collate
 from fastpref.data.dataset import TokenGroup, load_groups
 from fastpref.data.tokenizers import load_tokenizer
 from fastpref.model import policy as module
-from fastpref.model.load import load_policy
 from fastpref.model.policy import ForwardOptions, Policy
 from fastpref.utils.errors import ModelError
 from tests.helpers.data import LLAMA
+from tests.helpers.policies import policy_of
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_logps_equal_those_of_plain_logits(
     config = make_config(model__dtype=dtype, data__max_length=14)
     tokenizer = load_tokenizer(config.model)
     assert tokenizer is not None and config.model.path is not None
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     wide = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
     dataset = load_groups(config.data.train, tokenizer, config.data)
     assert dataset.counts["chosen_cut"] > 0
@@ -74,12 +74,11 @@ def test_a_merged_token_is_scored(
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     pair = load_groups(str(path), tokenizer, config.data)[0]
     assert len(pair.prompt) < len(tokenizer("User: tea?\nAssistant: t")["input_ids"])
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     with torch.no_grad():
         ours = policy(collate([pair])).logps
-    expected = plain_logps(policy.causal_lm, pair)
-    wanted = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-9)
+    expected = torch.tensor(plain_logps(policy.causal_lm, pair), dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -98,12 +97,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def test_architectures(
     make_config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
-    """Peaked logits (initializer_range 0.5), so that a forgotten scale or cap is seen."""
+    """Peaked logits (initializer_range 0.5), so that a missing scale or cap shows."""
     values = {**LLAMA, "initializer_range": 0.5, **ARCHITECTURES[name]}
     if values.get("num_key_value_heads", 0) is None:
         del values["num_key_value_heads"]
     config = make_config(model={"init": "random", "config": values, "dtype": "float64"})
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     if policy.base.get_output_embeddings().bias is not None:
         nn.init.normal_(policy.base.get_output_embeddings().bias)
     pairs = hand_made(384)
@@ -129,13 +128,15 @@ def test_gradients_equal_those_of_plain_logits(
         model={"init": "random", "config": values, "dtype": "float64"},
         training__activation_checkpointing=checkpointing,
     )
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     batch = collate(hand_made(384))
     coefficients = torch.linspace(-1, 2, len(batch.lengths), dtype=torch.float64)
     (policy(batch).logps * coefficients).sum().backward()
     ours = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
-    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[
+        batch.predictor_positions
+    ]
     logps = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     (logps * coefficients.repeat_interleave(batch.lengths)).sum().backward()
     for name, parameter in policy.named_parameters():
@@ -147,7 +148,7 @@ def test_bf16_keeps_trained_weights_in_fp32(
 ) -> None:
     values = {**LLAMA, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = make_config(model={"init": "random", "config": values, "dtype": "bfloat16"})
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     output = policy(collate(hand_made(384)[:1]))
     assert output.logps.dtype == torch.float32
@@ -157,10 +158,12 @@ def test_bf16_keeps_trained_weights_in_fp32(
 
 def test_entropy(make_config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast) -> None:
     config = make_config(model__dtype="float64")
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     batch = collate(hand_made(384))
     total, count = policy(batch, ForwardOptions(entropy=True)).entropy.tolist()
-    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[
+        batch.predictor_positions
+    ]
     expected = torch.distributions.Categorical(logits=logits).entropy().sum().item()
     assert count == len(batch.labels)
     assert total == pytest.approx(expected, abs=1e-9)
@@ -169,7 +172,7 @@ def test_entropy(make_config: Callable[..., Config], tokenizer: PreTrainedTokeni
 def test_adapters_train_alone_on_a_frozen_head(
     make_config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    policy = load_policy(make_config(adapter={"name": "lora", "r": 2}), tokenizer, CPU)
+    policy = policy_of(make_config(adapter={"name": "lora", "r": 2}), tokenizer, CPU)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     policy(collate(hand_made(384))).logps.sum().backward()
@@ -208,7 +211,7 @@ def test_a_model_that_cannot_be_trained(
 ) -> None:
     config = make_config(**change)
     with pytest.raises(ModelError) as caught:
-        load_policy(config, load_tokenizer(config.model) or tokenizer, CPU)
+        policy_of(config, load_tokenizer(config.model) or tokenizer, CPU)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -218,12 +221,12 @@ def test_a_head_that_the_op_does_not_know_is_refused(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As if the table of logit scales had not heard of Granite's."""
+    """Simulated by removing the logit scale of Granite from the table."""
     monkeypatch.setattr(module, "_head_options", lambda config: (1.0, None))
     values = {**LLAMA, "model_type": "granite", "logits_scaling": 3.0, "initializer_range": 0.5}
     config = make_config(model={"init": "random", "config": values, "dtype": "float32"})
     with pytest.raises(ModelError, match="GraniteForCausalLM computes its logits in a way"):
-        load_policy(config, tokenizer, CPU)
+        policy_of(config, tokenizer, CPU)
 
 
 def test_dropout_of_the_model_is_off(
@@ -233,7 +236,7 @@ def test_dropout_of_the_model_is_off(
     values = {"model_type": "gpt2", "vocab_size": 384, "n_embd": 16, "n_layer": 1, "n_head": 2}
     values["resid_pdrop"] = 0.5
     config = make_config(model={"init": "random", "config": values, "dtype": "float32"})
-    policy = load_policy(config, tokenizer, CPU)
+    policy = policy_of(config, tokenizer, CPU)
     assert policy.training
     batch = collate(hand_made(384))
     assert torch.equal(policy(batch).logps, policy(batch).logps)
@@ -244,7 +247,7 @@ def test_random_weights_are_a_function_of_the_seed(
 ) -> None:
     random = {"init": "random", "config": LLAMA, "dtype": "float32"}
     first, twin, other = (
-        load_policy(make_config(model=random, training__seed=seed), tokenizer, CPU)
+        policy_of(make_config(model=random, training__seed=seed), tokenizer, CPU)
         for seed in (1, 1, 2)
     )
     weight = "causal_lm.lm_head.weight"

@@ -1,4 +1,4 @@
-"""A base in 4 bits: what it computes, its gradients, its export, and what is refused."""
+"""4-bit base models: log-probs, gradients, export and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from fastpref.config import Config
-from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy
 from fastpref.model.reference_policy import weights_sha256
 from fastpref.utils import optional_packages
@@ -30,6 +29,7 @@ from tests.helpers.adapted import (
     trained,
 )
 from tests.helpers.data import LLAMA
+from tests.helpers.policies import policy_of
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 MakeConfig = Callable[..., Config]
@@ -46,13 +46,13 @@ def layers_in_4bit(policy: Policy) -> list[str]:
 def test_the_linear_layers_are_in_4_bits_and_the_rest_is_not(
     make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, model: dict[str, Any]
 ) -> None:
-    policy = load_policy(make_config(adapter=QLORA, **model), tokenizer, CPU)
+    policy = policy_of(make_config(adapter=QLORA, **model), tokenizer, CPU)
     assert policy.quantized and len(layers_in_4bit(policy)) == 2 * 7
     packed = {n for n, p in policy.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7 and not any("lm_head" in n or "embed" in n for n in packed)
     assert {p.dtype for n, p in policy.named_parameters() if n not in packed} == {torch.float32}
     assert all("lora_" in name for name in policy.trainable_parameters())
-    assert not load_policy(make_config(adapter={"name": "lora"}), tokenizer, CPU).quantized
+    assert not policy_of(make_config(adapter={"name": "lora"}), tokenizer, CPU).quantized
 
 
 def test_bf16_computes_in_bf16_with_adapters_in_fp32(
@@ -60,7 +60,7 @@ def test_bf16_computes_in_bf16_with_adapters_in_fp32(
 ) -> None:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     model = {"init": "random", "config": {**LLAMA, **small}, "dtype": "bfloat16"}
-    policy = load_policy(make_config(adapter=QLORA, model=model), tokenizer, CPU)
+    policy = policy_of(make_config(adapter=QLORA, model=model), tokenizer, CPU)
     layer: Any = policy.base.get_submodule(layers_in_4bit(policy)[0])
     assert layer.compute_dtype == torch.bfloat16
     assert policy.base.get_output_embeddings().weight.dtype == torch.bfloat16
@@ -68,11 +68,11 @@ def test_bf16_computes_in_bf16_with_adapters_in_fp32(
 
 
 def plain_twin(policy: Policy, config: Config, tokenizer: PreTrainedTokenizerFast) -> Policy:
-    """The same adapter on plain linear layers that hold what the 4 bits stand for."""
+    """Policy with the same adapter on plain linear layers with the dequantized weights."""
     plain = config.model_copy(
         update={"adapter": config.adapter and config.adapter.model_copy(update={"quantize": None})}
     )
-    twin = load_policy(plain, tokenizer, CPU)
+    twin = policy_of(plain, tokenizer, CPU)
     modules = dict(twin.base.named_modules())
     for name in layers_in_4bit(policy):
         weight: Any = policy.base.get_submodule(name).weight
@@ -87,13 +87,13 @@ def plain_twin(policy: Policy, config: Config, tokenizer: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_log_probs_and_gradients_are_those_of_the_dequantised_model(
+def test_log_probs_and_gradients_are_those_of_the_dequantized_model(
     make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, dora: bool
 ) -> None:
     config = make_config(adapter={**QLORA, "dora": dora})
-    policy, batch = load_policy(config, tokenizer, CPU), some_batch(config, tokenizer)
+    policy, batch = policy_of(config, tokenizer, CPU), some_batch(config, tokenizer)
     with torch.no_grad():
-        policy.eval()(batch)  # an inference first must not change what is trained
+        policy.eval()(batch)  # inference first must not change the gradients
     policy.train()
     twin = plain_twin(policy, config, tokenizer)
     for model in (policy, twin):
@@ -135,7 +135,7 @@ def test_the_cached_reference_knows_4_bits(
     make_config: MakeConfig, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     first, twin, plain = (
-        weights_sha256(load_policy(make_config(adapter=adapter), tokenizer, CPU))
+        weights_sha256(policy_of(make_config(adapter=adapter), tokenizer, CPU))
         for adapter in (QLORA, QLORA, {"name": "lora", "r": 4})
     )
     assert first == twin and first != plain
@@ -160,15 +160,15 @@ def test_a_model_that_is_in_4_bits_already(
 ) -> None:
     model = {"path": str(in_4bit), "dtype": "float32"}
     config = make_config(adapter=QLORA, model=model)
-    policy, batch = load_policy(config, tokenizer, CPU), some_batch(config, tokenizer)
+    policy, batch = policy_of(config, tokenizer, CPU), some_batch(config, tokenizer)
     assert policy.quantized and len(layers_in_4bit(policy)) == 2 * 7
     theirs = AutoModelForCausalLM.from_pretrained(in_4bit, device_map={"": "cpu"})
-    theirs = theirs.dequantize(torch.float32)  # whatever it says that it computes in
+    theirs = theirs.dequantize(torch.float32)  # overrides the bf16 of its config
     close(logps_of(policy, batch), plain_logps(theirs, batch))
     with pytest.raises(
-        ModelError, match=r"is quantised, and only an adapter .* set adapter\.quant"
+        ModelError, match=r"is quantized, and only an adapter .* set adapter\.quant"
     ):
-        load_policy(make_config(adapter="lora", model=model), tokenizer, CPU)
+        policy_of(make_config(adapter="lora", model=model), tokenizer, CPU)
 
 
 def test_what_is_refused(
@@ -180,7 +180,7 @@ def test_what_is_refused(
 ) -> None:
     def refused(kind: type[Exception], match: str, **change: Any) -> None:
         with pytest.raises(kind, match=match):
-            load_policy(make_config(adapter=QLORA, **change), tokenizer, CPU)
+            policy_of(make_config(adapter=QLORA, **change), tokenizer, CPU)
 
     refused(ModelError, "nf4 computes in bfloat16 or float32", model__dtype="float64")
     other = tmp_path / "gptq"
@@ -189,6 +189,6 @@ def test_what_is_refused(
     described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (other / "config.json").write_text(json.dumps(described))
     model = {"path": str(other), "dtype": "float32"}
-    refused(ModelError, r"is quantised \(gptq\), which is not supported", model=model)
+    refused(ModelError, r"is quantized \(gptq\), which is not supported", model=model)
     monkeypatch.setattr(optional_packages, "find_spec", lambda name: None)
     refused(MissingPackage, "quantize: nf4 needs bitsandbytes; pip install bitsandbytes")

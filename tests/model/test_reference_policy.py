@@ -1,4 +1,4 @@
-"""The reference: exact, stored by content, and computed no more often than needed."""
+"""Reference log-probs are exact, cached by content, and computed only once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_runs_with_other_settings_share_it(
 def test_adapters_of_other_seeds_share_it(
     ready: Callable[..., TrainingSetup], computed: list[int]
 ) -> None:
-    """A fresh adapter adds zero, whatever its random half is."""
+    """The output of a new adapter is zero for every seed."""
     adapter = {"name": "lora", "r": 2}
     first = logps_of(ready(adapter=adapter, training__seed=0))
     assert torch.equal(logps_of(ready(adapter=adapter, training__seed=1)), first)
@@ -103,8 +103,8 @@ def test_a_crash_while_computing_leaves_nothing(
 def test_log_probs_that_come_with_the_data_are_used(
     ready: Callable[..., TrainingSetup], computed: list[int], tmp_path: Any
 ) -> None:
-    given = [{**r, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for r in rows(9)]
-    path = write_jsonl(tmp_path / "given.jsonl", given)
+    records = [{**r, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0} for r in rows(9)]
+    path = write_jsonl(tmp_path / "with_logps.jsonl", records)
     logps = logps_of(ready(data__train=str(path)))
     assert logps.tolist() == [-3.0, -4.0] * 9
     assert computed == []
@@ -118,7 +118,7 @@ def test_objectives_without_a_reference_compute_none(
 
 
 def test_a_frozen_copy_gives_the_same_log_probs(ready: Callable[..., TrainingSetup]) -> None:
-    """Bit for bit in the same forward pass; to rounding in another one."""
+    """Bit-identical in the same forward pass, equal up to rounding in another one."""
     from fastpref.data.collate import collate
 
     cached, frozen = ready(), ready(reference="frozen")
@@ -155,7 +155,7 @@ def test_a_stopped_computation_goes_on_where_it_was(
         prepare(make_config(**change), display)
     seen.clear()
     assert torch.equal(logps_of(prepare(make_config(**change), display)), whole)
-    assert len(seen) == 4, "of 12 pairs, two steps of 4 were known"
+    assert len(seen) == 4, "of 12 pairs, two steps of 4 were saved"
     files = [path.suffix for path in (tmp_path / "cache" / "reference").iterdir()]
     assert files == [".safetensors"]
 

@@ -1,4 +1,4 @@
-"""Gradient attribution against differences and against a plain backward pass."""
+"""Gradient attribution against a plain backward pass of each sequence."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def alone(causal_lm, ids):
     [("llama", {}), ("gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8})],
 )
 def test_it_is_that_of_each_sequence_alone(kind, options):
-    """Right-padded rows of 6, 1 and 4 tokens; of capped logits only the shares are compared."""
+    """Right-padded rows of 6, 1 and 4 tokens; capped logits are compared by shares only."""
     causal_lm = model(kind, **options)
     ids = torch.randint(37, (3, 6), generator=torch.Generator().manual_seed(1))
     lengths = (6, 1, 4)
     mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
-    found = token_importance(causal_lm, ids, mask)
-    for row, values, length in zip(ids, found, lengths, strict=True):
+    importance = token_importance(causal_lm, ids, mask)
+    for row, values, length in zip(ids, importance, lengths, strict=True):
         expected = alone(causal_lm, row[:length])
         assert not values[length:].any() and expected.all()
         if options:
@@ -48,7 +48,7 @@ def test_parameters_get_no_gradient_and_hooks_are_gone():
     causal_lm = model()
     ids = torch.arange(1, 5)[None]
     with torch.no_grad():
-        found = token_importance(causal_lm, ids, torch.ones_like(ids))
-    assert not found.requires_grad
+        importance = token_importance(causal_lm, ids, torch.ones_like(ids))
+    assert not importance.requires_grad
     assert all(weight.grad is None for weight in causal_lm.parameters())
     assert not causal_lm.get_input_embeddings()._forward_hooks

@@ -1,4 +1,4 @@
-"""What a run does with data, models and secrets that are not its own."""
+"""Untrusted data and models, and secrets of the environment, in a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from rich.console import Console
 
 from fastpref.config import Config
 from fastpref.data.tokenizers import load_tokenizer
-from fastpref.model.load import load_policy
 from fastpref.report import page
 from fastpref.report.runs import load as load_runs
 from fastpref.training.setup import load
@@ -26,22 +25,23 @@ from fastpref.utils import atomic_files
 from fastpref.utils.errors import ModelError
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
+from tests.helpers.policies import policy_of
 
 ROOT = Path(__file__).parents[2]
 MARKUP = "<script>alert(1)</script>"
 SECRETS = {"HF_TOKEN": "hf_0secret0", "WANDB_API_KEY": "1secret1"}
-# Runs commands of fastpref in one process, and says what was unpickled in it.
+# Runs commands of fastpref in one process and prints what was unpickled in it.
 COMMANDS = """
 import json, sys
-found = []
+unpickled = []
 def watch(event, arguments):
     if event == "pickle.find_class":
-        found.append(".".join(arguments[1:]))
+        unpickled.append(".".join(arguments[1:]))
 sys.addaudithook(watch)
 from fastpref.cli.app import app
 for command in json.loads(sys.argv[1]):
     app(command, standalone_mode=False)
-print("unpickled:", found)
+print("unpickled:", unpickled)
 """
 
 
@@ -78,7 +78,7 @@ class Life:
         assert self.done.returncode == 0, self.done.stderr
 
     def written(self) -> list[Path]:
-        """All that the run made: its own folder and the cache."""
+        """Everything that the run wrote: its directory and the cache."""
         return [*(self.folder / "run").rglob("*"), *(self.folder / "cache").rglob("*")]
 
 
@@ -100,8 +100,8 @@ def test_a_run_unpickles_nothing_and_writes_no_pickle(life: Life) -> None:
 def test_no_secret_of_the_environment_is_written_or_said(life: Life) -> None:
     for name, secret in SECRETS.items():
         assert secret not in life.done.stdout + life.done.stderr
-        told = [p for p in life.written() if p.is_file() and secret.encode() in p.read_bytes()]
-        assert not told, name
+        leaks = [p for p in life.written() if p.is_file() and secret.encode() in p.read_bytes()]
+        assert not leaks, name
 
 
 def test_files_have_the_modes_of_the_umask(life: Life) -> None:
@@ -162,7 +162,7 @@ def test_a_pickle_in_a_model_is_not_run(
     tokenizer = load_tokenizer(config.model)
     assert tokenizer is not None
     with pytest.raises(ModelError, match=r"(?i)weights.only"):
-        load_policy(config, tokenizer, torch.device("cpu"))
+        policy_of(config, tokenizer, torch.device("cpu"))
     assert not sprung.exists()
     torch.load(folder / name, weights_only=False)
     assert sprung.exists()  # it would have been
@@ -206,16 +206,17 @@ UNTRUSTED = {  # that unpickle, or send pickles to other ranks
 
 
 def names(path: Path) -> set[str]:
-    """Modules, functions and keywords that a file names, with and without their module."""
-    found: set[str] = set()
+    """Modules, functions and keywords that a file uses, with and without their module."""
+    names_in_file: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            found |= {node.attr, ast.unparse(node)}
+            names_in_file |= {node.attr, ast.unparse(node)}
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            names_in_file |= {alias.name for alias in node.names}
+            names_in_file.add(getattr(node, "module", None) or "")
         elif isinstance(node, ast.keyword) and node.arg:
-            found.add(node.arg)
-    return found
+            names_in_file.add(node.arg)
+    return names_in_file
 
 
 def test_the_sources_use_tensors_and_text_alone() -> None:

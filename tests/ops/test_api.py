@@ -1,4 +1,4 @@
-"""The seam between callers and implementations: what is refused, in which words, who computes."""
+"""Argument checks of the ops, their messages, and the choice of the implementation."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_fake_and_meta_tensors_have_shapes_alone(train):
 def test_chunked_is_the_default_that_takes_everything(monkeypatch):
     calls = []
     real = chunked.BACKEND
-    counted = real.rows._replace(score=lambda *a: calls.append(1) or real.rows.score(*a))
+    counted = real.row_pass._replace(score=lambda *a: calls.append(1) or real.row_pass.score(*a))
     monkeypatch.setattr(chunked, "BACKEND", chunked.Chunked(counted))
     args = (HIDDEN.double(), WEIGHT.double(), LABELS)
     ops.linear_logps(*args)
@@ -89,9 +89,9 @@ def test_the_kernels_say_what_they_need(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     if not torch.cuda.is_available():
-        assert "set TRITON_INTERPRET=1" in fastpref_kernels.missing("cpu")
-        assert "there is none" in fastpref_kernels.missing("cuda")
-    assert "cannot run on mps" in fastpref_kernels.missing("mps")
+        assert "set TRITON_INTERPRET=1" in fastpref_kernels.unavailable_reason("cpu")
+        assert "there is none" in fastpref_kernels.unavailable_reason("cuda")
+    assert "cannot run on mps" in fastpref_kernels.unavailable_reason("mps")
     monkeypatch.setattr(fastpref_kernels, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="impl: 'triton' needs triton, which is not installed"):
         ops.linear_logps(HIDDEN, WEIGHT, LABELS, impl="triton")

@@ -1,7 +1,7 @@
 """Log-probs and statistics in chunks against the specification.
 
-Sizes are odd and small; where a test needs several chunks it shrinks the byte budget instead of
-growing the tensors.
+Sizes are odd and small; a test that needs several chunks shrinks the byte budget instead of growing
+the tensors.
 """
 
 import math
@@ -27,7 +27,7 @@ DEVICES = [
     ),
 ]
 
-# T, D, V, rows a chunk: what each is for.
+# T, D, V and rows a chunk; the id names the purpose.
 SIZES = [
     pytest.param(7, 5, 11, 3, id="chunks-of-3-3-1"),
     pytest.param(33, 16, 101, 7, id="prime-vocabulary"),
@@ -35,7 +35,7 @@ SIZES = [
     pytest.param(40, 3, 17, 17, id="chunk-longer-than-its-slices"),
     pytest.param(1, 5, 11, 1, id="one-token"),
     pytest.param(5, 1, 11, 2, id="one-hidden-unit"),
-    pytest.param(5, 4, 1, 2, id="one-word"),
+    pytest.param(5, 4, 1, 2, id="one-entry-vocabulary"),
     pytest.param(0, 4, 11, 2, id="no-token"),
     pytest.param(5, 4, 11, 0, id="budget-below-one-row"),
 ]
@@ -48,7 +48,7 @@ HEADS = [
 
 
 class Problem:
-    """Seeded inputs, and a fixed, uneven upstream gradient."""
+    """Seeded inputs, and an uneven upstream gradient."""
 
     def __init__(self, T, D, V, *, dtype=torch.float64, bias=True, ignore=True, device="cpu"):
         g = torch.Generator().manual_seed(T * 10007 + D * 101 + V)
@@ -90,7 +90,7 @@ class Problem:
 
 
 def set_rows(monkeypatch, rows, vocabulary, dtype=torch.float64):
-    """A budget of that many rows; panels of the backward pass then hold rows * V / T columns."""
+    """Set the budget to `rows` rows; panels of the backward pass then hold rows * V / T columns."""
     size = 8 if dtype == torch.float64 else 4
     monkeypatch.setattr(chunked, "CHUNK_BYTES", rows * vocabulary * size)
 
@@ -218,8 +218,8 @@ def test_nothing_but_ignored_tokens():
     assert all(grad.abs().sum() == 0 for grad in grads.values())
 
 
-def test_a_forbidden_word_has_probability_zero():
-    # -inf in the bias takes a word out of the vocabulary; nothing else may turn into NaN.
+def test_a_forbidden_token_has_probability_zero():
+    # -inf in the bias takes an entry out of the vocabulary; nothing else may turn into NaN.
     problem = Problem(7, 5, 11, ignore=False)
     problem.labels.clamp_(max=9)
     problem.bias[10] = -math.inf
@@ -310,8 +310,8 @@ def test_errors_against_torch_in_the_same_dtype(
 ):
     """err(ours) <= 2 err(PyTorch) + eps, both against fp64 on the same rounded inputs.
 
-    For half inputs PyTorch's side is the reference, which widens them to fp32: a harder rival
-    than PyTorch on half logits, which the last line keeps in view.
+    For half inputs PyTorch's side is the reference, which widens them to fp32. It is more exact
+    than PyTorch on half logits, with which the last assertion compares.
     """
     T, D, V = 41, 24, 211  # several chunks and panels of bf16 in some milliseconds
     set_rows(monkeypatch, 10, V, dtype)
@@ -331,7 +331,7 @@ def test_errors_against_torch_in_the_same_dtype(
         bound = 2 * rms(their_grads[name] - exact_grads[name]) + eps * scale
         assert rms(grad - exact_grads[name]) <= bound, name
     if dtype != torch.float32 and not options:
-        # Logits rounded once, as a half-precision product with fp32 sums leaves them.
+        # Logits rounded once, as a half-precision GEMM with fp32 sums rounds them.
         wide = (problem.hidden.float() @ problem.weight.float().T + problem.bias.float()).to(dtype)
         half = wide.log_softmax(1).gather(1, problem.labels.clamp(min=0)[:, None]).squeeze(1)
         half = half.masked_fill(problem.labels == -100, 0.0)
@@ -340,7 +340,7 @@ def test_errors_against_torch_in_the_same_dtype(
 
 
 class PeakMemory(Inside):
-    """The most bytes alive at once in storages that operations made, inputs not counted."""
+    """The most bytes alive at once in storages that operations allocated, without the inputs."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -377,7 +377,7 @@ def test_peak_memory_is_one_chunk(monkeypatch, dtype, train, options, T, D, V, b
         _, grads = problem.run(train=train, **options)
     required = sum(grad.nbytes for grad in grads.values())
     # The chunk; three slices of it (softcap's slope and its making, a widened piece of the
-    # weight); up to six fp32 arrays like `hidden`; vectors over tokens and, for the bias, words.
+    # weight); up to six fp32 arrays like `hidden`; vectors over tokens and, for the bias, over V.
     allowed = budget * (1 + 3 / chunked.SLICES) + 6 * 4 * T * D + 100 * T + 12 * V * ("b" in train)
     assert budget * 0.8 <= memory.peak - required <= allowed
 
@@ -402,7 +402,7 @@ def test_autocast_changes_nothing(dtype, impl, train):
             problem.hidden, problem.weight, problem.labels, bias=problem.bias, impl=impl
         )
         stats_inside = problem.stats(impl)
-        if impl == "chunked":  # whose backward pass must not be lowered either
+        if impl == "chunked":  # its backward pass must not be lowered either
             again, grads_inside = problem.run(impl, train)
             assert torch.equal(again, logps)
             assert all(torch.equal(grads_inside[n], grad) for n, grad in grads.items())

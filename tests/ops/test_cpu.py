@@ -1,6 +1,7 @@
-"""The C++ row passes: accuracy, extreme logits, agreement of the modes, and the missing library.
+"""The C++ row passes: accuracy, extreme logits, agreement of the modes, and a missing library.
 
-The size of a row decides what runs: vectors are 16 wide and go in pairs, sums restart every 2048.
+The size of a row decides which code runs: vectors are 16 wide and come in pairs, sums restart every
+2048 columns.
 Errors are compared over some hundred gradients or more, so that no single rounding decides.
 """
 
@@ -14,7 +15,8 @@ import torch
 from fastpref import ops
 from fastpref.ops import chunked, cpu
 
-built = pytest.mark.skipif(bool(cpu.missing("cpu")), reason=cpu.missing("cpu"))
+UNAVAILABLE = cpu.unavailable_reason("cpu")
+built = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)
 
 # Less than a vector; a vector and a bit; whole pairs; several sums; several sums and a remainder.
 VOCABULARIES = [1, 7, 17, 64, 1000, 4096, 32001]
@@ -27,8 +29,8 @@ def problem(T, D, V, *, scale=1.0, offset=0.0, bias=True):
     weight = torch.randn(V, D, generator=g) * D**-0.5
     labels = torch.randint(V, (T,), generator=g)
     labels[1::4] = -100
-    words = torch.randn(V, generator=g) + offset if bias else None
-    return hidden, weight, words, labels, torch.randn(T, generator=g)
+    bias = torch.randn(V, generator=g) + offset if bias else None
+    return hidden, weight, bias, labels, torch.randn(T, generator=g)
 
 
 def run(inputs, impl, train, dtype=torch.float32, **options):
@@ -68,7 +70,7 @@ def assert_as_good_as_torch(ours, exact, *rivals, name=""):
 
 
 def assert_accurate(inputs, train, **options):
-    """Against PyTorch on whole logits and, as its products may round in another order, on ours."""
+    """Compare with PyTorch on whole logits and on chunks: its GEMMs may round in another order."""
     ours, grads = run(inputs, "cpu", train, **options)
     exact, exact_grads = run(inputs, "reference", train, torch.float64, **options)
     whole, whole_grads = run(inputs, "reference", train, **options)
@@ -80,20 +82,20 @@ def assert_accurate(inputs, train, **options):
         assert_as_good_as_torch(grad, exact_grads[name], *rivals, name=name)
 
 
-@pytest.fixture(params=["kept", "remade"])
-def deltas(request, monkeypatch):
-    """Whether a trained head keeps its deltas or makes the logits again."""
-    monkeypatch.setattr(cpu, "CACHE_BYTES", 2**30 if request.param == "kept" else 0)
+@pytest.fixture(params=["cached", "recomputed"])
+def cache_mode(request, monkeypatch):
+    """Run a test with cached and with recomputed dlogits of a trained head."""
+    monkeypatch.setattr(cpu, "CACHE_BYTES", 2**30 if request.param == "cached" else 0)
     return request.param
 
 
 def test_the_library_is_there_if_a_compiler_is():
     if cpu.LIBRARY.exists():
-        assert cpu.missing("cpu") == ""
+        assert cpu.unavailable_reason("cpu") == ""
     elif sys.platform == "linux" and shutil.which("g++"):
         pytest.fail("there is a C++ compiler but no library; run pip install -e . again")
     else:
-        pytest.skip("no C++ compiler was looked for or found")
+        pytest.skip("no C++ compiler on this platform")
 
 
 @built
@@ -101,12 +103,12 @@ def test_exp_is_good_to_2_ulp():
     # All of its range: from the smallest normal result to the largest finite one.
     x = torch.cat([torch.linspace(-87, 88, 400_001), torch.linspace(-1, 1, 100_001)])
     z = x[None].clone()
-    cpu._delta(z, torch.tensor([-1]), torch.zeros(1), torch.tensor([-1.0]))  # no label: exp(z)
+    cpu._dlogits(z, torch.tensor([-1]), torch.zeros(1), torch.tensor([-1.0]))  # no label: exp(z)
     exact = x.double().exp()
     ulp = torch.exp2(exact.log2().floor() - 23)
     assert ((z[0] - exact).abs() / ulp).max() <= 2
     tail = torch.tensor([[-math.inf, -1e30, -200.0, -87.5, 0.0, math.nan]])
-    cpu._delta(tail, torch.tensor([-1]), torch.zeros(1), torch.tensor([-1.0]))
+    cpu._dlogits(tail, torch.tensor([-1]), torch.zeros(1), torch.tensor([-1.0]))
     assert tail[0, :5].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0] and tail[0, 5].isnan()
 
 
@@ -114,7 +116,7 @@ def test_exp_is_good_to_2_ulp():
 @pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("T", [1, 33])
 @pytest.mark.parametrize("train", TRAIN)
-def test_values_and_gradients(deltas, T, V, train):
+def test_values_and_gradients(cache_mode, T, V, train):
     assert_accurate(problem(T, 24, V), train)
 
 
@@ -132,21 +134,21 @@ def test_statistics(V):
 @built
 @pytest.mark.parametrize("train", TRAIN)
 @pytest.mark.parametrize("options", [{"logit_scale": -0.7}, {"logit_scale": 0.5, "softcap": 8.0}])
-def test_scale_and_softcap(deltas, train, options):
+def test_scale_and_softcap(cache_mode, train, options):
     assert_accurate(problem(33, 24, 1000, scale=3.0), train, **options)
 
 
 @built
 @pytest.mark.parametrize("train", TRAIN)
 @pytest.mark.parametrize("offset", [-60.0, 60.0])
-def test_offset_logits(deltas, train, offset):
+def test_offset_logits(cache_mode, train, offset):
     assert_accurate(problem(33, 24, 1000, offset=offset), train)
 
 
 @built
 @pytest.mark.parametrize("train", TRAIN)
 @pytest.mark.parametrize("scale", [40.0, -40.0])
-def test_peaked_logits(deltas, train, scale):
+def test_peaked_logits(cache_mode, train, scale):
     # Hidden states along (or against) their label's row: probabilities of 1, of 1e-40, and of 0.
     _, weight, bias, labels, upstream = problem(33, 24, 1000)
     inputs = scale * weight[labels.clamp(min=0)], weight, bias, labels, upstream
@@ -158,22 +160,22 @@ def test_peaked_logits(deltas, train, scale):
 
 @built
 @pytest.mark.parametrize("column", [0, 6, 16, 999])  # the label's, vectors', and the remainder's
-def test_nan_reaches_its_rows_results_and_no_other(deltas, column):
+def test_nan_reaches_its_rows_results_and_no_other(cache_mode, column):
     hidden, weight, bias, labels, upstream = problem(9, 5, 1000)
     labels[0] = 0
     inputs = hidden, weight, bias, labels, upstream
     logits = hidden @ weight.T + bias
     clean = logits.clone()
     logits[0, column] = math.nan
-    for gain in (None, 1.0):
+    for scale in (None, 1.0):
         z = logits.clone()
-        rows = cpu._ROWS.score(z, labels.clamp(min=0), True, gain)
-        expected = cpu._ROWS.score(clean.clone(), labels.clamp(min=0), True, gain)
+        rows = cpu._ROWS.score(z, labels.clamp(min=0), True, scale)
+        expected = cpu._ROWS.score(clean.clone(), labels.clamp(min=0), True, scale)
         for name in ("logps", "lse", "entropy"):
             assert getattr(rows, name)[0].isnan()
             assert torch.equal(getattr(rows, name)[1:], getattr(expected, name)[1:])
         assert not rows.top1[0]
-        assert gain is None or (z[0].isnan().all() and z[1:].isfinite().all())
+        assert scale is None or (z[0].isnan().all() and z[1:].isfinite().all())
     hidden = hidden.clone()
     hidden[0, 0] = math.nan
     logps, grads = run((hidden, *inputs[1:]), "cpu", "h")
@@ -183,7 +185,7 @@ def test_nan_reaches_its_rows_results_and_no_other(deltas, column):
 
 @built
 @pytest.mark.parametrize("train", TRAIN)
-def test_a_forbidden_word_has_probability_zero(deltas, train):
+def test_a_forbidden_token_has_probability_zero(cache_mode, train):
     hidden, weight, bias, labels, upstream = problem(33, 24, 1000)
     labels.clamp_(max=998)
     bias[999] = -math.inf
@@ -196,7 +198,7 @@ def test_a_forbidden_word_has_probability_zero(deltas, train):
 
 
 @built
-def test_an_infinite_logit_and_a_row_without_words_are_nan():
+def test_an_infinite_logit_and_a_row_without_finite_logits_are_nan():
     z = torch.zeros(2, 40)
     z[0, 3] = math.inf
     z[1] = -math.inf
@@ -206,7 +208,7 @@ def test_an_infinite_logit_and_a_row_without_words_are_nan():
 @built
 @pytest.mark.parametrize("rows", [1, 4, 13])
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 8.0}])
-def test_log_probs_do_not_depend_on_who_needs_a_gradient(monkeypatch, deltas, rows, options):
+def test_log_probs_do_not_depend_on_who_needs_a_gradient(monkeypatch, cache_mode, rows, options):
     V = 2100  # more than one sum
     monkeypatch.setattr(chunked, "CHUNK_BYTES", rows * V * 4)
     inputs = problem(13, 16, V)
@@ -220,7 +222,7 @@ def test_log_probs_do_not_depend_on_who_needs_a_gradient(monkeypatch, deltas, ro
 
 @built
 @pytest.mark.parametrize("train", TRAIN)
-def test_two_runs_agree_bit_for_bit_whatever_the_threads(deltas, train):
+def test_two_runs_agree_bit_for_bit_whatever_the_threads(cache_mode, train):
     inputs = problem(9, 5, 4097)
     logps, grads = run(inputs, "cpu", train)
     again, grads_again = run(inputs, "cpu", train)
@@ -239,7 +241,7 @@ def test_two_runs_agree_bit_for_bit_whatever_the_threads(deltas, train):
 
 
 @built
-def test_kept_deltas_survive_a_backward_pass(deltas):
+def test_cached_dlogits_survive_a_backward_pass(cache_mode):
     hidden, weight, bias, labels, upstream = problem(9, 5, 100)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     logps = ops.linear_logps(hidden, weight, labels, bias=bias, impl="cpu")
@@ -250,31 +252,31 @@ def test_kept_deltas_survive_a_backward_pass(deltas):
 
 
 @built
-def test_deltas_are_kept_only_where_they_fit(monkeypatch):
-    inputs = problem(8, 5, 100)  # 3200 bytes of deltas
+def test_dlogits_are_cached_only_where_they_fit(monkeypatch):
+    inputs = problem(8, 5, 100)  # 3200 bytes of dlogits
 
-    def keeps(cache, chunk):
+    def caches(cache, chunk):
         monkeypatch.setattr(cpu, "CACHE_BYTES", cache)
         monkeypatch.setattr(chunked, "CHUNK_BYTES", chunk)
-        return cpu.BACKEND.kept_deltas(*inputs[:2]) is not None
+        return cpu.BACKEND.new_dlogits_cache(*inputs[:2]) is not None
 
-    assert keeps(3200, 2**20) and keeps(3200, 800)
-    assert not keeps(3199, 2**20) and not keeps(3200, 799)
+    assert caches(3200, 2**20) and caches(3200, 800)
+    assert not caches(3199, 2**20) and not caches(3200, 799)
     with cpu.calls_alive(3):
-        assert keeps(9600, 2**20) and not keeps(9599, 2**20)
+        assert caches(9600, 2**20) and not caches(9599, 2**20)
 
 
 @built
 def test_a_label_outside_the_vocabulary_is_refused():
     hidden, weight, _, labels, _ = problem(5, 4, 11)
-    for stranger in (11, -1, 2**40):
-        labels[2] = stranger
+    for out_of_range in (11, -1, 2**40):
+        labels[2] = out_of_range
         with pytest.raises(ValueError, match=r"labels: expected -100 or an index below 11.*1 of"):
             ops.linear_logps(hidden, weight, labels, impl="cpu")
 
 
 @built
-def test_it_is_the_default_for_fp32_and_refuses_the_rest(monkeypatch):
+def test_it_is_the_default_for_fp32_and_refuses_other_dtypes(monkeypatch):
     calls = []
     real = cpu._ROWS.score
     rows = cpu._ROWS._replace(score=lambda *a: calls.append(1) or real(*a))
@@ -290,11 +292,11 @@ def test_it_is_the_default_for_fp32_and_refuses_the_rest(monkeypatch):
     assert len(calls) == once
 
 
-def test_without_the_library_auto_goes_on_and_a_named_cpu_says_what_to_do(monkeypatch, tmp_path):
+def test_without_the_library_auto_works_and_a_named_cpu_says_what_to_do(monkeypatch, tmp_path):
     hidden, weight, _, labels, _ = problem(5, 4, 11)
     expected = ops.linear_logps(hidden, weight, labels, impl="chunked")
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_rows.so")
-    cpu.missing.cache_clear()
+    cpu.unavailable_reason.cache_clear()
     try:
         assert torch.equal(ops.linear_logps(hidden, weight, labels), expected)
         with pytest.raises(ValueError, match=r"impl: 'cpu' was not built.*C\+\+ compiler"):
@@ -302,4 +304,4 @@ def test_without_the_library_auto_goes_on_and_a_named_cpu_says_what_to_do(monkey
         with pytest.raises(ValueError, match=r"one of .*'chunked', 'reference'"):
             ops.linear_logps(hidden, weight, labels, impl="fast")
     finally:
-        cpu.missing.cache_clear()
+        cpu.unavailable_reason.cache_clear()

@@ -84,7 +84,7 @@ def test_entropy_of_a_uniform_and_of_a_certain_token():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_inputs_are_widened_before_the_product(head, dtype):
+def test_half_inputs_are_widened_before_the_gemm(head, dtype):
     hidden, weight, labels, bias = (x.to(dtype) if x.is_floating_point() else x for x in head)
     logps = reference.linear_logps(hidden, weight, labels, bias=bias)
     widened = reference.linear_logps(hidden.float(), weight.float(), labels, bias=bias.float())
@@ -130,7 +130,7 @@ def test_gradients_match_finite_differences(head):
     )
 
 
-def test_kl_is_that_of_torch_distributions_and_differentiates_the_policy_only(head):
+def test_kl_equals_torch_distributions_and_differentiates_the_policy_only(head):
     hidden, weight, _, _ = head
     ref_hidden, ref_weight = torch.randn(T, 3).double(), torch.randn(V, 3).double()
     leaves = [x.requires_grad_() for x in (hidden, weight, ref_hidden, ref_weight)]
@@ -217,7 +217,7 @@ def test_segment_sum_of_nothing():
 
 def test_segment_sum_of_a_long_response_is_rounded_once():
     # 4096 tokens of about -3 nats: summed one by one in fp32 the error is some 50 units in the
-    # last place; the correctly rounded sum is asked for.
+    # last place; the result must be the correctly rounded sum.
     torch.manual_seed(2)
     values = -3 * torch.rand(4096)
     exact = torch.tensor(math.fsum(values.tolist()))

@@ -14,7 +14,7 @@ from fastpref import ops
 from fastpref.ops import cpu, score_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Two roundings of delta's entries in each of the products' factors; fp32 sums.
+# The entries of dlogits are rounded twice in each factor of an inner product; sums are fp32.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-8}
 ENDS = [0, 5, 6, 6, 14, 15, 19]  # three pairs; the last chosen response is empty
 
@@ -24,22 +24,22 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
     hidden, weight = torch.randn(19, 20, generator=draw), torch.randn(101, 20, generator=draw)
     labels = torch.randint(101, (19,), generator=draw)
     labels[7] = -100
-    hidden[7] = float("nan")  # left out, whatever it holds
+    hidden[7] = float("nan")  # an ignored token may hold anything
     return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), labels.to(DEVICE), torch.tensor(ENDS)
 
 
 def scores(hidden, weight, labels, scale: float, softcap: float | None, c: Tensor) -> Tensor:
     """(6, V, D): the gradient of each response's weighted sum of log-probs."""
-    found = []
+    rows = []
     for start, stop in pairwise(ENDS):
-        kept = torch.arange(start, stop, device=DEVICE)[labels[start:stop] != -100]
+        scored = torch.arange(start, stop, device=DEVICE)[labels[start:stop] != -100]
         w = weight.double().requires_grad_()
-        x = scale * hidden[kept].double() @ w.T
+        x = scale * hidden[scored].double() @ w.T
         x = x if softcap is None else softcap * torch.tanh(x / softcap)
-        logps = x.log_softmax(1).gather(1, labels[kept][:, None])
-        (score,) = torch.autograd.grad(c[kept].double() @ logps[:, 0], w)
-        found.append(score)
-    return torch.stack(found)
+        logps = x.log_softmax(1).gather(1, labels[scored][:, None])
+        (score,) = torch.autograd.grad(c[scored].double() @ logps[:, 0], w)
+        rows.append(score)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "chunked", "triton"])
@@ -52,7 +52,7 @@ def scores(hidden, weight, labels, scale: float, softcap: float | None, c: Tenso
 def test_matches_scores_written_out(
     impl, dtype, gram, per_pair, scale, softcap, weighted, monkeypatch
 ) -> None:
-    if impl == "cpu" and (cpu.missing(DEVICE) or dtype != torch.float32):
+    if impl == "cpu" and (cpu.unavailable_reason(DEVICE) or dtype != torch.float32):
         pytest.skip("impl 'cpu' takes fp32 on a CPU, where it was built")
     monkeypatch.setattr(score_products, "prefers_gram", lambda *sizes: gram)
     monkeypatch.setattr(score_products, "PANEL_BYTES", 48 * 4 * 40)  # three panels
@@ -75,7 +75,7 @@ def test_matches_scores_written_out(
 
 
 def test_the_cheaper_form_is_taken() -> None:
-    """At Llama 3's sizes the forms cost the same at 4/3 V D / (V + D) = 5292 tokens a pair."""
+    """With the sizes of Llama 3 both forms cost the same at 4/3 V D / (V + D) = 5292 tokens."""
     assert score_products.prefers_gram(2640, 2640, 4096, 128256)
     assert not score_products.prefers_gram(2650, 2650, 4096, 128256)
 

@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
 
 
 def batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, labels and an uneven gain for each token of one rank."""
+    """Token ids, labels and an uneven upstream gradient for the tokens of one rank."""
     g = torch.Generator().manual_seed(rank)
     tokens = T + rank
     ids, labels = (torch.randint(V, (tokens,), generator=g) for _ in range(2))
@@ -47,8 +47,10 @@ def batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def one_process(tied: bool, trained: bool) -> tuple[Tensor, dict[str, Tensor]]:
     model = LanguageModel(tied, trained)
-    ids, labels, gain = (torch.cat(parts) for parts in zip(*map(batch, range(RANKS)), strict=True))
-    loss = model(ids, labels) @ gain
+    ids, labels, grad_logps = (
+        torch.cat(parts) for parts in zip(*map(batch, range(RANKS)), strict=True)
+    )
+    loss = model(ids, labels) @ grad_logps
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -77,8 +79,8 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
         shard(model)
         with pytest.raises(ValueError, match="weight: got a DTensor"):
             ops.linear_logps(torch.zeros(2, D), model.head.weight, torch.zeros(2).long())
-        ids, labels, gain = batch(rank)
-        loss = model(ids, labels) @ gain
+        ids, labels, grad_logps = batch(rank)
+        loss = model(ids, labels) @ grad_logps
         loss.backward()
         dist.all_reduce(total := loss.detach().clone())
         grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
@@ -88,7 +90,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what each rank found in each case; starting the ranks takes most of the time."""
+    """Folder with the results of each rank and case; starting the ranks takes most of the time."""
     folder = tmp_path_factory.mktemp("ranks")
     rank_processes.start(rank_of_two, RANKS, str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schema, fakes, derivatives, and one node of a compiled graph."""
+"""The ops as torch sees them: schemas, fakes, derivatives, and one node of a compiled graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from fastpref import ops
 from fastpref.ops import cpu, torch_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU_UNAVAILABLE = cpu.unavailable_reason(DEVICE)
 IMPLEMENTATIONS = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(bool(cpu.missing(DEVICE)), reason=cpu.missing(DEVICE))
-    ),
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(CPU_UNAVAILABLE), reason=CPU_UNAVAILABLE)),
     "chunked",
     "triton",
 ]
@@ -24,10 +23,10 @@ T, D, E, V = 6, 8, 5, 19
 def inputs(*trained: str) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     shapes = {"hidden": (T, D), "weight": (V, D), "bias": (V,)}
-    made = {k: torch.randn(shape, generator=g).to(DEVICE) for k, shape in shapes.items()}
+    leaves = {k: torch.randn(shape, generator=g).to(DEVICE) for k, shape in shapes.items()}
     labels = torch.randint(V, (T,), generator=g)
     labels[2] = -100
-    return {k: x.requires_grad_(k in trained) for k, x in made.items()} | {
+    return {k: x.requires_grad_(k in trained) for k, x in leaves.items()} | {
         "labels": labels.to(DEVICE)
     }
 
@@ -69,7 +68,7 @@ def test_opcheck_of_the_statistics(impl, per_pair) -> None:
 
 
 class Everything(nn.Module):
-    """A body, a head and every op, as a trainer's forward pass has them."""
+    """A body, a head and every op, as in a trainer's forward pass."""
 
     def __init__(self, impl: str, trained: bool) -> None:
         super().__init__()

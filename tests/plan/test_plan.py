@@ -1,4 +1,4 @@
-"""What `fastpref plan` predicts, against counts by hand and against training itself."""
+"""Predictions of `fastpref plan` against counts by hand and against training itself."""
 
 from __future__ import annotations
 
@@ -14,30 +14,43 @@ import torch
 from rich.console import Console
 
 from fastpref import config as configs
-from fastpref.config import Config, ConfigError
+from fastpref.config import Config, ConfigError, Parallel
 from fastpref.data.dataset import load_groups
 from fastpref.data.readers import DataError
 from fastpref.data.tokenizers import load_tokenizer
-from fastpref.model.load import load_policy
+from fastpref.model.policy import Policy
 from fastpref.plan import head as heads
 from fastpref.plan.activation_trace import Line, Trace, trace
 from fastpref.plan.command import run
-from fastpref.plan.devices import GPUS, Device, named
+from fastpref.plan.devices import GPUS, Device, find_device
+from fastpref.plan.head import Head
 from fastpref.plan.memory import Memory
 from fastpref.plan.model_shapes import NF4_BYTES, empty_policy, shapes_of
-from fastpref.plan.predict import Predictor, shard_size
-from fastpref.plan.suggestions import Setup, fitting
-from fastpref.plan.workload import Pass, Sizes, steps_of
+from fastpref.plan.predict import Predictor, Setup, shard_size
+from fastpref.plan.suggestions import fitting_changes
+from fastpref.plan.workload import GroupLengths, Pass, Step, steps_of
 from fastpref.utils.errors import ModelError, UserError
+from tests.helpers.policies import policy_of
 
 MakeConfig = Callable[..., Config]
 D, V, LAYERS = 32, 384, 2  # of the tiny Llama
 SMALL = Device("small", 1e12, 0.5, 1e11, 2**30 + 2**21)  # of which a run can use 2 MiB - 5 %
 
 
+def empty(config: Config, vocabulary: int | None = None, sharded: bool = False) -> Policy:
+    return empty_policy(
+        config.model,
+        vocabulary,
+        sharded,
+        adapter=config.adapter,
+        activation_checkpointing=config.training.activation_checkpointing,
+    )
+
+
 def policy_and_shapes(config: Config, sharded: bool = False) -> Any:
-    policy = empty_policy(config, None, sharded)
-    return policy, shapes_of(policy, config)
+    policy = empty(config, None, sharded)
+    in_4bit = config.adapter is not None and config.adapter.quantize is not None
+    return policy, shapes_of(policy, in_4bit)
 
 
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "r": 4}])
@@ -46,10 +59,10 @@ def test_shapes_are_those_of_the_policy_that_trains(
 ) -> None:
     config = make_config(adapter=adapter, model__dtype="bfloat16")
     _, shapes = policy_and_shapes(config)
-    policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
-    own = [p for name, p in policy.named_parameters() if "lora_" not in name]
-    assert shapes.base == sum(p.numel() for p in own)
-    assert shapes.base_bytes == sum(p.nbytes for p in own)
+    policy = policy_of(config, load_tokenizer(config.model), torch.device("cpu"))
+    base = [p for name, p in policy.named_parameters() if "lora_" not in name]
+    assert shapes.base == sum(p.numel() for p in base)
+    assert shapes.base_bytes == sum(p.nbytes for p in base)
     assert shapes.trained == sum(p.numel() for p in policy.trainable_parameters().values())
     assert shapes.in_blocks == sum(
         p.numel() for n, p in policy.blocks().named_parameters() if "lora_" not in n
@@ -70,17 +83,17 @@ def test_a_random_model_takes_the_vocabulary_of_its_tokenizer(make_config: MakeC
     model = {"init": "random", "config": {"model_type": "llama", "hidden_size": 32}}
     model["config"] |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = make_config(model=model)
-    assert shapes_of(empty_policy(config, 500, False), config).vocabulary == 500
+    assert shapes_of(empty(config, 500), in_4bit=False).vocabulary == 500
 
 
 def test_a_model_that_is_not_there_is_one_line(make_config: MakeConfig) -> None:
     with pytest.raises(ModelError, match=r"^model: cannot load no/model"):
-        empty_policy(make_config(model__path="no/model"), None, False)
+        empty(make_config(model__path="no/model"))
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "r": 4}])
-def test_trace_keeps_what_autograd_saves(
+def test_trace_counts_what_autograd_saves(
     make_config: MakeConfig, checkpointing: str, adapter: dict[str, Any] | None
 ) -> None:
     """The storages that the real trunk saves for its backward pass, each once."""
@@ -89,15 +102,15 @@ def test_trace_keeps_what_autograd_saves(
     )
     policy, _ = policy_and_shapes(config)
     traced = trace(policy, [10, 6, 8], "padded", one_kernel=True)
-    real = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
-    own = {p.untyped_storage().data_ptr() for p in [*real.parameters(), *real.buffers()]}
+    real = policy_of(config, load_tokenizer(config.model), torch.device("cpu"))
+    model_storages = {p.untyped_storage().data_ptr() for p in [*real.parameters(), *real.buffers()]}
     for scale in (1, 2, 5):  # the last is beyond what was traced
         ids = torch.zeros(2, 18 * scale, dtype=torch.int64)
         saved: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in model_storages:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -107,8 +120,8 @@ def test_trace_keeps_what_autograd_saves(
         # Attention's output without values lies in another order, and is copied once more.
         copies = 4 * ids.numel() * (D + 4) * LAYERS * (checkpointing != "full")
         copies += 18 * scale * (2 * 4 * 8 + 8)  # cosines, sines and positions, as arguments
-        assert 0.99 * sum(saved.values()) <= traced.kept(ids.numel())
-        assert traced.kept(ids.numel()) <= 1.01 * sum(saved.values()) + copies
+        assert 0.99 * sum(saved.values()) <= traced.saved(ids.numel())
+        assert traced.saved(ids.numel()) <= 1.01 * sum(saved.values()) + copies
 
 
 def test_trace_counts_the_products(make_config: MakeConfig) -> None:
@@ -133,15 +146,19 @@ def test_a_packed_row_on_cpu_keeps_keys_and_values_of_each_response(
     for one_kernel in (True, False):
         policy, _ = policy_and_shapes(make_config(training__activation_checkpointing="off"))
         lines[one_kernel] = trace(policy, [20, 20, 20], "prefix_shared", one_kernel)
-    more = lines[False].kept(120) - lines[True].kept(120)
+    more = lines[False].saved(120) - lines[True].saved(120)
     # k and v of two heads of 8, of prompt and response for each of two; joined outputs; masks.
     assert more >= LAYERS * 4 * 2 * 2 * 8 * 2 * (40 + 40)
 
 
-def sizes(prompts: list[int], responses: list[list[int]]) -> Sizes:
+def lengths_of(prompts: list[int], responses: list[list[int]]) -> GroupLengths:
     flat = np.array([n for group in responses for n in group])
     offsets = np.array([0, *np.cumsum([len(group) for group in responses])])
-    return Sizes("groupwise", np.array(prompts), flat, offsets)
+    return GroupLengths("groupwise", np.array(prompts), flat, offsets)
+
+
+def steps(config: Config, lengths: GroupLengths, one_by_one: bool = True) -> list[Step]:
+    return steps_of(config.training, Setup(config, lengths, 1).layout, lengths, 1, one_by_one)
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
@@ -154,41 +171,42 @@ def test_passes_against_counting(make_config: MakeConfig, layout: str) -> None:
         model__attn_implementation=code,
         training__batch_size=3,
     )
-    [[batch]] = steps_of(config, sizes(prompts, responses), 1, one_by_one=True)
-    found = sorted(batch)
+    lengths = lengths_of(prompts, responses)
+    [[batch]] = steps(config, lengths)
     expected = []
-    for prompt, own in zip(prompts, responses, strict=True):
-        rows = [prompt + n for n in own]
+    for prompt, counts in zip(prompts, responses, strict=True):
+        rows = [prompt + n for n in counts]
         if layout == "padded":
-            rows = [max(rows)] * len(own)
-        tokens = prompt + sum(own) if layout == "prefix_shared" else sum(rows)
+            rows = [max(rows)] * len(counts)
+        tokens = prompt + sum(counts) if layout == "prefix_shared" else sum(rows)
         attended = sum(sum(range(1, n + 1)) for n in rows)
         if layout == "prefix_shared":
-            attended -= (len(own) - 1) * sum(range(1, prompt + 1))
-        expected.append(Pass(tokens, sum(own), attended, beside=3))
-    assert found == sorted(expected)
-    [[together]] = steps_of(config, sizes(prompts, responses), 1, one_by_one=False)
+            attended -= (len(counts) - 1) * sum(range(1, prompt + 1))
+        expected.append(Pass(tokens, sum(counts), attended, batch_passes=3))
+    assert sorted(batch) == sorted(expected)
+    [[together]] = steps(config, lengths, one_by_one=False)
     assert len(together) == 1 and together[0].scored == 17
 
 
 def test_steps_are_those_of_training(make_config: MakeConfig) -> None:
     config = make_config(training__micro_batch_tokens=200)
     groups = load_groups(config.data.train, load_tokenizer(config.model), config.data)
-    steps = steps_of(config, Sizes.of(groups), 1, one_by_one=True)
-    assert len(steps) == 3
-    scored = sum(p.scored for step in steps for batch in step for p in batch)
+    lengths = GroupLengths.of(groups)
+    plan = steps(config, lengths)
+    assert len(plan) == 3
+    scored = sum(p.scored for step in plan for batch in step for p in batch)
     assert scored == groups.response_lengths.sum()
     with pytest.raises(DataError, match=r"training\.micro_batch_tokens: 10 cannot hold"):
-        steps_of(make_config(training__micro_batch_tokens=10), Sizes.of(groups), 1, one_by_one=True)
+        steps(make_config(training__micro_batch_tokens=10), lengths)
 
 
 def test_cut_lengths_are_those_of_shorter_data(make_config: MakeConfig) -> None:
     config = make_config()
     tokenizer = load_tokenizer(config.model)
-    whole = Sizes.of(load_groups(config.data.train, tokenizer, config.data))
+    whole = GroupLengths.of(load_groups(config.data.train, tokenizer, config.data))
     short = make_config(data__max_length=24)
-    expected = Sizes.of(load_groups(short.data.train, tokenizer, short.data))
-    cut = whole.cut(24)
+    expected = GroupLengths.of(load_groups(short.data.train, tokenizer, short.data))
+    cut = whole.truncate(24)
     for name in ("prompt_lengths", "response_lengths", "offsets"):
         assert np.array_equal(getattr(cut, name), getattr(expected, name))
 
@@ -198,7 +216,27 @@ NO_TRACE = Trace(*[Line(0.0, 0.0)] * 5)
 
 def memory_of(config: Config, shard: int = 1, on_cpu: bool = False, traced: Any = NO_TRACE) -> Any:
     _, shapes = policy_and_shapes(config, sharded=shard > 1)
-    return Memory(config, shapes, traced, shard, on_cpu)
+    head = Head(
+        shapes,
+        on_cpu,
+        sharded=shard > 1,
+        log_every=config.training.log_every,
+        calibrated=False,
+        runs_reference=config.reference_mode == "frozen",
+        full_kl=False,
+    )
+    return Memory(
+        shapes,
+        traced,
+        head,
+        config.optim,
+        config.parallel,
+        config.reference_mode,
+        dpo_pg=False,
+        checkpoints=True,
+        shard=shard,
+        on_cpu=on_cpu,
+    )
 
 
 def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) -> None:
@@ -206,20 +244,20 @@ def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) 
 
     for name, options in (("adamw", {}), ("rmsprop", {}), ("adamw", {"adapter": "lora"})):
         config = make_config(optim={"name": name}, **options)
-        policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
+        policy = policy_of(config, load_tokenizer(config.model), torch.device("cpu"))
         trained = list(policy.trainable_parameters().values())
         optimizer = make_optimizer(config.optim, trained)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        state = sum(
+        state_bytes = sum(
             value.nbytes
-            for own in optimizer.state.values()
-            for value in own.values()
+            for state in optimizer.state.values()
+            for value in state.values()
             if value.dim()
         )
         memory = memory_of(config)
-        assert memory.optimizer == state
+        assert memory.optimizer == state_bytes
         assert memory.gradients == sum(p.nbytes for p in trained)
 
 
@@ -228,7 +266,7 @@ def test_shards_of_a_model(make_config: MakeConfig) -> None:
     whole, cut = memory_of(config), memory_of(config, shard=4)
     shapes = whole.shapes
     assert whole.weights == 4 * shapes.base
-    # Both of two blocks are gathered at once: all weights in bf16 beside a quarter in fp32.
+    # Both of two blocks are gathered at once: all weights in bf16, and a quarter in fp32.
     assert cut.weights == shapes.base + 2 * shapes.base
     assert cut.gradients * 4 == whole.gradients and cut.optimizer * 4 == whole.optimizer
     offloaded = memory_of(
@@ -240,20 +278,20 @@ def test_shards_of_a_model(make_config: MakeConfig) -> None:
 
 def test_moments_of_a_step(make_config: MakeConfig) -> None:
     """Sums by hand for a trunk that keeps 100 bytes a token and takes 7 more at a time."""
-    traced = replace(NO_TRACE, kept=Line(0, 100), backward=Line(0, 7), forward=Line(0, 3))
+    traced = replace(NO_TRACE, saved=Line(0, 100), backward=Line(0, 7), forward=Line(0, 3))
     memory = memory_of(make_config(), on_cpu=True, traced=traced)
     n, head = 4 * memory.shapes.base, 4 * D * V
-    batch = (Pass(50, 20, 0, beside=2), Pass(30, 10, 0, beside=2))
+    batch = (Pass(50, 20, 0, batch_passes=2), Pass(30, 10, 0, batch_passes=2))
     moments = memory.moments(batch, accumulates=True)
     assert {m.weights for m in moments.values()} == {n}
     assert {m.optimizer for m in moments.values()} == {2 * n}
-    kept = [t * (2 * D + V) * 4 for t in (20, 10)]  # hidden states, directions and deltas
+    saved = [t * (2 * D + V) * 4 for t in (20, 10)]  # hidden states, dlogp_dhidden, dlogits
     forward = moments["head"]
     assert (forward.activations, forward.gradients) == (8000, n)
-    assert forward.head == sum(kept) + (30 + 10) * D * 4 + 10 * V * 4
+    assert forward.head == sum(saved) + (30 + 10) * D * 4 + 10 * V * 4
     assert moments["forward"].activations == 8090
     assert moments["backward"].activations == 8210
-    assert moments["backward"].head == kept[0]
+    assert moments["backward"].head == saved[0]
     assert moments["next pass"].gradients == 2 * n and moments["next pass"].activations == 5000
     assert moments["end"].gradients == 2 * n + head
     alone = memory.moments((Pass(50, 20, 0),), accumulates=False)
@@ -271,7 +309,7 @@ def test_a_frozen_reference_is_a_second_model(make_config: MakeConfig) -> None:
     assert frozen.reference == frozen.weights + 20 * D * 4
 
 
-def test_deltas_are_kept_within_the_budgets_of_the_kernels(make_config: MakeConfig) -> None:
+def test_dlogits_are_cached_within_the_budgets_of_the_kernels(make_config: MakeConfig) -> None:
     kernels = pytest.importorskip("fastpref_kernels.linear_logps")
     assert heads.TRITON_CACHE_BYTES == kernels.CACHE_BYTES
     head = memory_of(make_config()).head
@@ -280,37 +318,38 @@ def test_deltas_are_kept_within_the_budgets_of_the_kernels(make_config: MakeConf
     assert memory_of(make_config(adapter="lora")).head.passes(Pass(1, 1000, 0)) == 2 + 1
 
 
-def test_meshes(make_config: MakeConfig) -> None:
-    assert shard_size(make_config(), 8) == 8
-    assert shard_size(make_config(parallel={"replicate": 2}), 8) == 4
-    assert shard_size(make_config(parallel={"shard": 1}), 8) == 1
-    assert shard_size(make_config(adapter={"name": "lora", "quantize": "nf4"}), 8) == 1
+def test_ranks_that_share_a_copy() -> None:
+    assert shard_size(Parallel(), False, 8) == 8
+    assert shard_size(Parallel(replicate=2), False, 8) == 4
+    assert shard_size(Parallel(shard=1), False, 8) == 1
+    assert shard_size(Parallel(), in_4bit=True, ranks=8) == 1
     with pytest.raises(ConfigError, match="parallel: replicate 3 · shard 2 needs 6 ranks"):
-        shard_size(make_config(parallel={"replicate": 3, "shard": 2}), 8)
+        shard_size(Parallel(replicate=3, shard=2), False, 8)
 
 
 def test_devices() -> None:
-    assert named("h100", torch.bfloat16) is GPUS["h100"]
-    here = named("cpu", torch.float32)
+    assert find_device("h100", torch.bfloat16) is GPUS["h100"]
+    here = find_device("cpu", torch.float32)
     assert here.is_cpu and here.flops > 1e8 and here.bandwidth > 1e8 and here.memory > 2**30
     with pytest.raises(UserError, match=r"--device: must be one of cpu, h100, .*, got abacus"):
-        named("abacus", torch.bfloat16)
+        find_device("abacus", torch.bfloat16)
 
 
 def test_changes_that_fit_come_in_the_order_of_their_cost(make_config: MakeConfig) -> None:
     config = make_config(
         optim={"name": "adamw"}, training__activation_checkpointing="off", reference="frozen"
     )
-    groups = Sizes.alike("pairwise", 8, 20, [20, 20])
+    groups = GroupLengths.uniform("pairwise", 8, 20, [20, 20])
     predict = Predictor(SMALL, None)
-    assert not predict(config, groups, 1).fits
-    found = fitting(predict, Setup(config, groups, 1))
-    assert 0 < len(found) <= 3
-    costs = [p.cost for _, p in found]
+    setup = Setup(config, groups, 1)
+    assert not predict(setup).fits
+    solutions = fitting_changes(predict, setup)
+    assert 0 < len(solutions) <= 3
+    costs = [p.cost for _, p in solutions]
     assert costs == sorted(costs)
-    for changed, p in found:
+    for changed, p in solutions:
         assert p.fits and changed.changes
-        assert predict(changed.config, changed.sizes, changed.ranks).parts == p.parts
+        assert predict(changed).parts == p.parts
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The page: whole, escaped, on its own, kept up to date, and shown by a browser."""
+"""Report page: contents, escaping, self-containment, updates, and display in a browser."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def made(*runs: Any, out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of two runs, whose names and configs hold markup."""
+    """Page of two runs whose names and configs contain markup."""
     out = tmp_path_factory.mktemp("report")
     data = {"train": "<script>x()</script>.jsonl", "cache": '"><img src=x onerror=alert(2)>'}
     runs = full(EVIL, data=data), full("b & c", loss={"name": "ipo"}, model={"path": "<b>m</b>"})
     return page.write(runs, out)
 
 
-def test_a_page_has_every_picture_and_its_files(two_runs: Path) -> None:
+def test_a_page_has_every_chart_and_its_files(two_runs: Path) -> None:
     text = two_runs.read_text()
-    assert text.count("<svg") == text.count("<figure>") == len(page.PICTURES)
-    for picture in page.PICTURES:
-        assert f"<h3>{picture.title}</h3>" in text
+    assert text.count("<svg") == text.count("<figure>") == len(page.CHARTS)
+    for spec in page.CHARTS:
+        assert f"<h3>{spec.title}</h3>" in text
         for ending in ("png", "svg"):
-            assert f'href="report/{picture.name}.{ending}"' in text
-            assert (two_runs.parent / "report" / f"{picture.name}.{ending}").stat().st_size > 1000
-    assert "Left out" not in text and "http-equiv" not in text
+            assert f'href="report/{spec.name}.{ending}"' in text
+            assert (two_runs.parent / "report" / f"{spec.name}.{ending}").stat().st_size > 1000
+    assert "Charts without data" not in text and "http-equiv" not in text
 
 
 def test_what_comes_from_runs_is_escaped(two_runs: Path) -> None:
@@ -70,14 +70,12 @@ def test_configs_stand_side_by_side(two_runs: Path) -> None:
     assert ("model.path", "m", "&lt;b&gt;m&lt;/b&gt;") in rows
 
 
-def test_a_picture_without_data_is_named_with_what_it_needs(tmp_path: Path) -> None:
+def test_a_chart_without_data_is_named_with_what_it_needs(tmp_path: Path) -> None:
     text = made(run([trained(1), trained(2)]), out=tmp_path)
-    assert (
-        "Disentanglement Band: needs band/log_r and its neighbours (monitor.band_every, or" in text
-    )
+    assert "Disentanglement Band: needs band/log_r (monitor.band_every, or" in text
     assert "Calibration of preferences: needs eval_preference/calibration (data.eval with" in text
     assert not (tmp_path / "report" / "band.png").exists()
-    assert text.count("<figure>") == len(page.PICTURES) - text.count(": needs ")
+    assert text.count("<figure>") == len(page.CHARTS) - text.count(": needs ")
 
 
 def test_long_runs_make_no_long_page(tmp_path: Path) -> None:
@@ -89,12 +87,12 @@ def test_long_runs_make_no_long_page(tmp_path: Path) -> None:
 def test_where_a_page_goes(tmp_path: Path, display: Display, monkeypatch: Any) -> None:
     one, two = (write(tmp_path / name, full(name)) for name in "ab")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "PICTURES", page.PICTURES[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     assert report([one], None, False, display) == one / "report.html"
     assert report([one, two], None, False, display) == Path("report/report.html")
     assert report([one], tmp_path / "new" / "out", False, display).exists()
     assert (one / "report" / "loss.svg").exists()
-    with pytest.raises(UserError, match="RUN: got 9 runs, and a picture can tell 8 apart"):
+    with pytest.raises(UserError, match="RUN: got 9 runs, but charts have colors for 8"):
         report([one] * 9, None, False, display)
 
 
@@ -102,7 +100,7 @@ def test_watching_writes_again_when_a_run_goes_on(
     tmp_path: Path, display: Display, monkeypatch: Any
 ) -> None:
     folder = write(tmp_path / "a", run([trained(1)]))
-    monkeypatch.setattr(page, "PICTURES", page.PICTURES[:1])
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
     seen: list[str] = []
 
     def sleep(seconds: float) -> None:
@@ -143,6 +141,6 @@ def test_a_browser_shows_it_without_an_error(two_runs: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<figure>") == len(page.PICTURES)
+    assert done.stdout.count("<figure>") == len(page.CHARTS)
     assert "&lt;script&gt;alert(1)" in done.stdout and "<script" not in done.stdout
     assert "Chosen and rejected log-probs" in done.stdout

@@ -1,4 +1,4 @@
-"""Run directories as a report reads them: series, names, and what is refused."""
+"""Run directories in a report: series, names, and errors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.helpers.report_runs import full, run, trained, write
 
 def test_a_thinned_series_keeps_the_mean_and_the_extremes() -> None:
     values = np.random.default_rng(0).normal(size=10_007)
-    made = run([{"step": k + 1, "loss": float(v)} for k, v in enumerate(values)])
-    thin = made.series("loss").thinned()
+    example = run([{"step": k + 1, "loss": float(v)} for k, v in enumerate(values)])
+    thin = example.series("loss").thinned()
     assert len(thin.steps) == 1000
     sizes = np.diff(np.linspace(0, 10_007, 1001).astype(int))
     assert thin.values @ sizes == pytest.approx(values.sum())
@@ -35,16 +35,16 @@ def test_a_short_series_is_left_alone() -> None:
 
 def test_values_that_are_no_finite_numbers_are_left_out() -> None:
     values = [1.0, math.nan, math.inf, None, {"counts": []}, 3]
-    made = run([{"step": k, "x": value} for k, value in enumerate(values)] + [{"step": 9}])
-    assert made.series("x").values.tolist() == [1.0, 3.0]
-    assert made.series("x").steps.tolist() == [0.0, 5.0]
-    assert len(made.series("y").steps) == 0
-    assert (made.last("x"), made.last("y"), made.step) == (3, None, 9)
+    example = run([{"step": k, "x": value} for k, value in enumerate(values)] + [{"step": 9}])
+    assert example.series("x").values.tolist() == [1.0, 3.0]
+    assert example.series("x").steps.tolist() == [0.0, 5.0]
+    assert len(example.series("y").steps) == 0
+    assert (example.last("x"), example.last("y"), example.step) == (3, None, 9)
 
 
 def test_the_ends_are_means_of_a_tenth() -> None:
-    made = run([{"step": k, "x": float(k)} for k in range(40)])
-    assert made.series("x").ends == (1.5, 37.5)
+    example = run([{"step": k, "x": float(k)} for k in range(40)])
+    assert example.series("x").ends == (1.5, 37.5)
     assert full().series("eval_preference/accuracy").ends == (0.5, 0.7)
 
 
@@ -54,8 +54,8 @@ def test_names_are_as_short_as_tells_runs_apart() -> None:
 
 
 def test_settings_are_fields_of_two_levels() -> None:
-    made = full(adapter={"name": "lora", "r": 4}).settings
-    assert (made["adapter.r"], made["loss.name"], made["calibration"]) == ("4", "dpo", "–")
+    example = full(adapter={"name": "lora", "r": 4}).settings
+    assert (example["adapter.r"], example["loss.name"], example["calibration"]) == ("4", "dpo", "–")
 
 
 def test_runs_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -1,30 +1,30 @@
-"""Final metrics and their best; in what configs differ."""
+"""Tables of final metrics and of config differences."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastpref.report.runs import Run
-from fastpref.report.tables import Row, differences, final_metrics
+from fastpref.report.tables import TableRow, differences, final_metrics
 from tests.helpers.report_runs import full, run
 
 
-def rows(*records: list[dict[str, Any]]) -> dict[str, Row]:
+def rows(*records: list[dict[str, Any]]) -> dict[str, TableRow]:
     runs = [run(lines, str(k)) for k, lines in enumerate(records)]
     return {row.label: row for row in final_metrics(runs)}
 
 
-def best(row: Row) -> list[bool]:
+def best(row: TableRow) -> list[bool]:
     return [cell.best for cell in row.cells]
 
 
 def test_the_best_is_the_highest_or_the_lowest_or_none() -> None:
     first = {"step": 9, "rewards/accuracies": 0.7, "preference/mean_kl": 0.1, "loss": 0.2}
     second = {"step": 9, "rewards/accuracies": 0.9, "preference/mean_kl": 0.3, "loss": 0.1}
-    found = rows([first], [second])
-    assert best(found["accuracy of rewards"]) == [False, True]
-    assert best(found["mean KL to p (nats)"]) == [True, False]
-    assert best(found["loss"]) == [False, False] and found["loss"].better == ""
+    table = rows([first], [second])
+    assert best(table["accuracy of rewards"]) == [False, True]
+    assert best(table["mean KL to p (nats)"]) == [True, False]
+    assert best(table["loss"]) == [False, False] and table["loss"].better == ""
 
 
 def test_what_rounding_makes_equal_is_equal() -> None:
@@ -39,11 +39,11 @@ def test_a_single_run_has_no_best() -> None:
 
 def test_the_last_value_held_out_if_any_run_has_that() -> None:
     lines = [{"step": 1, "entropy": 1.0}, {"step": 2, "entropy": 3.0}]
-    found = rows(lines, lines)
-    assert [cell.text for cell in found["entropy (nats per token)"].cells] == ["3", "3"]
-    found = rows([*lines, {"step": 2, "eval_entropy": 5.0}], lines)
-    assert [c.text for c in found["entropy (nats per token), held-out"].cells] == ["5", "–"]
-    assert [c.text for c in found["optimizer steps"].cells] == ["2", "2"]
+    table = rows(lines, lines)
+    assert [cell.text for cell in table["entropy (nats per token)"].cells] == ["3", "3"]
+    table = rows([*lines, {"step": 2, "eval_entropy": 5.0}], lines)
+    assert [c.text for c in table["entropy (nats per token), held-out"].cells] == ["5", "–"]
+    assert [c.text for c in table["optimizer steps"].cells] == ["2", "2"]
 
 
 def test_speed_is_the_median() -> None:
@@ -58,8 +58,8 @@ def test_configs_differ_where_a_field_does() -> None:
             "b", training={"output_dir": "y"}, optim={"lr": 5e-4}, loss={"name": "dpo", "beta": 0.2}
         ),
     ]
-    found = {row.label: [cell.text for cell in row.cells] for row in differences(runs)}
-    assert found["optim.lr"] == ["1e-06", "0.0005"]
-    assert found["loss.beta"] == ["–", "0.2"]
-    assert set(found) == {"optim.lr", "loss.beta"}
+    table = {row.label: [cell.text for cell in row.cells] for row in differences(runs)}
+    assert table["optim.lr"] == ["1e-06", "0.0005"]
+    assert table["loss.beta"] == ["–", "0.2"]
+    assert set(table) == {"optim.lr", "loss.beta"}
     assert differences(runs[:1]) == []

@@ -23,12 +23,14 @@ ROWS = graded.groups(300, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [([1.0, 2.0], "reproduced"), ([1.0, -1.0], "in 1 of 2 seeds"), ([0.0], "not reproduced")],
 )
-def test_a_verdict_counts_the_seeds_in_which_a_claim_holds(values: list[float], said: str) -> None:
+def test_a_verdict_counts_the_seeds_in_which_a_claim_holds(
+    values: list[float], message: str
+) -> None:
     claim = Claim("", "", "", lambda runs: 0.0, above=0)
-    assert verdict(claim, values) == said
+    assert verdict(claim, values) == message
     assert claim.bound == "above 0"
 
 
@@ -44,9 +46,9 @@ def test_a_spread_is_the_mean_and_the_range() -> None:
 
 
 def test_one_in_a_hundred_of_a_label_is_left() -> None:
-    kept = data.rare(ROWS, label=True)
-    assert sum(row["label"] for row in kept) == 3
-    assert sum(not row["label"] for row in kept) == 300
+    rows = data.rare(ROWS, label=True)
+    assert sum(row["label"] for row in rows) == 3
+    assert sum(not row["label"] for row in rows) == 300
 
 
 @pytest.mark.parametrize("kind", ["semantic", *data.KINDS])
@@ -79,9 +81,9 @@ def test_files_of_users_are_groups_with_room_for_a_response(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", reproduce.NAMES)
 def test_the_claims_and_columns_of_a_study_speak_of_its_runs(name: str) -> None:
-    """Of made-up numbers, quick and in full: nothing asks for what is not there."""
+    """With made-up numbers, quick and in full: no claim or column lacks its metric."""
     study, chance = load(name), np.random.default_rng(0)
-    names = {*study.keep, *_measured()}
+    names = {*study.metrics, *_measured()}
     for quick in (True, False):
         outcomes = [
             Outcome(job.label, seed, [
@@ -100,13 +102,13 @@ def test_the_claims_and_columns_of_a_study_speak_of_its_runs(name: str) -> None:
 
 
 def _measured() -> set[str]:
-    """What jobs measure beside the metrics of training."""
-    from fastpref.reproduce import samples_judge
+    """Metrics of jobs in addition to those of training."""
+    from fastpref.reproduce import sample_scores
 
-    bands = {f"bands/{k}_{side}" for k in ("centre", "width")
+    bands = {f"bands/{k}_{side}" for k in ("center", "width")
              for side in ("head", "full", "correlation")}  # fmt: skip
-    judged = {samples_judge.WIN_RATE, samples_judge.MALFORMED, samples_judge.TOKENS}
-    return {*judged, did.TARGET, did.DID, "did/entropy", *bands}
+    scores = {sample_scores.WIN_RATE, sample_scores.MALFORMED, sample_scores.TOKENS}
+    return {*scores, did.TARGET, did.DID, "did/entropy", *bands}
 
 
 def test_divergences_are_those_of_probabilities() -> None:
@@ -130,38 +132,40 @@ def test_a_study_leaves_its_numbers_a_page_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, display: Display
 ) -> None:
     """One table of logits and one training, in another process."""
-    kept = [did.ebm("dpo"), "dpo"]
+    labels = [did.ebm("dpo"), "dpo"]
     study = replace(
         load("did"),
-        jobs=lambda seed, quick: [job for job in did.jobs(seed, quick) if job.label in kept],
+        jobs=lambda seed, quick: [job for job in did.jobs(seed, quick) if job.label in labels],
         claims=[claim for claim in did.CLAIMS if claim.statement.startswith("DPO lowers")],
         draw=lambda seeds: Figure(),
     )
     monkeypatch.setattr(reproduce, "load", lambda name: study)
     monkeypatch.setitem(runner.SIZES, "quick", runner.Size("quick", 16, 1, 128, 60, 1, 1))
-    (found,) = reproduce.run("did", display, tmp_path, "quick")
-    assert json.loads((tmp_path / "did.json").read_text()) == found
-    assert [run["label"] for run in found["runs"]] == kept
-    assert found["claims"][0]["values"][0] == found["runs"][1]["records"][-2]["logps/chosen_change"]
+    (result,) = reproduce.run("did", display, tmp_path, "quick")
+    assert json.loads((tmp_path / "did.json").read_text()) == result
+    runs = json.loads((tmp_path / "did-runs.json").read_text())
+    assert [run["label"] for run in runs] == labels
+    change = runs[1]["records"][-2]["logps/chosen_change"]
+    assert result["claims"][0]["values"][0] == pytest.approx(change, rel=1e-4)
     page = (tmp_path / "did.md").read_text()
-    assert all(f"\n| {label} | " in page for label in kept)
+    assert all(f"\n| {label} | " in page for label in labels)
     assert (tmp_path / "did.png").exists()
 
 
 def test_what_data_does_not_allow_is_not_measured() -> None:
-    """On a user's groups nobody knows which samples win."""
+    """Samples of a user's groups have no known utilities."""
     study = load("stapo")
-    names = [name for name in (*study.keep, *_measured()) if not name.startswith("samples/")]
+    names = [name for name in (*study.metrics, *_measured()) if not name.startswith("samples/")]
     lines = [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(3)]
     outcomes = [Outcome(job.label, 0, lines) for job in study.jobs(0, False)]
     verdicts = [claim["verdict"] for claim in results.claims(study, outcomes)]
     assert verdicts.count("not measured") == 2
-    found = {"claims": results.claims(study, outcomes), "table": results.table(study, outcomes)}
-    assert "| – | **not measured** |" in results.page(study, found)
+    result = {"claims": results.claims(study, outcomes), "table": results.table(study, outcomes)}
+    assert "| – | **not measured** |" in results.page(study, result)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "groups", "said"),
+    ("name", "size", "groups", "message"),
     [
         ("ppo", "cores", None, "NAME: expected all"),
         ("pmo", "big", None, "--size: expected one of"),
@@ -169,7 +173,7 @@ def test_what_data_does_not_allow_is_not_measured() -> None:
     ],
 )
 def test_what_there_is_not_is_refused(
-    name: str, size: str, groups: Path | None, said: str, display: Display
+    name: str, size: str, groups: Path | None, message: str, display: Display
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         reproduce.run(name, display, Path("nowhere"), size, groups)

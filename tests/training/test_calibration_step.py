@@ -26,7 +26,7 @@ def run(config: Config, display: Display) -> Trainer:
 
 
 def records(config: Config) -> list[dict[str, Any]]:
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in metrics.TIMING_METRICS} for line in lines]
 
 
@@ -134,7 +134,7 @@ def test_adapters_are_measured_where_the_head_is_frozen(
     config = make_config(calibration="rc", adapter={"name": "lora", "r": 2})
     trainer = Trainer(config, display)
     names = {id(p): name for name, p in trainer.policy.named_parameters()}
-    measured = [names[id(p)] for p in trainer.balance.parameters]
+    measured = [names[id(p)] for p in trainer.calibration.parameters]
     assert measured and all(".layers.1." in name and "lora" in name for name in measured)
     trainer.loop([])
     assert "calibration/factor" in records(config)[-1]

@@ -19,7 +19,7 @@ from fastpref.utils.optional_packages import MissingPackage
 from fastpref.utils.progress import Display
 
 MakeConfig = Callable[..., Config]
-LARGE = (96, 64)  # bitsandbytes keeps the moments of 4,096 weights and more in 8 bits
+LARGE = (96, 64)  # bitsandbytes stores moments in 8 bits from 4,096 weights on
 needs_bitsandbytes = pytest.mark.skipif(
     not optional_packages.has("bitsandbytes"), reason="bitsandbytes is not installed"
 )
@@ -36,26 +36,26 @@ def gradients(parameters: list[nn.Parameter], steps: int) -> list[list[Tensor]]:
 
 
 def updates(config: Optim, parameters: list[nn.Parameter], steps: int) -> list[Tensor]:
-    """How far each weight is moved."""
+    """Difference of each weight before and after the steps."""
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = make_optimizer(config, parameters)
-    for given in gradients(parameters, steps):
-        for parameter, gradient in zip(parameters, given, strict=True):
+    for step_gradients in gradients(parameters, steps):
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
     return [parameter.detach() - old for parameter, old in zip(parameters, before, strict=True)]
 
 
 def adamw(config: Optim, parameters: list[nn.Parameter], steps: int) -> list[Tensor]:
-    """The same by AdamW's definition in fp64, matrices decayed."""
+    """The same differences by the definition of AdamW in fp64, with decay of matrices only."""
     moved = []
     for index, parameter in enumerate(parameters):
         start = weight = parameter.detach().double()
         first = second = torch.zeros_like(weight)
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         b1, b2 = config.betas
-        for k, given in enumerate(gradients(parameters, steps), 1):
-            g = given[index].double()
+        for k, step_gradients in enumerate(gradients(parameters, steps), 1):
+            g = step_gradients[index].double()
             first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g**2
             step = first / (1 - b1**k) / ((second / (1 - b2**k)).sqrt() + config.eps)
             weight = weight * (1 - config.lr * decay) - config.lr * step
@@ -68,8 +68,8 @@ def test_adamw_by_its_definition(name: str) -> None:
     config = Optim(name=name, lr=1e-2, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6)
     small = weights((8, 4), (5,))
     expected = adamw(config, small, steps=6)
-    for found, wanted in zip(updates(config, small, steps=6), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for actual, definition in zip(updates(config, small, steps=6), expected, strict=True):
+        torch.testing.assert_close(actual, definition, rtol=1e-4, atol=1e-6)
 
 
 @needs_bitsandbytes
@@ -77,8 +77,8 @@ def test_moments_in_8_bits_are_near() -> None:
     config = Optim(name="adamw_8bit", lr=1e-2, weight_decay=0.3)
     parameters = weights(LARGE)
     (expected,) = adamw(config, parameters, steps=6)
-    (found,) = updates(config, parameters, steps=6)
-    error = (found - expected).norm() / expected.norm()
+    (actual,) = updates(config, parameters, steps=6)
+    error = (actual - expected).norm() / expected.norm()
     assert 1e-6 < error < 0.05
 
 
@@ -114,8 +114,8 @@ def test_a_run_with_8_bit_moments_resumes_bit_for_bit(
 
     whole = run(training__steps=4, training__output_dir=f"{output}-whole")
     run(training__steps=2)
-    again = run(training__steps=4, resume="auto")
-    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    resumed = run(training__steps=4, resume="auto")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
 
 
 def test_rmsprop_by_its_definition() -> None:
@@ -125,13 +125,13 @@ def test_rmsprop_by_its_definition() -> None:
     expected = []
     for index, weight in enumerate(start):
         mean = torch.zeros_like(weight)
-        for given in gradients(parameters, steps=6):
-            g = given[index].double() + (0.3 * weight if weight.dim() >= 2 else 0)
+        for step_gradients in gradients(parameters, steps=6):
+            g = step_gradients[index].double() + (0.3 * weight if weight.dim() >= 2 else 0)
             mean = 0.9 * mean + 0.1 * g**2
             weight = weight - 1e-2 * g / (mean.sqrt() + 1e-6)
         expected.append((weight - start[index]).float())
-    for found, wanted in zip(updates(config, parameters, 6), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for actual, definition in zip(updates(config, parameters, 6), expected, strict=True):
+        torch.testing.assert_close(actual, definition, rtol=1e-4, atol=1e-6)
 
 
 @needs_bitsandbytes
@@ -141,7 +141,7 @@ def test_what_8_bits_are_refused_for(monkeypatch: pytest.MonkeyPatch) -> None:
         make_optimizer(Optim(name="paged_adamw_8bit"), parameters)
     check_eight_bit(Optim(name="paged_adamw_8bit"), torch.device("cuda"))
     monkeypatch.setattr(optim, "DTensor", nn.Parameter)
-    with pytest.raises(ConfigError, match="adamw_8bit works on whole weights, and these are shar"):
+    with pytest.raises(ConfigError, match="adamw_8bit needs full weights, and these are shar"):
         make_optimizer(Optim(name="adamw_8bit"), parameters)
 
 
@@ -171,5 +171,5 @@ def test_options_of_the_others_are_refused(name: str) -> None:
 )
 def test_the_rate_of_each_step(schedule: str, expected: list[float]) -> None:
     config = Optim(lr=1.0, schedule=schedule, warmup_steps=2)
-    found = [learning_rate(config, step, 6) for step in range(6)]
-    assert found == pytest.approx(expected)
+    rates = [learning_rate(config, step, 6) for step in range(6)]
+    assert rates == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Profile of a training step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_profiled_run_leaves_a_trace_and_a_table(
     folder = tmp_path / "run" / "profile"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     marked = [event["name"] for event in events if event["name"].startswith("fastpref: ")]
-    # Three steps of one micro-batch each, all of their parts.
+    # Three steps of one micro-batch each, with every part.
     assert {name.removeprefix("fastpref: ") for name in marked} >= PARTS
     assert marked.count("fastpref: backward") == 3
     parts, operations = (folder / "table.txt").read_text().strip().split("\n\n")
@@ -33,7 +33,7 @@ def test_a_profiled_run_leaves_a_trace_and_a_table(
     assert len(operations.splitlines()) == 15
 
 
-def test_a_run_is_not_profiled_unasked(
+def test_a_run_is_not_profiled_by_default(
     make_config: Callable[..., Config], display: Display, tmp_path: Path
 ) -> None:
     train(make_config(training__steps=1), display)

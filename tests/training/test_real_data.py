@@ -46,7 +46,7 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
     }
     trainer = Trainer(parse(values), display)
     trainer.loop([])
-    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    lines = metrics.read_records(tmp_path / "run" / "metrics.jsonl")
     assert [lines[0][f"rewards/{key}"] for key in ("chosen", "rejected", "margins")] == [0, 0, 0]
     epochs = [sum(x["loss"] for x in lines[i : i + 5]) / 5 for i in range(0, 30, 5)]
     assert epochs[-1] < epochs[2] < epochs[0]
@@ -61,7 +61,9 @@ def test_thirty_steps(name: str, real_data: Path, tmp_path: Path, display: Displ
         again = [Policy(exported, torch.float32)(collate([pair])).logps for pair in pairs]
         for pair, value in zip(pairs, ours, strict=True):
             batch = collate([pair])
-            logits = exported(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+            logits = exported(input_ids=batch.input_ids).logits.flatten(0, 1)[
+                batch.predictor_positions
+            ]
             logps = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
             plain = torch.stack([part.mean() for part in logps.split(batch.lengths.tolist())])
             torch.testing.assert_close(value / batch.lengths, plain, rtol=0, atol=1e-5)
@@ -101,7 +103,7 @@ def test_other_kinds(
     }
     trainer = Trainer(parse(values), display)
     trainer.loop([])
-    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    lines = metrics.read_records(tmp_path / "run" / "metrics.jsonl")
     assert all(lines[0][key] == 0 for key in lines[0] if key.startswith("rewards/"))
     epoch = trainer.plan.steps_per_epoch
     first, last = (sum(x["loss"] for x in part) for part in (lines[:epoch], lines[-epoch:]))

@@ -20,7 +20,7 @@ def test_chosen_rise_and_rejected_do_not(make_config: MakeConfig, display: Displ
     """One plain step on all pairs: the statement of the theorem, measured."""
     config = make_config(update="dpo_pg", training__batch_size=12, optim__lr=1e-3)
     trainer = Trainer(config, display)
-    parameters = trainer.trained
+    parameters = trainer.parameters
     trainer.optimizer = torch.optim.SGD(parameters, lr=1e-3)
     before = logps(trainer)
     trainer._train_step(with_entropy=False)
@@ -57,7 +57,7 @@ def test_the_loss_is_logged_and_falls(make_config: MakeConfig, display: Display)
     config = make_config(update="dpo_pg", training__epochs=4)
     trainer = Trainer(config, display)
     trainer.loop([])
-    lines = metrics.read(Path(config.training.output_dir) / "metrics.jsonl")
+    lines = metrics.read_records(Path(config.training.output_dir) / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 

@@ -18,11 +18,11 @@ from fastpref.data.dataset import load_groups
 from fastpref.data.readers import DataError
 from fastpref.losses import PointwiseOutput
 from fastpref.metrics import PAIR_METRICS
-from fastpref.model.load import load_policy
 from fastpref.training.setup import prepare
 from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
 from tests.helpers.data import labelled, rows, scored, write_jsonl
+from tests.helpers.policies import policy_of
 from tests.helpers.training_runs import records, run, weights
 
 MakeConfig = Callable[..., Config]
@@ -75,7 +75,7 @@ def test_rewards_and_point_of_the_first_step_are_exactly_zero(
 ) -> None:
     config = make(name, training__steps=2, data__eval=make(name).data.train, **change)
     trainer = Trainer(config, display)
-    before = trainer.point.of_step(trainer.run.train, 0)
+    before = trainer.reference_point.of_step(trainer.run.train, 0)
     assert (before is None) == (name == "info_nca") and (before is None or before == 0)
     trainer.loop([])
     evaluation, first, second, _ = records(config)
@@ -114,7 +114,7 @@ def test_many_micro_batches_equal_one(
     assert parts[1] == [8, 8, 4] if kind == "pointwise" else min(parts[1]) > 1
     for key, value in weights(whole).items():
         torch.testing.assert_close(weights(several)[key], value, rtol=0, atol=1e-6)
-    points = [trainer.point.of_step(trainer.run.train, 3) for trainer in (whole, several)]
+    points = [trainer.reference_point.of_step(trainer.run.train, 3) for trainer in (whole, several)]
     if points[0] is not None and points[1] is not None:
         assert abs(points[0]) > 1e-3
         torch.testing.assert_close(*points, rtol=0, atol=1e-6)
@@ -149,7 +149,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     again = run(resumed, display)
     assert records(resumed) == records(whole)
     assert all(torch.equal(weights(expected)[key], value) for key, value in weights(again).items())
-    assert again.point.state() == expected.point.state()
+    assert again.reference_point.state_dict() == expected.reference_point.state_dict()
 
 
 def test_the_point_of_kto_is_the_mean_over_responses_to_the_next_prompt(
@@ -158,9 +158,9 @@ def test_the_point_of_kto_is_the_mean_over_responses_to_the_next_prompt(
     """Computed by hand from the texts, and used, clamped at 0, in the loss of the next step."""
     config = make("kto", training__steps=3, optim__lr=3e-3)
     trainer = Trainer(config, display)
-    fresh = load_policy(config, trainer.run.tokenizer, torch.device("cpu"))
+    fresh = policy_of(config, trainer.run.tokenizer, torch.device("cpu"))
     groups, texts = trainer.run.train.groups, labelled(12)
-    ratios, original, points = {}, trainer.point.of_step, []
+    ratios, original, points = {}, trainer.reference_point.of_step, []
 
     def by_hand(*arguments: Any) -> Any:
         for i in (i for part in trainer.plan.step(trainer.step) for i in part):
@@ -171,7 +171,7 @@ def test_the_point_of_kto_is_the_mean_over_responses_to_the_next_prompt(
         points.append(original(*arguments))
         return points[-1]
 
-    trainer.point.of_step = by_hand  # type: ignore[method-assign]
+    trainer.reference_point.of_step = by_hand  # type: ignore[method-assign]
     trainer.loop([])
     for step, point in enumerate(points):
         expected = [ratio for (at, _), ratio in ratios.items() if at == step]
@@ -185,7 +185,7 @@ def test_the_point_of_kto_is_taken_without_dropout(make: MakeConfig, display: Di
     adapter = {"name": "lora", "r": 4, "dropout": 0.5}
     trainer = run(make("kto", training__steps=1, adapter=adapter, optim__lr=1e-2), display)
     state = torch.get_rng_state()
-    first, second = (trainer.point.of_step(trainer.run.train, 1) for _ in range(2))
+    first, second = (trainer.reference_point.of_step(trainer.run.train, 1) for _ in range(2))
     assert first is not None and first != 0 and first == second
     assert torch.equal(torch.get_rng_state(), state) and trainer.policy.training
 
@@ -204,19 +204,21 @@ def test_the_loss_of_a_step_is_the_mean_at_its_point(
     config = make({"name": name, "beta": 0.5}, training__steps=3, optim__lr=3e-3)
     trainer = Trainer(config, display)
     points, losses_, rewards = [], [], []
-    of_step, see = trainer.point.of_step, trainer.point.see
+    of_step, record = trainer.reference_point.of_step, trainer.reference_point.after_micro_batch
 
     def note_point(*arguments: Any) -> Any:
         points.append(of_step(*arguments))
         return points[-1]
 
-    def note_output(policy: Any, output: PointwiseOutput) -> None:
-        see(policy, output)
+    def note_output(groups: list[int], logps: Any, output: PointwiseOutput) -> None:
+        record(groups, logps, output)
+        policy = logps.policy
         rewards.append(output.rewards.double())
         expected = trainer.loss(policy, _reference(policy, output, trainer.loss.beta), points[-1])
         losses_.append(expected.loss.mean().item())
 
-    trainer.point.of_step, trainer.point.see = note_point, note_output  # type: ignore[method-assign]
+    trainer.reference_point.of_step = note_point  # type: ignore[method-assign]
+    trainer.reference_point.after_micro_batch = note_output  # type: ignore[method-assign]
     trainer.loop([])
     assert [x["loss"] for x in records(config)] == pytest.approx(losses_, rel=1e-5)
     if name == "bco":  # the mean of the rewards of the steps before
@@ -253,7 +255,8 @@ def test_pairs_are_taken_apart_and_said_to_be(
     prepared = prepare(config, display)
     assert notes[0].startswith("train: 24 of 24 responses from ")
     assert notes[0].endswith(
-        "12 desirable, 12 undesirable; pairs are taken apart: chosen is desirable, rejected is not"
+        "12 desirable, 12 undesirable; each pair is two responses: chosen is desirable, rejected "
+        "is not"
     )
     assert not any("note:" in note for note in notes), "classes that weigh the same need no advice"
     single = [

@@ -22,12 +22,12 @@ from fastpref.config import Config, ConfigError
 from fastpref.data.collate import collate
 from fastpref.data.dataset import load_groups
 from fastpref.metrics import preference as monitors
-from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy
 from fastpref.training.signals import Interrupted
 from fastpref.training.trainer import Diverged, Trainer
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
+from tests.helpers.policies import policy_of
 from tests.helpers.training_runs import records, run, weights
 
 MakeConfig = Callable[..., Config]
@@ -127,7 +127,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_pairs(
 ) -> None:
     config = make_config(loss="simpo", training__steps=1)
     trainer = run(config, display)
-    fresh = load_policy(config, trainer.run.tokenizer, torch.device("cpu"))
+    fresh = policy_of(config, trainer.run.tokenizer, torch.device("cpu"))
     indices = [i for part in trainer.plan.step(0) for i in part]
     batch = collate([trainer.run.train.groups[i] for i in indices])
     from fastpref.logps import SequenceLogps
@@ -298,7 +298,7 @@ def test_a_non_finite_step_stops_the_run_and_names_its_rows(
     config = make_config(training__log_every=3, training__epochs=3, training__checkpoint_every=9)
     trainer = Trainer(config, display)
     original = trainer._train_step
-    parameter = trainer.trained[0]
+    parameter = trainer.parameters[0]
 
     def poisoned(with_entropy: bool) -> Any:
         if trainer.step == 4 and poison == "output":
@@ -348,7 +348,7 @@ def test_the_export_loads_in_transformers_with_the_same_log_probs(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert load_groups(config.data.train, tokenizer, config.data).fingerprint == dataset.fingerprint
     with torch.no_grad():
-        logits = exported(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        logits = exported(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predictor_positions]
     logps = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     expected = torch.stack([part.mean() for part in logps.split(batch.lengths.tolist())])
     torch.testing.assert_close(ours / batch.lengths, expected, rtol=0, atol=1e-5)
@@ -398,7 +398,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, make_config: MakeConfig) -> No
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 90
-    while not metrics.read(tmp_path / "run" / "metrics.jsonl"):
+    while not metrics.read_records(tmp_path / "run" / "metrics.jsonl"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

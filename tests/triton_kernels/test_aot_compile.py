@@ -1,4 +1,4 @@
-"""The compile command: real machine code for three GPUs on a machine that has none."""
+"""The compile command: machine code for three GPUs on a machine without a GPU."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_kernel_compiles_for_every_architecture(tmp_path) -> None:
-    """The whole command: minutes, since nothing less says that what a GPU will run exists."""
+    """Run the whole command, which takes minutes: it proves that the code for a GPU exists."""
     out = tmp_path / "table.md"
     done = run("--jobs", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:] + "\n".join(problems(out))
@@ -65,13 +65,13 @@ def sums(name, variant, dtype, config, aligned):
 for dtype, size in (("bf16", 2), ("fp32", 4)):
     for name, config in (("linear_softmax_fwd", gemm_configs(90, size)[0]), ("merge_fwd", MERGE)):
         launches = itertools.product(("stats", "train"), [dtype], [config], (False, True))
-        made = [sums(name, *launch) for launch in launches]
-        assert made[0] and all(other == made[0] for other in made), (name, dtype, made)
+        layouts = [sums(name, *launch) for launch in launches]
+        assert layouts[0] and all(x == layouts[0] for x in layouts), (name, dtype, layouts)
 """
 
 
 def test_sums_are_laid_out_alike_whatever_the_variant_and_the_number_of_rows() -> None:
-    """Else a log-prob would depend, in its last bit, on why and with how many it is computed."""
+    """Otherwise the last bit of a log-prob would depend on the mode and the number of tokens."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
     done = subprocess.run(
@@ -85,7 +85,7 @@ def cells(row: str) -> list[str]:
 
 
 def problems(table: Path) -> list[str]:
-    """The rows of a table whose last column is not empty."""
+    """Rows of a table whose last column is not empty."""
     rows = table.read_text().splitlines()[2:] if table.exists() else []
     return [row for row in rows if cells(row)[-1]]
 
@@ -96,8 +96,8 @@ def test_a_wrong_argument_is_named(arguments) -> None:
     assert done.returncode == 2 and arguments[0] in done.stderr.splitlines()[-1]
 
 
-def test_what_makes_a_row_fail() -> None:
-    job = command.Job("linear_delta", "plain", "bf16", gemm_configs(90, 2)[0], 90)
+def test_problems_that_make_a_row_fail() -> None:
+    job = command.Job("linear_dlogits", "plain", "bf16", gemm_configs(90, 2)[0], 90)
     good = command.Row(job, 200, 0, 1000, True)
     assert good.problems() == []
     assert good._replace(spills=8).problems() == ["spills"]
@@ -107,15 +107,15 @@ def test_what_makes_a_row_fail() -> None:
 
 
 def test_every_kernel_of_the_package_is_compiled() -> None:
-    """A kernel in a source file but in no table would never be checked."""
+    """A kernel that is in no table would never be checked."""
     sources = (ROOT / "kernels" / "fastpref_kernels").rglob("*.py")
-    written = {
+    kernels = {
         line.split("def ")[1].split("(")[0]
         for source in sources
         for line in source.read_text().splitlines()
         if line.startswith("def ") and "_kernel(" in line
     }
-    assert written == {kernel.function.fn.__name__ for kernel in command.KERNELS.values()}
+    assert kernels == {kernel.function.fn.__name__ for kernel in command.KERNELS.values()}
 
 
 def test_every_objective_is_compiled_with_all_its_choices() -> None:

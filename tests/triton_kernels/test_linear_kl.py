@@ -1,4 +1,4 @@
-"""KL(reference || policy) against fp64: values, both gradients, agreement and distance."""
+"""KL(reference || policy) against fp64: values, both gradients, equal and distant models."""
 
 import os
 
@@ -18,8 +18,8 @@ from fastpref_kernels import linear_kl as module
 from fastpref_kernels.common import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative errors in the norm: the roundings of p - q, of its product and of the scaled row, about
-# two units in all, and what fp32 logits of up to 60 cost a probability: 60 / 2^24.
+# Relative errors in the norm: the roundings of p - q, of its GEMM and of the scaled row, about two
+# units in all, and the error that fp32 logits of up to 60 cause in a probability: 60 / 2^24.
 TOLERANCE = {
     torch.float32: 4e-6,
     torch.bfloat16: 2 * 2**-8,
@@ -29,10 +29,10 @@ TOLERANCE = {
 
 @pytest.fixture(params=["cpu", "chunked", "triton"])
 def linear_kl(request):
-    """The op by one implementation; the two plain ones differ in their row passes alone."""
+    """The op by one implementation; "cpu" and "chunked" only differ in their row passes."""
     impl = request.param
-    if impl == "cpu" and (cpu.missing("cpu") or DEVICE != "cpu"):
-        pytest.skip(f"impl 'cpu' {cpu.missing(DEVICE)}")
+    if impl == "cpu" and (reason := cpu.unavailable_reason(DEVICE)):
+        pytest.skip(f"impl 'cpu' {reason}")
 
     def run(hidden: Tensor, *others: Tensor, **options: object) -> Tensor:
         half = impl == "cpu" and hidden.dtype != torch.float32
@@ -42,7 +42,7 @@ def linear_kl(request):
 
 
 def small_chunks(monkeypatch, V: int) -> None:
-    """Chunks of 7 rows, whoever computes."""
+    """Set chunks of 7 rows in every implementation."""
     monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size: 7)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 2 * 4 * V)
 
@@ -108,7 +108,7 @@ def test_a_policy_that_is_its_reference_has_no_gradient(linear_kl, dtype) -> Non
 
 
 def test_a_small_step_from_the_reference_keeps_its_gradient_in_bf16(linear_kl) -> None:
-    """p - q of nearly equal p and q: rounded separately, nothing but noise would be left."""
+    """If nearly equal p and q were rounded separately, p - q would be noise."""
     hidden, weight, *_ = make(9, 16, 16, 70, torch.bfloat16)
     with torch.no_grad():
         weight[:, 0] = 0.01 * weight[:, 1]
@@ -133,8 +133,8 @@ def test_no_tokens(linear_kl) -> None:
 
 
 def test_no_two_panels_of_logits_are_alive_at_once(monkeypatch) -> None:
-    """The backward pass of a trained head has one buffer for both models, not one a panel."""
-    T, V, budget = 64, 4096, 2 * 4 * 64 * 512  # eight panels of 512 words
+    """The backward pass of a trained head has one buffer for both models, not one per panel."""
+    T, V, budget = 64, 4096, 2 * 4 * 64 * 512  # eight panels of 512 columns
     monkeypatch.setattr(chunked, "CHUNK_BYTES", budget)
     hidden, weight, ref_hidden, ref_weight = make(T, 2, 2, V)
     kl = ops.linear_kl(hidden, weight, ref_hidden, ref_weight, impl="chunked")

@@ -1,4 +1,4 @@
-"""The kernels' log-probs, called as users call them, against fp64 autograd: on every path."""
+"""Log-probs of the kernels, called through the public op, against fp64 autograd in every mode."""
 
 import os
 from functools import partial
@@ -18,21 +18,21 @@ from fastpref_kernels.common import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 linear_logps = partial(ops.linear_logps, impl="triton")
-CACHED, RECOMPUTED = 1 << 30, 0  # bytes for delta
-kept_or_made_again = pytest.mark.parametrize("deltas", [CACHED, RECOMPUTED], indirect=True)
+CACHED, RECOMPUTED = 1 << 30, 0  # bytes for dlogits
+cached_and_recomputed = pytest.mark.parametrize("cache_bytes", [CACHED, RECOMPUTED], indirect=True)
 # Unit roundoffs. Beyond twice the error of fp32 PyTorch on the same inputs, a gradient may carry
 # four independent roundings to its dtype, which add as squares to two units in the norm: two of
-# delta, one of delta @ weight, one of the scaled row.
+# dlogits, one of dlogits @ weight, one of the scaled row.
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.fixture
-def deltas(request, monkeypatch) -> None:
+def cache_bytes(request, monkeypatch) -> None:
     monkeypatch.setattr(module, "CACHE_BYTES", request.param)
 
 
 def chunks_of(rows: int, monkeypatch) -> None:
-    """Rows of delta alive at a time, where the budget's unit is 128 of them."""
+    """Set the rows of dlogits in a chunk; the byte budget can only set multiples of 128."""
     monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size: rows)
 
 
@@ -73,7 +73,7 @@ def check(inputs: dict[str, Tensor], *, scale=1.0, softcap=None) -> None:
     exact, gradients = plain(inputs, upstream, scale, softcap, torch.float64)
     torch32, gradients32 = plain(inputs, upstream, scale, softcap, torch.float32)
     assert logps.dtype == torch.float32
-    # delta is formed from the log-sum-exp, whose own rounding is a relative error of every p.
+    # dlogits is computed from the log-sum-exp: its rounding is a relative error of every p.
     lse = ops.token_stats(**inputs, logit_scale=scale, softcap=softcap, impl="triton").lse
     roundings = 2 * ROUNDOFF[inputs["hidden"].dtype] + float(lse.abs().max()) * 2**-24
     # 1e-5: a logit of 60 is held in fp32 to 2e-6, and a log-prob is a difference of two.
@@ -88,14 +88,14 @@ def check(inputs: dict[str, Tensor], *, scale=1.0, softcap=None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF)
-@kept_or_made_again
-def test_matches_fp64_where_nothing_divides_a_block(dtype, deltas, monkeypatch) -> None:
+@cached_and_recomputed
+def test_matches_fp64_where_nothing_divides_a_block(dtype, cache_bytes, monkeypatch) -> None:
     chunks_of(7, monkeypatch)
     check(make(17, 33, 101, dtype))
 
 
-@kept_or_made_again
-def test_scale_and_softcap(deltas) -> None:
+@cached_and_recomputed
+def test_scale_and_softcap(cache_bytes) -> None:
     inputs = make(17, 33, 101)
     check(inputs, scale=0.25, softcap=5.0)
 
@@ -105,14 +105,14 @@ def test_softcap_in_half_precision(dtype) -> None:
     check(make(17, 33, 101, dtype), scale=0.25, softcap=5.0)
 
 
-@kept_or_made_again
-def test_one_token_and_no_bias(deltas) -> None:
+@cached_and_recomputed
+def test_one_token_and_no_bias(cache_bytes) -> None:
     inputs = make(1, 16, 40)
     del inputs["bias"]
     check(inputs)
 
 
-def test_one_word_has_no_gradient() -> None:
+def test_a_vocabulary_of_one_has_no_gradient() -> None:
     inputs = make(3, 16, 1)
     logps = linear_logps(**inputs)
     logps.sum().backward()
@@ -132,7 +132,7 @@ def test_temperature(scale) -> None:
 
 
 def test_an_almost_certain_label_keeps_its_gradient() -> None:
-    """1 - p must not come from a rounded p: with p = 1 - 2^-12 in bf16 nothing would be left."""
+    """1 - p must not be computed from a rounded p: with p = 1 - 2^-12 in bf16 it would be 0."""
     inputs = make(4, 16, 40, torch.bfloat16)
     del inputs["bias"]
     with torch.no_grad():
@@ -145,21 +145,21 @@ def test_an_almost_certain_label_keeps_its_gradient() -> None:
     check(inputs)
 
 
-@kept_or_made_again
-def test_pointers_instead_of_descriptors(deltas, monkeypatch) -> None:
+@cached_and_recomputed
+def test_pointers_instead_of_descriptors(cache_bytes, monkeypatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETER_GEMM", launch.INTERPRETER_GEMM._replace(tma=False))
     check(make(17, 33, 101))
 
 
-@pytest.mark.parametrize("deltas", [RECOMPUTED], indirect=True)
-def test_panels_of_the_vocabulary(deltas, monkeypatch) -> None:
-    # Panels of 128 columns, the least there is: two whole ones and a rest.
+@pytest.mark.parametrize("cache_bytes", [RECOMPUTED], indirect=True)
+def test_panels_of_the_vocabulary(cache_bytes, monkeypatch) -> None:
+    # The smallest panels have 128 columns: two whole ones and a remainder.
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     check(make(9, 16, 300))
 
 
 def test_chunks_change_no_bit_and_equal_the_forward_kernel(monkeypatch) -> None:
-    """What a policy scores while training is, to the last bit, what a reference was scored."""
+    """A policy in training scores the same log-probs, to the last bit, as a reference."""
     # Multiples of the tile: within one, the interpreter's GEMM may treat rows differently.
     inputs = make(37, 33, 101, torch.bfloat16)
     logps = []
@@ -172,8 +172,8 @@ def test_chunks_change_no_bit_and_equal_the_forward_kernel(monkeypatch) -> None:
         assert torch.equal(logps[0], other)
 
 
-@kept_or_made_again
-def test_rows_labelled_minus_100_give_nothing_whatever_they_hold(deltas) -> None:
+@cached_and_recomputed
+def test_rows_labeled_minus_100_give_nothing_whatever_they_hold(cache_bytes) -> None:
     inputs = make(17, 33, 101)
     inputs["labels"][::3] = -100
     check(inputs)
@@ -185,15 +185,15 @@ def test_rows_labelled_minus_100_give_nothing_whatever_they_hold(deltas) -> None
     assert (inputs["hidden"].grad[::3] == 0).all()
 
 
-@kept_or_made_again
+@cached_and_recomputed
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")])
-def test_what_is_frozen_gets_no_gradient(trained, deltas) -> None:
+def test_frozen_tensors_get_no_gradient(trained, cache_bytes) -> None:
     inputs = make(9, 16, 70)
     everything = {k: v.grad for k, v in run(inputs).items() if k != "labels"}
     for name in ("hidden", "weight", "bias"):
         inputs[name] = inputs[name].detach().requires_grad_(name in trained)
     for name, tensor in run(inputs).items():
-        if name in trained:  # a frozen body has no direction and may reorder one sum
+        if name in trained:  # with a frozen body one sum may have another order
             assert torch.allclose(tensor.grad, everything[name], rtol=0, atol=1e-5)
         else:
             assert tensor.grad is None
@@ -222,8 +222,8 @@ def test_a_frozen_head_allocates_nothing_of_its_size(monkeypatch) -> None:
     assert seen and all(300 not in shape for shape in seen)
 
 
-@kept_or_made_again
-def test_no_tokens(deltas) -> None:
+@cached_and_recomputed
+def test_no_tokens(cache_bytes) -> None:
     inputs = make(0, 16, 32)
     linear_logps(**inputs).sum().backward()
     assert (inputs["weight"].grad == 0).all() and inputs["hidden"].grad.shape == (0, 16)
@@ -238,12 +238,12 @@ def test_backward_twice_and_inside_autocast() -> None:
     logps.sum().backward()
     assert torch.equal(inputs["weight"].grad, 2 * once)
     assert torch.equal(logps, linear_logps(**inputs))
-    linear_logps(**inputs).mul_(2).sum().backward()  # the result is the caller's to overwrite
+    linear_logps(**inputs).mul_(2).sum().backward()  # the caller may overwrite the result
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_slope_of_a_softcap_at_a_label_far_below_the_rest(dtype) -> None:
-    """40 nats below, its exponential underflows in fp16, but its own entry of delta is near 1."""
+    """40 nats below, its exponential underflows in fp16, but its entry of dlogits is near 1."""
     inputs = make(4, 16, 40, dtype)
     del inputs["bias"]
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_the_slope_of_a_softcap_at_a_label_far_below_the_rest(dtype) -> None:
 
 
 def test_a_sequence_of_3000_tokens_an_empty_one_and_one_of_1() -> None:
-    """Sums over a response are as good as its tokens, whatever its length."""
+    """Sums over a response are as accurate as its tokens, whatever its length."""
     inputs = make(3001, 16, 40)
     offsets = torch.tensor([0, 3000, 3000, 3001], device=DEVICE)
     upstream = torch.tensor([0.5, 3.0, -2.0], device=DEVICE)
@@ -262,7 +262,7 @@ def test_a_sequence_of_3000_tokens_an_empty_one_and_one_of_1() -> None:
     per_token = torch.cat([upstream[:1].expand(3000), upstream[2:]])
     exact, gradients = plain(inputs, per_token, 1.0, None, torch.float64)
     expected = torch.stack([exact[:3000].sum(), exact.new_zeros(()), exact[3000]])
-    # Rounding errors of 3000 tokens, 1e-6 each, add up like a walk, to 6e-5; the sum adds 2^-24.
+    # Errors of 3000 tokens, 1e-6 each, add up like a random walk to 6e-5; the sum adds 2^-24.
     assert (sums - expected).abs().max() <= 2e-4 + 2**-24 * expected.abs().max()
     for name, gradient in gradients.items():
         error = (inputs[name].grad.double() - gradient).norm() / gradient.norm()

@@ -383,6 +383,7 @@ def fused_responses(objective, policy, reference, point) -> ResponseLosses:
 
 def plain_responses(objective, policy, reference, point) -> list[Tensor]:
     """Loss, d and rewards, as the first three fields of `ResponseLosses`."""
+    point = point if objective.needs_reference_point else None
     out = objective(policy, reference, point)
     return [
         out.loss, pointwise.pointwise_incentives(objective, policy, reference, point), out.rewards

@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter's tile is 16 x 32, its panel two tiles wide.
 SHAPES = [
-    pytest.param(1, 16, 1, id="one token, one word"),
+    pytest.param(1, 16, 1, id="one token, one vocabulary entry"),
     pytest.param(17, 33, 101, id="nothing divides a block: four tiles, two panels"),
     pytest.param(16, 32, 128, id="everything does"),
     pytest.param(273, 16, 101, id="18 row blocks: more than share a panel"),
@@ -100,7 +100,7 @@ def test_common_offset_of_all_logits(offset) -> None:
 
 
 def test_an_almost_certain_label_far_from_zero() -> None:
-    """Logits near 1000 are 6e-5 apart in fp32; the log-prob must not pass through their size."""
+    """Logits near 1000 are 6e-5 apart in fp32; the log-prob must not be rounded at that size."""
     hidden, weight = torch.zeros(1, 16, device=DEVICE), torch.zeros(101, 16, device=DEVICE)
     hidden[0, 0], weight[:, 0] = 1, 990
     weight[50, 0] = 1000
@@ -115,7 +115,7 @@ def test_pointers_instead_of_descriptors(monkeypatch) -> None:
         check(*make(17, D, 101))
 
 
-def test_words_banned_by_a_bias_of_minus_infinity() -> None:
+def test_tokens_banned_by_a_bias_of_minus_infinity() -> None:
     hidden, weight, labels, bias = make(5, 16, 101)
     bias[:70] = float("-inf")  # the whole first panel: it has no maximum
     bias[[80, 90]] = float("-inf")
@@ -126,16 +126,16 @@ def test_words_banned_by_a_bias_of_minus_infinity() -> None:
         assert (getattr(got, name) - exact[name]).abs().max() < 1e-5
 
 
-def test_rows_labelled_minus_100_are_zero_whatever_they_hold() -> None:
+def test_rows_labeled_minus_100_are_zero_whatever_they_hold() -> None:
     hidden, weight, labels, _ = make(17, 33, 101)
-    kept = token_stats(hidden, weight, labels)
+    expected = token_stats(hidden, weight, labels)
     labels[::3] = -100
     hidden[::3] = float("nan")
     got = token_stats(hidden, weight, labels)
-    for whole, part in zip(kept, got, strict=True):
-        assert (part[::3] == 0).all()
-        rest = torch.arange(17, device=DEVICE) % 3 != 0
-        assert torch.equal(part[rest], whole[rest])
+    valid = torch.arange(17, device=DEVICE) % 3 != 0
+    for exact, values in zip(expected, got, strict=True):
+        assert (values[::3] == 0).all()
+        assert torch.equal(values[valid], exact[valid])
 
 
 def test_a_label_out_of_range_is_nan_and_reads_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Files are whole or absent."""
+"""Atomic writes leave files and folders either complete or absent."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
-    left = tmp_path / f".folder.{os.getpid()}.tmp"
-    left.mkdir()
-    (left / "half").write_text("x")
+def test_leftovers_of_a_killed_process_with_the_same_id_are_replaced(tmp_path: Path) -> None:
+    leftover = tmp_path / f".folder.{os.getpid()}.tmp"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
     with replacing(tmp_path / "folder") as temporary:
         temporary.mkdir()
         (temporary / "whole").write_text("y")

@@ -1,4 +1,4 @@
-"""What a person sees: bar and numbers on a narrow terminal, lines elsewhere."""
+"""Progress output: bar and numbers on a narrow terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_narrow_terminal_shows_the_bar_and_the_numbers() -> None:
 
 def test_elsewhere_a_line_has_it_all() -> None:
     expected = (
-        "step 2/4  loss 0.5000  margin +0.250  accuracy 0.75  1,234 tok/s  0.50 GiB  0:01:01 left\n"
+        "step 2/4  loss 0.5000  margin +0.250  accuracy 0.75  1,234 tok/s  0.50 GiB  1.0 min left\n"
     )
     assert shown(terminal=False) == expected
 

@@ -1,1 +1,1 @@
-"""Generated data sets with known preferences."""
+"""Synthetic data sets with known preferences."""

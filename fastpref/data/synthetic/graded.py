@@ -1,13 +1,14 @@
 """Graded advice: several responses to each prompt, of several lengths, with scores in [0, 1].
 
-A stand-in for human feedback whose truth is known. A response is two to four steps of a recipe,
-each a verb, a thing and an adverb; every verb and adverb has a latent utility u ~ N(0, 1), and
+The data set imitates human feedback with known ground truth. A response consists of two to four
+steps, each with a verb, a thing and an adverb; every verb and adverb has a latent utility
+u ~ N(0, 1), and
 
     quality = mean utility of the words · √2 + ε,    score = σ(quality),    ε ~ N(0, noise²),
 
-so words decide, lengths do not, and what is learnt from some prompts holds for others up to ε.
-The groups serve every kind of objective: as they are, as the pair of the best and the worst, or as
-single responses whose label says on which side of the group's middle they lie.
+so the score depends on the words and not on the length, and a policy trained on some prompts
+generalizes to others up to ε. The groups serve every kind of objective: as groups, as pairs of the
+best and the worst response, or as the responses of these pairs with a label each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 TASKS = (
     "build a bookshelf", "bake a cake", "plant a tree", "repair a bicycle", "paint a wall",
@@ -53,11 +54,11 @@ RESPONSES = 4
 _STEP = re.compile(rf"(?:{'|'.join(OPENERS)}) (\w+) the (?:{'|'.join(THINGS)}) (\w+)\.")
 
 
-def groups(count: int, seed: int = 0, noise: float = 0.5) -> list[Row]:
-    """Rows `prompt, completions[4], scores[4]`; equal arguments, equal rows.
+def groups(count: int, seed: int = 0, noise: float = 0.5) -> list[Record]:
+    """Generate rows `prompt, completions[4], scores[4]`; equal arguments give equal rows.
 
-    noise: standard deviation of what the words do not explain, in the units of their utility.
-    Raises ValueError for more rows than there are prompts.
+    noise: standard deviation of ε, in the units of the utilities.
+    Raises ValueError if `count` exceeds the number of prompts.
     """
     prompts = [
         f"User: How do I {task} {how}?\nAssistant:" for task in TASKS for how in CIRCUMSTANCES
@@ -69,18 +70,19 @@ def groups(count: int, seed: int = 0, noise: float = 0.5) -> list[Row]:
     return [_group(prompt, rng, utility, noise) for prompt in prompts[:count]]
 
 
-def _group(prompt: str, rng: random.Random, utility: dict[str, float], noise: float) -> Row:
+def _group(prompt: str, rng: random.Random, utility: dict[str, float], noise: float) -> Record:
     completions, scores = [], []
     for _ in range(RESPONSES):
         steps = rng.randint(2, 4)
         words = [(rng.choice(VERBS), rng.choice(THINGS), rng.choice(ADVERBS)) for _ in range(steps)]
-        said = (
+        sentences = (
             f" {opener} {verb} the {thing} {adverb}."
             for opener, (verb, thing, adverb) in zip(OPENERS, words, strict=False)
         )
-        felt = [utility[word] for verb, _, adverb in words for word in (verb, adverb)]
-        completions.append("".join(said))
-        scores.append(round(1 / (1 + math.exp(-_weighed(felt) - noise * rng.gauss(0, 1))), 4))
+        utilities = [utility[word] for verb, _, adverb in words for word in (verb, adverb)]
+        completions.append("".join(sentences))
+        logit = _mean_utility(utilities) + noise * rng.gauss(0, 1)
+        scores.append(round(1 / (1 + math.exp(-logit)), 4))
     return {"prompt": prompt, "completions": completions, "scores": scores}
 
 
@@ -90,34 +92,34 @@ def _utilities(seed: int) -> dict[str, float]:
     return {word: rng.gauss(0, 1) for word in VERBS + ADVERBS}
 
 
-def _weighed(felt: list[float]) -> float:
-    return math.fsum(felt) / len(felt) * math.sqrt(2)
+def _mean_utility(utilities: list[float]) -> float:
+    return math.fsum(utilities) / len(utilities) * math.sqrt(2)
 
 
-def pairs(rows: Iterable[Row]) -> list[Row]:
-    """The best and the worst response of each group as `prompt, chosen, rejected`, without ties."""
-    made = []
+def pairs(rows: Iterable[Record]) -> list[Record]:
+    """Best and worst response of each group as `prompt, chosen, rejected`; ties are dropped."""
+    pairs = []
     for row in rows:
         ranked = sorted(zip(row["scores"], row["completions"], strict=True))
         (low, rejected), (high, chosen) = ranked[0], ranked[-1]
         if low < high:
-            made.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
-    return made
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
 
 
-def top(rows: Iterable[Row], count: int) -> list[Row]:
-    """The groups with `count` of their responses: the best ones and the worst."""
-    made = []
+def top(rows: Iterable[Record], count: int) -> list[Record]:
+    """Groups reduced to `count` responses: the best `count - 1` and the worst."""
+    reduced = []
     for row in rows:
         ranked = sorted(zip(row["scores"], row["completions"], strict=True), reverse=True)
-        kept = ranked[: count - 1] + ranked[-1:]
-        scores, completions = map(list, zip(*kept, strict=True))
-        made.append({"prompt": row["prompt"], "completions": completions, "scores": scores})
-    return made
+        selected = ranked[: count - 1] + ranked[-1:]
+        scores, completions = map(list, zip(*selected, strict=True))
+        reduced.append({"prompt": row["prompt"], "completions": completions, "scores": scores})
+    return reduced
 
 
-def singles(rows: Iterable[Row]) -> list[Row]:
-    """The two responses of each pair as `prompt, completion, label`."""
+def singles(rows: Iterable[Record]) -> list[Record]:
+    """Both responses of each pair as rows `prompt, completion, label`."""
     return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in pairs(rows)
@@ -126,13 +128,15 @@ def singles(rows: Iterable[Row]) -> list[Row]:
 
 
 def quality(text: str, seed: int = 0) -> float | None:
-    """The quality of a response without ε, or None unless it is steps from end to end.
+    """Noise-free quality of a response, or None if it is not a sequence of steps.
 
-    The judge of what a model says after training on `groups(…, seed)`.
+    It scores the samples of a model that was trained on `groups(…, seed)`.
     """
     steps = [_STEP.fullmatch(part) for part in re.split(r"(?<=\.) ", text.strip())]
     if not all(steps):
         return None
     utility = _utilities(seed)
-    felt = [utility.get(word) for step in steps if step for word in step.groups()]
-    return _weighed([u for u in felt if u is not None]) if None not in felt else None
+    utilities = [utility.get(word) for step in steps if step for word in step.groups()]
+    if None in utilities:
+        return None
+    return _mean_utility([u for u in utilities if u is not None])

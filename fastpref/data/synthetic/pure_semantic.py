@@ -1,4 +1,4 @@
-"""A preference dataset in which only meaning can decide: minimal pairs with known probabilities.
+"""Pure semantic preference data set: minimal pairs with known preference probabilities.
 
 The two responses to a prompt share their template and their number of words and differ in one
 content word at one position, so neither length nor form nor style can carry the preference; and
@@ -7,9 +7,9 @@ scored by how well it matches a distribution instead of by accuracy alone. The c
 "A fine-grained analysis of pure semantic preference alignment in large language models", section 3
 and appendix A.2, with one change: where p comes from.
 
-The paper draws p anew for every pair. Nothing learnt from one pair then says anything about
-another, and a held-out pair can only be guessed. Here each word w has a latent Bradley–Terry
-utility u_w ~ N(0, 1), and
+The paper draws p independently for every pair, so one pair carries no information about another
+and a held-out pair can only be guessed. Here each word w has a latent Bradley–Terry utility
+u_w ~ N(0, 1), and
 
     p = σ(u_A − u_B + ε),   ε ~ N(0, 0.1²) for each row,
 
@@ -77,7 +77,7 @@ TEMPLATES: tuple[tuple[str, str], ...] = (
     ("Please recommend one {noun} to me.", " I would go with {word} if I were you."),
 )
 
-NOISE = 0.1  # nats of logit; small beside the spread √2 of u_A − u_B
+NOISE = 0.1  # nats of logit; small compared with the spread √2 of u_A − u_B
 P_LOW, P_HIGH = 0.02, 0.98
 P_DIGITS = 4  # coarse enough that the last bit of a platform's exp, log and cos never shows
 P_MIN = 0.5 + 10.0**-P_DIGITS  # an exact tie would leave the orientation undefined
@@ -105,7 +105,7 @@ class Pair:
 
 
 def generate(seed: int = 0, *, independent: bool = False) -> list[Pair]:
-    """All pairs of words of every set in every template, verified, in an order drawn by `seed`.
+    """Generate all word pairs of every set in every template, verified and shuffled by `seed`.
 
     p = σ(u_A − u_B + ε), or uniform on (0.02, 0.98) for each row if `independent`; then oriented,
     clipped to at most 0.98 and rounded to four digits. Equal arguments give equal rows on every
@@ -168,25 +168,26 @@ def verify(pair: Pair) -> None:
     ]
     require(slot > 1, "a content word that does not open the sentence")
     require(all(word.isascii() and word.isalpha() for word in pair.words), "words of letters only")
-    require(tails[0] == tails[1] and tails[0] in ("", ",", "."), "`words` at the differing place")
+    same_tail = tails[0] == tails[1] and tails[0] in ("", ",", ".")
+    require(same_tail, "`words` at the differing position")
     require(0.5 < pair.p <= P_HIGH, f"0.5 < p <= {P_HIGH}")
 
 
 def split(
     pairs: Sequence[Pair], seed: int = 0, test_fraction: float = 0.15
 ) -> tuple[list[Pair], list[Pair]]:
-    """(train, test) such that no unordered pair of words is in both and train has every word.
+    """Split into (train, test) with disjoint unordered word pairs; train contains every word.
 
-    In each set ⌊test_fraction · contrasts + ½⌋ contrasts are held out, fewer where holding one more
-    out would take a word's last comparison from train. Rows keep their order. Raises ValueError
-    unless 0 < test_fraction < 1.
+    In each set ⌊test_fraction · contrasts + ½⌋ contrasts are held out, fewer if another one would
+    remove a word's last comparison from train. Rows keep their order. Raises ValueError unless
+    0 < test_fraction < 1.
     """
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(
             f"test_fraction: expected a number in (0, 1), got {test_fraction!r}; "
             "0.15 holds out 7 of a set's 45 contrasts"
         )
-    # The text keeps this stream apart from the one that drew the utilities.
+    # The text makes this stream independent of the one that draws the utilities.
     rng = random.Random(f"split {seed}")
     held_out: list[tuple[str, str]] = []
     for noun in sorted({pair.set for pair in pairs}):
@@ -212,10 +213,10 @@ def write(
     independent: bool = False,
     test_fraction: float = 0.15,
 ) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl` into `directory` (made if missing); return their paths.
+    """Write `train.jsonl` and `test.jsonl` into `directory` and return their paths.
 
-    One UTF-8 JSON object a line with the fields of `Pair`; equal arguments give equal bytes. Each
-    file appears whole or not at all.
+    Each line is a UTF-8 JSON object with the fields of `Pair`; equal arguments give equal bytes.
+    The directory is created if missing. Each file is written atomically.
     """
     train, test = split(generate(seed, independent=independent), seed, test_fraction)
     folder = Path(directory)
@@ -231,7 +232,7 @@ def _write_rows(path: Path, pairs: Iterable[Pair]) -> Path:
 
 
 def _normal(rng: random.Random) -> float:
-    """A standard normal by Box–Muller."""
+    """Standard normal sample by Box–Muller."""
     radius = math.sqrt(-2.0 * math.log(1.0 - rng.random()))
     return radius * math.cos(2.0 * math.pi * rng.random())
 

@@ -1,1 +1,1 @@
-"""One module a paper, each with a `STUDY`."""
+"""One module for each paper, with a `STUDY`."""

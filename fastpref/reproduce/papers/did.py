@@ -1,4 +1,4 @@
-"""DID: what preferences encode, in a world of 32 responses; and DPO-PG beside DPO.
+"""DID: the information that preferences encode, with 32 responses; and DPO-PG against DPO.
 
 "Differential information: an information-theoretic perspective on preference optimization"
 (arXiv:2505.23761): the energy-based experiment of section 3.5 and Figure 1, the ideal distribution
@@ -37,14 +37,14 @@ REJECTED_FROM = ("the ideal", "uniform", "the reference")
 
 
 def world(job: Job) -> list[Record]:
-    """Train a table of 32 logits on the exact population of pairs, and follow it.
+    """Train a table of 32 logits on the exact population of pairs, and record its divergences.
 
     The chosen response is drawn from the reference, the rejected one from the distribution that
-    `job.config` names, which is ideal if proportional to ref · (ref / target)^beta. Jensen–Shannon
-    divergences, nats, of the policy to the target and to the DID q ∝ target / ref.
+    `job.config` names; the ideal one is proportional to ref · (ref / target)^beta. Divergences are
+    Jensen–Shannon, nats, of the policy to the target and to the DID q ∝ target / ref.
     """
-    g = torch.Generator().manual_seed(job.seed)
-    logits = torch.randn(RESPONSES, generator=g, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(job.seed)
+    logits = torch.randn(RESPONSES, generator=generator, dtype=torch.float64)
     factor = TEMPERATURES[job.config["target"]]
     reference, target = logits.log_softmax(0), (factor * logits).log_softmax(0)
     did = (target - reference).log_softmax(0)
@@ -54,7 +54,9 @@ def world(job: Job) -> list[Record]:
         "the reference": reference,
     }[job.config["rejected"]]
     loss = losses.build(**job.config["loss"])
-    chosen, other = torch.cartesian_prod(*[torch.arange(RESPONSES)] * 2).unbind(1)
+    assert isinstance(loss, losses.PairwiseLoss)
+    responses = torch.arange(RESPONSES)
+    chosen, other = torch.cartesian_prod(responses, responses).unbind(1)
     weights = (reference[chosen] + rejected[other]).exp()
     table = reference.clone().requires_grad_()
     optimizer = torch.optim.RMSprop([table], lr=0.02)
@@ -81,35 +83,36 @@ def _pairs(logps: Tensor, chosen: Tensor, rejected: Tensor) -> SequenceLogps:
 
 @torch.no_grad()
 def js(p: Tensor, q: Tensor) -> float:
-    """Jensen–Shannon divergence of two log-distributions, nats."""
+    """Jensen–Shannon divergence of two distributions, given as log-probs; nats."""
     middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
     sides = [(x.exp() * (x - middle)).sum() for x in (p, q)]
     return (sides[0] + sides[1]).item() / 2
 
 
 def ebm(objective: str, target: str = "reinforcing", rejected: str = "the ideal") -> str:
+    """Label of a run of the energy-based experiment."""
     where = "" if rejected == "the ideal" else f", rejected from {rejected}"
     return f"32 responses: {objective}, {target}{where}"
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
-    made = [
-        _alone(seed, name, target, REJECTED_FROM[0])
+    worlds = [
+        _world(seed, name, target, REJECTED_FROM[0])
         for target in TEMPERATURES
         for name in OBJECTIVES
     ]
-    made += [_alone(seed, "dpo", "reinforcing", rejected) for rejected in REJECTED_FROM[1:]]
+    worlds += [_world(seed, "dpo", "reinforcing", rejected) for rejected in REJECTED_FROM[1:]]
     loss = {"loss": BASELINES["dpo"]}
-    return [*made, Job("dpo", seed, loss), Job("dpo_pg", seed, {**loss, "update": "dpo_pg"})]
+    return [*worlds, Job("dpo", seed, loss), Job("dpo_pg", seed, {**loss, "update": "dpo_pg"})]
 
 
-def _alone(seed: int, objective: str, target: str, rejected: str) -> Job:
+def _world(seed: int, objective: str, target: str, rejected: str) -> Job:
     config = {"loss": OBJECTIVES[objective], "target": target, "rejected": rejected}
-    return Job(ebm(objective, target, rejected), seed, config, alone=world)
+    return Job(ebm(objective, target, rejected), seed, config, function=world)
 
 
 def _js(runs: Runs, objective: str, metric: str = TARGET) -> float:
-    """The larger one of the two targets."""
+    """The larger divergence of the two targets."""
     return max(runs[ebm(objective, target)].last(metric) for target in TEMPERATURES)
 
 
@@ -203,7 +206,7 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     ):
         charts.curves(axis, seeds, both, metric, unit, order)
     axes[3].set_xlabel("optimizer steps")
-    charts.legend(figure, [*entries, ("dpo_pg", {"color": charts.COLOURS[7], "linewidth": 3})])
+    charts.legend(figure, [*entries, ("dpo_pg", {"color": charts.COLORS[7], "linewidth": 3})])
     return figure
 
 
@@ -215,10 +218,10 @@ STUDY = Study(
     setting=(
         "32 responses whose logits are a table: a reference, a target that sharpens or flattens "
         "it, chosen responses drawn from the reference and rejected ones from the ideal "
-        "distribution, all pairs with their exact weights. And pairs of generated advice for a "
-        "small Llama, DPO beside DPO-PG, whose gradient is projected; both under plain gradient "
-        "descent, for which its guarantees hold. The paper's temperatures, learning rates and "
-        "number of responses are not in its text."
+        "distribution, all pairs with their exact weights. The second part trains a small Llama on "
+        "pairs of generated advice with DPO and with DPO-PG, whose gradient is projected; both use "
+        "plain gradient descent, for which the guarantees of DPO-PG hold. The paper does not state "
+        "its temperatures, learning rates and number of responses."
     ),
     jobs=jobs,
     training={
@@ -227,7 +230,7 @@ STUDY = Study(
         "optim": {"name": "rmsprop", "lr": 4e5, "alpha": 0.0, "eps": 1e8, "max_grad_norm": None},
         "training": {"steps": 160, "batch_size": 16, "log_every": 10, "eval_every": 20},
     },
-    keep=(CHOSEN, REJECTED, ENTROPY, LOSS, "eval_rewards/accuracies"),
+    metrics=(CHOSEN, REJECTED, ENTROPY, LOSS, "eval_rewards/accuracies"),
     columns=(
         final("JS to the target, nats", TARGET, 5),
         final("JS to the DID, nats", DID, 5),
@@ -238,6 +241,6 @@ STUDY = Study(
     ),
     claims=CLAIMS,
     draw=draw,
-    caption="Above: how near each objective comes to the target that sharpens the reference. "
-    "Below: DPO beside DPO-PG.",
+    caption="Above: divergence of each objective from the target that sharpens the reference. "
+    "Below: DPO and DPO-PG.",
 )

@@ -1,4 +1,4 @@
-"""PMO: what objectives make of preferences that are probabilities, where only meaning decides.
+"""PMO: objectives on pairs that differ in meaning alone, with probabilities as preferences.
 
 "A fine-grained analysis of pure semantic preference alignment in large language models": the
 trade-off of section 3, the grid of alpha and beta in Table 1, and PCI against KL in appendix D.2.
@@ -44,7 +44,7 @@ def _of_all(runs: Runs, metric: str) -> list[float]:
 
 
 def _correlation(runs: Runs, metric: str) -> float:
-    """With the KL, over all runs of a seed."""
+    """Correlation of a metric with the KL, over all runs of a seed."""
     return float(np.corrcoef(_of_all(runs, KL), _of_all(runs, metric))[0, 1])
 
 
@@ -136,10 +136,10 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     kl, pci = (np.array([_of_all(runs, metric) for runs in seeds]).ravel() for metric in (KL, PCI))
     slope, start = np.polyfit(kl, pci, 1)
     line = np.array([kl.min(), kl.max()])
-    axes[3].scatter(kl, pci, color=charts.COLOURS[0], s=14, linewidths=0)
-    axes[3].plot(line, start + slope * line, color=charts.COLOURS[1])
+    axes[3].scatter(kl, pci, color=charts.COLORS[0], s=14, linewidths=0)
+    axes[3].plot(line, start + slope * line, color=charts.COLORS[1])
     axes[3].set(xlabel=units[KL], ylabel=units[PCI])
-    look = {"color": charts.COLOURS[1]}
+    look = {"color": charts.COLORS[1]}
     charts.legend(figure, [(f"all runs: PCI = {start:.2f} − {-slope:.2f} · KL", look)])
     return figure
 
@@ -154,14 +154,14 @@ STUDY = Study(
         "objective trains from there, 32 pairs a step. Measured on pairs whose words were never "
         "compared in training. The paper trains 2 to 8 billion parameters on probabilities that "
         "are drawn anew for each pair, so that held-out accuracy is near chance; here words have "
-        "utilities, and it can be learnt."
+        "utilities, and it can be learned."
     ),
     jobs=jobs,
     training={
         "optim": {"lr": 5e-4, "schedule": "cosine", "warmup_steps": 5},
         "training": {"batch_size": 32, "log_every": 5},
     },
-    keep=(KL, PCI, ACCURACY, "eval_logps/chosen", "eval_logps/rejected"),
+    metrics=(KL, PCI, ACCURACY, "eval_logps/chosen", "eval_logps/rejected"),
     columns=(
         final("mean KL, nats", KL, 3),
         final("PCI", PCI, 3),
@@ -173,6 +173,6 @@ STUDY = Study(
     takes_groups=False,
     caption="Each objective at the end of training on held-out pairs; PMO by alpha and beta. Small "
     "dots are seeds.",
-    speaks="semantic",
-    speech={"name": "sft", "responses": "both"},
+    sft_data="semantic",
+    sft_loss={"name": "sft", "responses": "both"},
 )

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpref.reproduce import charts
-from fastpref.reproduce.samples_judge import MALFORMED, TOKENS, WIN_RATE
+from fastpref.reproduce.sample_scores import MALFORMED, TOKENS, WIN_RATE
 from fastpref.reproduce.study import Claim, Job, Runs, Study, difference, final
 
 CHOSEN, REJECTED = (f"logps/{side}_change" for side in ("chosen", "rejected"))
@@ -33,32 +33,31 @@ PRO, OTHERS = ("pro_p", "pro_b"), ("dpo", "kto", "nca")
 
 
 def rare(label: str, alpha: float | None = None) -> str:
+    """Label of a run with 1 % of a label: of KTO, or of PRO-B with an alpha."""
     return f"kto, {label}" if alpha is None else f"pro_b {alpha:g}, {label}"
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
-    made = [_job(seed, label, kind, loss) for label, (kind, loss) in MAIN.items()]
+    all_jobs = [_job(seed, label, kind, loss) for label, (kind, loss) in MAIN.items()]
     for label in RARE:
         side = "desirable_weight" if label == RARE[0] else "undesirable_weight"
-        made.append(_job(seed, rare(label), label, {"name": "kto", side: 100.0}))
+        all_jobs.append(_job(seed, rare(label), label, {"name": "kto", side: 100.0}))
         for alpha in ALPHAS[::2] if quick else ALPHAS:
             loss = {"name": "pro_b", "alpha": alpha, side: 100.0}
-            made.append(_job(seed, rare(label, alpha), label, loss))
+            all_jobs.append(_job(seed, rare(label, alpha), label, loss))
     for count in (2, 4):
-        made.append(_job(seed, f"nca, {count}", f"{count} responses", {"name": "nca"}))
+        all_jobs.append(_job(seed, f"nca, {count}", f"{count} responses", {"name": "nca"}))
         # The least alpha with an optimum for four scores in [0, 1] is 3.75.
         pro_s = {"name": "pro_s", "alpha": 4.0}
-        made.append(_job(seed, f"pro_s, {count}", f"{count} responses", pro_s))
-    return made
+        all_jobs.append(_job(seed, f"pro_s, {count}", f"{count} responses", pro_s))
+    return all_jobs
 
 
 def _job(seed: int, label: str, kind: str, loss: dict[str, Any]) -> Job:
-    """Batches of 32 responses, as pairs, alone or in groups."""
-    a_group = {"pairs": 2, "2 responses": 2, "4 responses": 4}.get(kind, 1)
-    training = {"batch_size": 32 // a_group}
-    return Job(
-        label, seed, {"loss": {"beta": BETA, **loss}, "training": training}, kind, judged=True
-    )
+    """A job with 32 responses a batch: as pairs, single or in groups."""
+    group_size = {"pairs": 2, "2 responses": 2, "4 responses": 4}.get(kind, 1)
+    config = {"loss": {"beta": BETA, **loss}, "training": {"batch_size": 32 // group_size}}
+    return Job(label, seed, config, kind, scores_samples=True)
 
 
 def _wins(runs: Runs, label: str) -> float:
@@ -67,8 +66,8 @@ def _wins(runs: Runs, label: str) -> float:
 
 def _tuned(runs: Runs, label: str) -> float:
     """The win rate of the best larger alpha, less that of the default one."""
-    found = [_wins(runs, name) for alpha in ALPHAS[1:] if (name := rare(label, alpha)) in runs]
-    return max(found) - _wins(runs, rare(label, ALPHAS[0]))
+    wins = [_wins(runs, name) for alpha in ALPHAS[1:] if (name := rare(label, alpha)) in runs]
+    return max(wins) - _wins(runs, rare(label, ALPHAS[0]))
 
 
 CLAIMS = (
@@ -166,7 +165,7 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     alphas = [alpha for alpha in ALPHAS if rare(RARE[0], alpha) in seeds[0]]
     for position, label in enumerate(RARE):
         wins = np.array([[_wins(runs, rare(label, alpha)) for alpha in alphas] for runs in seeds])
-        look = {"color": charts.COLOURS[5 + position], "marker": "o", "markersize": 4}
+        look = {"color": charts.COLORS[5 + position], "marker": "o", "markersize": 4}
         axes[2].plot(alphas, wins.mean(0), **look)
         axes[2].fill_between(alphas, wins.min(0), wins.max(0), color=look["color"], alpha=0.15)
         kto = np.mean([_wins(runs, rare(label)) for runs in seeds])
@@ -190,7 +189,7 @@ STUDY = Study(
         "worst, as single labels, or as groups; 32 responses a step, beta 0.1 throughout. With 1 "
         "% of a label the loss of the rare responses counts a hundredfold, as in the paper. A "
         "sample wins by the utilities that made the scores, over responses of the data, and loses "
-        "if it is no recipe; the paper asks a language model."
+        "if it is no recipe; in the paper, a language model decides."
     ),
     jobs=jobs,
     training={
@@ -198,7 +197,7 @@ STUDY = Study(
         "optim": {"name": "rmsprop", "lr": 1e-4, "warmup_steps": 10},
         "training": {"steps": 60, "log_every": 5},
     },
-    keep=(CHOSEN, REJECTED, EVAL_CHOSEN, ACCURACY, "eval_entropy"),
+    metrics=(CHOSEN, REJECTED, EVAL_CHOSEN, ACCURACY, "eval_entropy"),
     columns=(
         final("chosen, nats", CHOSEN, 1),
         final("rejected, nats", REJECTED, 1),
@@ -209,7 +208,8 @@ STUDY = Study(
     ),
     claims=CLAIMS,
     draw=draw,
-    takes_groups=False,  # its claims are about samples, which only generated data can judge
+    # Its claims are about samples, which are scored on generated data only.
+    takes_groups=False,
     caption="Log-probs of the responses trained on over the steps; win rates of samples with 1 % "
     "of a label left, by alpha, and at the end of every other run.",
 )

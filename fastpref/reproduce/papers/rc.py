@@ -22,7 +22,8 @@ INSIDE, LOG_R = "band/inside", "band/log_r"
 UP, DOWN = "band/dz_chosen", "band/dz_rejected"
 CHOSEN, REJECTED = (f"eval_logps/{side}_change" for side in ("chosen", "rejected"))
 ACCURACY = "eval_rewards/accuracies"
-HEAD_FULL = ("centre", "width")  # of the band, by head and by all parameters
+# Numbers of the band, measured with the scores of the head and of all parameters.
+HEAD_FULL = ("center", "width")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": BASELINES["dpo"],
     "ipo": BASELINES["ipo"],
@@ -36,32 +37,34 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 QUICK = ("dpo", "cpo", "dil_bce")
 ENTANGLED = ("dpo", "ipo", "simpo", "ti_dpo")
-MOMENTUM, MOMENTA = 0.98, (0.5, 0.9, 0.999)  # the paper's, and others for DPO
+MOMENTUM = 0.98  # the paper's
+MOMENTA = (0.5, 0.9, 0.999)  # further ones for DPO
 MEASURED_PAIRS = 24
 
 
 def calibrated(label: str, momentum: float = MOMENTUM) -> str:
+    """Label of a run with calibration."""
     return f"{label}, RC" if momentum == MOMENTUM else f"{label}, RC {momentum:g}"
 
 
 def jobs(seed: int, quick: bool) -> list[Job]:
-    made = []
+    all_jobs = []
     for label in QUICK if quick else OBJECTIVES:
         loss = OBJECTIVES[label]
         measure = bands if label in ("dpo", "dil_bce") else None
-        made.append(Job(label, seed, {"loss": loss}, measure=measure))
+        all_jobs.append(Job(label, seed, {"loss": loss}, measure=measure))
         momenta = (MOMENTUM, *(MOMENTA if label == "dpo" else ()))
         for momentum in momenta[:2] if quick else momenta:
-            calibration = {"loss": loss, "calibration": {"momentum": momentum, "scope": "head"}}
-            made.append(Job(calibrated(label, momentum), seed, calibration))
-    return made
+            config = {"loss": loss, "calibration": {"momentum": momentum, "scope": "head"}}
+            all_jobs.append(Job(calibrated(label, momentum), seed, config))
+    return all_jobs
 
 
 def bands(trainer: Trainer, job: Job) -> Record:
-    """Of some held-out pairs the band by the scores of the head and by those of all parameters.
+    """Measure the band of some held-out pairs, by the scores of the head and of all parameters.
 
-    Means of log r*, its centre, and of −log of the cosine, half of its width, where both cosines
-    are positive; their correlation over the pairs.
+    Records the means of log r*, its center, and of −log of the cosine, half of its width, over the
+    pairs with two positive cosines, and the correlation of head and all parameters.
     """
     split = trainer.run.eval
     assert split is not None
@@ -72,24 +75,26 @@ def bands(trainer: Trainer, job: Job) -> Record:
         assert isinstance(seen.policy, SequenceLogps) and seen.geometry is not None
         for side, geometry in (
             ("head", seen.geometry),
-            ("full", parameter_geometry(seen.policy, trainer.trained)),
+            ("full", parameter_geometry(seen.policy, trainer.parameters)),
         ):
-            centre = (geometry.rejected_norm / geometry.chosen_norm).log()
-            sides[side].append((centre.item(), half_band(geometry.cosine).item()))
+            center = (geometry.rejected_norm / geometry.chosen_norm).log()
+            sides[side].append((center.item(), half_band(geometry.cosine).item()))
     head, full = (np.array(sides[side]) for side in ("head", "full"))
-    kept = np.isfinite(head).all(1) & np.isfinite(full).all(1)
-    record: Record = {"bands/pairs": int(kept.sum())}
+    valid = np.isfinite(head).all(1) & np.isfinite(full).all(1)
+    record: Record = {"bands/pairs": int(valid.sum())}
     for column, name in enumerate(HEAD_FULL):
-        ours, theirs = head[kept, column], full[kept, column]
-        record[f"bands/{name}_head"] = float(ours.mean())
-        record[f"bands/{name}_full"] = float(theirs.mean())
-        record[f"bands/{name}_correlation"] = float(np.corrcoef(ours, theirs)[0, 1])
+        by_head, by_all = head[valid, column], full[valid, column]
+        record[f"bands/{name}_head"] = float(by_head.mean())
+        record[f"bands/{name}_full"] = float(by_all.mean())
+        record[f"bands/{name}_correlation"] = float(np.corrcoef(by_head, by_all)[0, 1])
     return record
 
 
 def pathway(up: bool, down: bool) -> Any:
-    """The share of steps whose mean predicted change lifts the chosen and lowers the rejected
-    log-prob, or not."""
+    """Share of the steps on a pathway, by their mean predicted changes.
+
+    up: the chosen log-prob rises; down: the rejected log-prob falls.
+    """
 
     def holds(line: Record) -> bool:
         return (line[UP] >= 0) == up and (line[DOWN] <= 0) == down
@@ -98,7 +103,7 @@ def pathway(up: bool, down: bool) -> Any:
 
 
 def _gain(runs: Runs, metric: str, label: str, by_mean: bool = False) -> float:
-    """What calibration adds to a metric of an objective."""
+    """Difference that calibration makes to a metric of an objective."""
     with_rc, without = runs[calibrated(label)], runs[label]
     if by_mean:
         return with_rc.mean(metric) - without.mean(metric)
@@ -173,8 +178,8 @@ CLAIMS = (
     Claim(
         "The scores of the head give the band that those of all parameters give",
         "Figures 5 and 6",
-        "correlation of the centres over held-out pairs, the smaller one of DPO and DIL-BCE",
-        lambda runs: min(runs[k].last("bands/centre_correlation") for k in ("dpo", "dil_bce")),
+        "correlation of the centers over held-out pairs, the smaller one of DPO and DIL-BCE",
+        lambda runs: min(runs[k].last("bands/center_correlation") for k in ("dpo", "dil_bce")),
         above=0.8,
     ),
     Claim(
@@ -205,10 +210,10 @@ def draw(seeds: Sequence[Runs]) -> Figure:
     }
     for axis, (unit, value) in zip(axes, panels.items(), strict=True):
         charts.dots(axis, seeds, rows, value, unit)
-    charts.far(axes[-1])
+    charts.symlog(axes[-1])
     dot = {"marker": "o", "linestyle": ""}
     looks = [
-        (name, {"color": charts.COLOURS[k], **dot})
+        (name, {"color": charts.COLORS[k], **dot})
         for k, name in enumerate(("without calibration", "with it"))
     ]
     charts.legend(figure, looks)
@@ -220,19 +225,19 @@ STUDY = Study(
     title="Reward Calibration and the band",
     paper="Towards disentangled preference optimization dynamics, arXiv:2604.18239",
     setting=(
-        "Pairs of generated advice, a Llama that has learnt the chosen responses, one epoch of 4 "
-        "pairs a step under AdamW. Bands are those of the head's scores, pair by pair, in every "
-        "step. What calibration costs is measured apart, in `benchmarks/calibration.py "
-        "--overhead`."
+        "Pairs of generated advice, a Llama that has learned the chosen responses, one epoch of 4 "
+        "pairs a step under AdamW. Bands are computed from the scores of the head, for each pair "
+        "in every step. `benchmarks/calibration.py --overhead` measures the cost of calibration."
     ),
     jobs=jobs,
     training={
-        "reference": "cached",  # also where the objective needs none, to be measured against
+        # Changes are measured from the reference, even if the objective does not need one.
+        "reference": "cached",
         "monitor": {"band_every": 1},
         "optim": {"lr": 3e-4},
         "training": {"batch_size": 4, "log_every": 1, "epochs": 1},
     },
-    keep=(INSIDE, LOG_R, UP, DOWN, "band/log_r_star", "band/cosine", CHOSEN, REJECTED, ACCURACY),
+    metrics=(INSIDE, LOG_R, UP, DOWN, "band/log_r_star", "band/cosine", CHOSEN, REJECTED, ACCURACY),
     columns=(
         mean("inside the band", INSIDE),
         mean("log r", LOG_R),

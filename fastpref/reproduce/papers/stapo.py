@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpref.reproduce import charts
-from fastpref.reproduce.samples_judge import MALFORMED, WIN_RATE
+from fastpref.reproduce.sample_scores import MALFORMED, WIN_RATE
 from fastpref.reproduce.study import BASELINES, Claim, Job, Runs, Study, difference, final
 
 INSIDE, ABOVE, Z = (f"contrast/{name}" for name in ("inside", "above", "mean"))
@@ -32,16 +32,16 @@ GRID = {
 
 def jobs(seed: int, quick: bool) -> list[Job]:
     losses = OBJECTIVES if quick else OBJECTIVES | GRID
-    return [Job(label, seed, {"loss": loss}, judged=True) for label, loss in losses.items()]
+    return [Job(label, seed, {"loss": loss}, scores_samples=True) for label, loss in losses.items()]
 
 
 def _moved(runs: Runs, label: str) -> float:
-    """How far the entropy of the policy is from where it began, either way."""
+    """Distance of the final entropy of the policy from its initial entropy."""
     return abs(runs[label].last(ENTROPY) - runs[label].first(ENTROPY))
 
 
 def _lost(runs: Runs, label: str) -> float:
-    """Held-out accuracy at the best epoch, less that after the last one."""
+    """Held-out accuracy of the best epoch, less that of the last one."""
     accuracies = runs[label].series(ACCURACY)[1]
     return max(accuracies) - accuracies[-1]
 
@@ -151,7 +151,7 @@ STUDY = Study(
     setting=(
         "Pairs of generated advice whose labels have noise, five epochs, 16 pairs a step. The "
         "margins of the log-ratios, which the paper does not state, are those of the reward "
-        "divided by beta. The paper's win rates are those of a judge over benchmarks; here a "
+        "divided by beta. In the paper a language model decides wins on benchmarks; here a "
         "sample wins by the utilities that made the labels, over responses of the data, and loses "
         "if it is no recipe."
     ),
@@ -161,7 +161,7 @@ STUDY = Study(
         "optim": {"lr": 3e-4, "warmup_steps": 10},
         "training": {"epochs": EPOCHS, "batch_size": 16},
     },
-    keep=(
+    metrics=(
         INSIDE,
         ABOVE,
         Z,

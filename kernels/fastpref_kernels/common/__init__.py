@@ -1,1 +1,1 @@
-"""Tiles, numerics, tile shapes and launches that all kernels share."""
+"""Tiles, numerics, tile shapes and launches shared by all kernels."""

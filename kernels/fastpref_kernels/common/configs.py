@@ -1,9 +1,9 @@
 """The tile shapes of every kernel, as plain data.
 
-The first row of a table is the one used; the others are candidates that the compile command also
-checks and that a tuning run may promote. The choice is pinned, not timed at run time: two kernels
-or two processes that chose different tiles would differ in the last bit, and a policy must equal
-its reference to the last bit before the first step.
+The first row of a table is used; the others are candidates that the compile command also checks
+and that a tuning run may promote. The choice is pinned, not timed at run time: two kernels or two
+processes with different tiles would differ in the last bit, and a policy must equal its reference
+to the last bit before the first step.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class GemmConfig(NamedTuple):
 
     @property
     def blocks(self) -> dict[str, list[int]]:
-        """The shapes in which the copy engine moves the matrices."""
+        """Shapes of the blocks that the copy engine moves."""
         return {
             "hidden": [self.block_t, self.block_d],
             "weight": [self.block_v, self.block_d],
@@ -32,24 +32,24 @@ class GemmConfig(NamedTuple):
 
     @property
     def panel_tiles(self) -> int:
-        """Tiles of the vocabulary one program walks.
+        """Number of tiles of the vocabulary that one program walks.
 
-        Fixed, so that the order of summation, hence every bit of the result, is independent of how
-        many tokens come together.
+        It is fixed, so that the order of summation, hence every bit of the result, does not depend
+        on the number of tokens.
         """
         return self.panel_v // self.block_v
 
 
 class RowConfig(NamedTuple):
-    """One program's rows (or columns) in a kernel that moves memory and multiplies nothing."""
+    """One program's rows (or columns) in a kernel without a GEMM."""
 
     block_t: int
     num_warps: int
 
 
 IGNORE_INDEX = -100
-# A product and a sum rounded once instead of twice, where the compiler likes: the variants of a
-# kernel would differ in the last bit.
+# FMA contraction is off: the compiler may contract one variant of a kernel and not another, which
+# changes the last bit.
 FP_FUSION = False
 GROUP_T = 16  # row blocks that share a panel of the weight while it is in the L2 cache
 
@@ -79,7 +79,7 @@ INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
 
 MERGE = RowConfig(16, 4)
 MERGE_PANELS = 64  # partials of a row that are read at once
-AGAIN_PANELS = 16  # panels that one program walks where nearly all have nothing to do
+REDO_PANELS = 16  # panels that one program of REDO walks; nearly all of them have no row to redo
 MERGE_KL = RowConfig(128, 4)
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 
@@ -97,5 +97,5 @@ def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
 
 
 def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
-    """The same for kernels with two accumulators."""
+    """The candidates for kernels with two accumulators; the first is used."""
     return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]

@@ -1,11 +1,10 @@
-"""What a program computes of the logits: one (block_t, block_v) tile, in registers, in fp32.
+"""One program's (block_t, block_v) tile of the logits, in registers, in fp32.
 
     x = logit_scale * (hidden @ weight.T + bias),  then, with a soft cap c,  x <- c * tanh(x / c)
 
-Columns beyond the vocabulary are -inf. Operands arrive as TMA descriptors, which clip at the edges
-by themselves, or as pointers to rows of unit stride. What follows the product runs on one quarter
-of the tile's columns after the other: whole, a 128 x 256 tile and its exponentials overflow the
-registers.
+Columns beyond the vocabulary are -inf. Operands arrive as TMA descriptors, which clip at the edges,
+or as pointers to rows of unit stride. The epilogue of the GEMM runs on one quarter of the tile's
+columns after the other: a whole 128 x 256 tile and its exponentials overflow the registers.
 """
 
 # mypy: allow-untyped-defs
@@ -19,7 +18,7 @@ IGNORE_INDEX = tl.constexpr(_IGNORE_INDEX)
 
 @triton.jit
 def dot_fp32(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a @ b; fp32 operands go through three TF32 products, which keep fp32's accuracy."""
+    """acc + a @ b; fp32 operands take three TF32 products, which keep the accuracy of fp32."""
     if UPCAST:  # the interpreter multiplies the bits of bf16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="tf32x3")
@@ -48,8 +47,8 @@ def matmul_tile(
         for d in range(0, D, BLOCK_D):
             acc = dot_fp32(a.load([row, d]), b.load([col, d]).T, acc, UPCAST)
     else:
-        # Rows past the end repeat the last one; the caller masks what they produce. 64-bit bases
-        # and 32-bit offsets within the tile need half the registers of 64-bit pointers.
+        # Rows past the end repeat the last one; the caller masks their results. 64-bit bases and
+        # 32-bit offsets within the tile need half the registers of 64-bit pointers.
         ds = tl.arange(0, BLOCK_D)
         a_rows = tl.minimum(tl.arange(0, BLOCK_A), A - 1 - row)
         b_rows = tl.minimum(tl.arange(0, BLOCK_B), B - 1 - col)
@@ -82,7 +81,7 @@ def column_quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def finish_logits(acc, col, bias, V, logit_scale, softcap, BLOCK: tl.constexpr):
-    """Products of the columns from col on to logits: bias, scale, soft cap, -inf past V."""
+    """Logits of the columns from col on: acc with bias, scale and soft cap; -inf past V."""
     local = tl.arange(0, BLOCK)  # relative to col: fewer registers than column numbers
     x = acc
     if bias is not None:
@@ -101,23 +100,34 @@ def soft_cap(x, softcap):
 
 @triton.jit
 def cap_slope(x, softcap):
-    """d x / d (logit before the cap), from the capped logit x."""
+    """Derivative of the soft cap, from the capped logit x."""
     ratio = tl.maximum(x / softcap, -1.0)  # columns past the vocabulary are -inf
     return 1.0 - ratio * ratio
 
 
 @triton.jit
-def chain_rule(d, x, logit_scale, softcap):
-    """d L / d product from d = d L / d x, given the finished logit x."""
-    d *= logit_scale
+def chain_rule(grad, logits, logit_scale, softcap):
+    """Gradient by hidden @ weight.T from the gradient by the finished logits."""
+    grad *= logit_scale
     if softcap is not None:
-        d *= cap_slope(x, softcap)
-    return d
+        grad *= cap_slope(logits, softcap)
+    return grad
+
+
+@triton.jit
+def store_columns(out, values, rows, mask, col, V, stride, BLOCK: tl.constexpr):
+    """out[rows, col : col + BLOCK] = values where mask allows, none past column V."""
+    local = tl.arange(0, BLOCK)
+    tl.store(
+        out + rows[:, None].to(tl.int64) * stride + (col + local)[None, :],
+        values.to(out.dtype.element_ty),
+        mask=mask & (local[None, :] < V - col),
+    )
 
 
 @triton.jit
 def grouped_tile(pid, rows, panels, GROUP: tl.constexpr):
-    """(row block, panel) of a program: GROUP row blocks pass over the weight together."""
+    """(row block, panel) of a program: GROUP row blocks read the weight together."""
     group = pid // (GROUP * panels)
     first = group * GROUP
     size = tl.minimum(rows - first, GROUP)

@@ -1,8 +1,8 @@
-"""Between tensors and kernels: the configuration, descriptors or strides."""
+"""Launch arguments from tensors: the configuration, descriptors or strides."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,22 +18,25 @@ from fastpref_kernels.common.configs import (
     table_arch,
 )
 
+if TYPE_CHECKING:
+    from fastpref.ops.backend import Head
+
 
 @contextmanager
 def launching_on(tensor: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device, not the current one, and keep autocast off the GEMMs."""
+    """Context manager that launches on the tensor's device and keeps autocast off the GEMMs."""
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with device, torch.autocast(tensor.device.type, enabled=False):
         yield
 
 
 def gemm_config(hidden: Tensor) -> GemmConfig:
-    """The one configuration every kernel with one head uses on this device for this dtype."""
+    """The configuration of every kernel with one head, on this device and for this dtype."""
     return pinned(hidden, gemm_configs)
 
 
 def pair_config(hidden: Tensor) -> GemmConfig:
-    """The one configuration every kernel with two heads uses."""
+    """The configuration of every kernel with two heads."""
     return pinned(hidden, pair_configs)
 
 
@@ -49,10 +52,10 @@ def pinned(
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x itself if the kernels can read it, else a copy that they can.
+    """x itself if the kernels can read it, else a copy that they can read.
 
-    Rows of unit stride, each starting on 16 bytes and near enough to the next for 32-bit offsets
-    within a tile: every model's hidden states and head are like that; others pay for one copy.
+    They need rows of unit stride that start on 16 bytes, close enough for 32-bit offsets within a
+    tile. The hidden states and heads of models are like that; other tensors pay for one copy.
     """
     step = x.stride(0)
     aligned = step * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
@@ -62,12 +65,12 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def operand(name: str, x: Tensor, config: GemmConfig) -> Tensor | TensorDescriptor:
-    """A matrix as the kernel wants it: behind a descriptor of its block, or as a pointer."""
+    """A matrix as the kernel takes it: a descriptor of its blocks, or a pointer."""
     return TensorDescriptor.from_tensor(x, config.blocks[name]) if config.tma else x
 
 
 def operands(hidden: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
-    """The arguments that every kernel over tiles of the logits shares."""
+    """Arguments that all kernels over tiles of the logits share."""
     hidden, weight = dense_rows(hidden), dense_rows(weight)
     return {
         "hidden": operand("hidden", hidden, config),
@@ -95,7 +98,7 @@ def pair_operands(
     ref_weight: Tensor,
     config: GemmConfig,
 ) -> dict[str, Any]:
-    """The same for kernels that read the policy's head and the reference's."""
+    """Arguments of `operands`, and those of the reference's head."""
     ref_hidden, ref_weight = dense_rows(ref_hidden), dense_rows(ref_weight)
     return operands(hidden, weight, config) | {
         "ref_hidden": operand("ref_hidden", ref_hidden, config),
@@ -106,7 +109,18 @@ def pair_operands(
     }
 
 
+def head_scalars(head: "Head") -> dict[str, Any]:
+    """Scale and soft cap as kernel arguments."""
+    softcap = None if head.softcap is None else float(head.softcap)
+    return {"logit_scale": float(head.logit_scale), "softcap": softcap}
+
+
+def bias_operand(head: "Head") -> Tensor | None:
+    """The bias as a kernel argument."""
+    return None if head.bias is None else head.bias.contiguous()
+
+
 def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
-    """An uninitialised (rows, columns) matrix whose rows start on 16 bytes, as fast GEMMs want."""
+    """Uninitialized (rows, columns) matrix whose rows start on 16 bytes, as fast GEMMs need."""
     step = 16 // like.element_size()
     return like.new_empty((rows, triton.cdiv(columns, step) * step))[:, :columns]

@@ -1,8 +1,8 @@
 """Elementwise functions that keep their digits and stay finite, in fp32 and fp64.
 
 No exponential is taken of a positive number beyond a stated limit, and no logarithm of a number
-that was rounded to 1 on the way. NaN comes out as NaN. A function that is continued beyond a limit
-by its tangent returns its value and its slope, which are continuous there.
+that was rounded to 1 before. NaN results in NaN. A function that is continued beyond a limit by its
+tangent returns its value and its slope, which are continuous there.
 """
 
 # mypy: allow-untyped-defs
@@ -14,14 +14,14 @@ EXP_LIMIT = tl.constexpr(20.0)  # as in the plain-PyTorch objectives
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), x > -1: the error of rounding 1 + x cancels in the quotient."""
+    """log(1 + x) for x > -1: the error of rounding 1 + x cancels in the quotient."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - e^x, x < 0, by the same cancellation where e^x is close to 1."""
+    """1 - e^x for x < 0, by the same cancellation where e^x is close to 1."""
     y = tl.exp(tl.where(x > -0.5, x, -0.5))
     close = tl.where(y == 1.0, -x, (1.0 - y) * (x / tl.where(y == 1.0, 1.0, tl.log(y))))
     return tl.where(x > -0.5, close, 1.0 - tl.exp(x))

@@ -1,8 +1,8 @@
-"""Objectives that hold each response to an anchor of its own, as the loss kernels call them.
+"""Objectives that compare each response with an anchor of its own, for the loss kernels.
 
     (zw, zl, rw, rl, nw, nl, hyperparameters) -> loss, d_w, d_l, chosen reward, rejected reward
 
-Notation, arguments and sources: see `objectives_margin` and the plain-PyTorch objectives of the
+Notation, arguments and sources: see `margin` and the plain-PyTorch objectives of the
 same names. The two incentives differ.
 """
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels import missing
+from fastpref_kernels import unavailable_reason
 from fastpref_kernels.common.configs import RowConfig
 
 LOSSES = RowConfig(128, 4)
@@ -29,7 +29,7 @@ def hyperparameters(p0, p1, p2, p3, COUNT: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def added(sums, values, mask):
-    """Each sum plus the values of its column, lane by lane."""
+    """Add the values of each column to its sums, lane by lane."""
     result = ()
     for i in tl.static_range(len(values)):
         column = tl.where(mask, values[i], 0.0).to(tl.float64)
@@ -38,31 +38,31 @@ def added(sums, values, mask):
 
 
 def padded(values: list[Any], length: int, filler: Any) -> list[Any]:
-    """The values, and the filler in the slots that are left."""
+    """The values, followed by fillers up to `length`."""
     return values + [filler] * (length - len(values))
 
 
 def required(argument: str, tensor: Tensor | None, name: str) -> Tensor:
-    """The tensor, which the objective cannot do without."""
+    """Return the tensor; raise ValueError if it is None."""
     if tensor is None:
         raise ValueError(f"{argument}: {name} needs it, got None")
     return tensor
 
 
 def check_log_probs(argument: str, logps: Tensor) -> None:
-    """A vector in a dtype and on a device that the kernels work with."""
+    """Raise ValueError unless the kernels can read the vector of log-probs."""
     if logps.dim() != 1:
         raise ValueError(f"{argument}: expected one log-prob each, got {tuple(logps.shape)}")
     if logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{argument}: expected float32 or float64, got {logps.dtype}: sum in float32"
         )
-    if reason := missing(logps.device.type):
+    if reason := unavailable_reason(logps.device.type):
         raise ValueError(f"{argument}: the kernel {reason}")
 
 
 def check_point(logps: Tensor, reference_point: Tensor) -> None:
-    """One number of any floating-point dtype, on the device of the log-probs."""
+    """Raise ValueError unless the point is one floating-point number on the log-probs' device."""
     if reference_point.shape != () or not reference_point.is_floating_point():
         raise ValueError(
             f"reference_point: expected one floating-point number of shape (), got "
@@ -81,7 +81,7 @@ def check_vectors(
     others: Mapping[str, Tensor | None],
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """What there is of them has one value of one of the dtypes for each log-prob, beside it."""
+    """Raise ValueError unless each tensor matches the log-probs and has one of the dtypes."""
     for argument, tensor in others.items():
         if tensor is None:
             continue

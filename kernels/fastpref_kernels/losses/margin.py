@@ -1,11 +1,11 @@
-"""Objectives on the margin of two log-ratios, as the loss kernels call them.
+"""Objectives on the margin of two log-ratios, for the loss kernels.
 
     (zw, zl, rw, rl, nw, nl, hyperparameters) -> loss, d_w, d_l, chosen reward, rejected reward
 
 zw, zl are the summed log-probs of the chosen and the rejected response under the policy, rw, rl
 under the reference, nw, nl the token counts, all blocks of one dtype; so is every hyperparameter,
 except a choice, which is a constexpr and comes last. With t = z - r, d_w = -dL/dzw and
-d_l = dL/dzl, in closed form. Nothing is stored: a pair is a handful of registers.
+d_l = dL/dzl, in closed form. A function stores nothing; a pair needs a handful of registers.
 
 Formulas and sources are those of the plain-PyTorch objectives of the same names. Here u is the
 margin of the rewards and d the incentive that both responses share.
@@ -86,10 +86,10 @@ def hinge(zw, zl, rw, rl, nw, nl, beta):
 def exo_pair(zw, zl, rw, rl, nw, nl, beta, label_smoothing):
     """S(u) * (LS(u) - log(1 - e)) + S(-u) * (LS(-u) - log(e))"""
     chosen, rejected, u = log_ratio_rewards(zw, zl, rw, rl, beta)
-    log_kept, log_flipped = log1p(-label_smoothing), tl.log(label_smoothing)
-    loss = sigmoid(u) * (log_sigmoid(u) - log_kept)
+    log_correct, log_flipped = log1p(-label_smoothing), tl.log(label_smoothing)
+    loss = sigmoid(u) * (log_sigmoid(u) - log_correct)
     loss += sigmoid(-u) * (log_sigmoid(-u) - log_flipped)
-    d = beta * sigmoid_slope(u) * (log_kept - log_flipped - u)
+    d = beta * sigmoid_slope(u) * (log_correct - log_flipped - u)
     return loss, d, d, chosen, rejected
 
 

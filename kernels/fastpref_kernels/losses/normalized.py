@@ -1,8 +1,8 @@
-"""Objectives on log-probs per token or without a reference, as the loss kernels call them.
+"""Objectives on log-probs per token or without a reference, for the loss kernels.
 
     (zw, zl, rw, rl, nw, nl, hyperparameters) -> loss, d_w, d_l, chosen reward, rejected reward
 
-Notation, arguments and sources: see `objectives_margin` and the plain-PyTorch objectives of the
+Notation, arguments and sources: see `margin` and the plain-PyTorch objectives of the
 same names. a = z / n, and 0 for an empty response, whose incentive is then 0, too.
 """
 

@@ -1,16 +1,16 @@
-"""Losses, incentives, rewards and sums for the log, of a whole batch, in one launch.
+"""Losses, incentives, rewards and metric sums of a whole batch of pairs, in one launch.
 
     d_w = -dL/dz_w,  d_l = dL/dz_l,  d = -dL/dz,  so that -grad L = d_w s_w - d_l s_l,  or d s
 
-with s the gradient of a response's log-prob: an objective enters a backward pass by these numbers
-alone. They are closed forms, one function per objective, of the objectives whose loss of a pair (or
-response) depends on nothing but its own log-probs, lengths and label. A soft label p weighs the two
+with s the gradient of a response's log-prob: a backward pass needs nothing else of the objective.
+The incentives are closed forms, one function per objective, for objectives whose loss of a pair (or
+response) depends only on its own log-probs, lengths and label. A soft label p weights the two
 orders of a pair, p L(w, l) + (1 - p) L(l, w).
 
-Memory: the results, 5 numbers a pair or 3 a response, and the sums. One program walks the batch,
-which is small, block by block, and adds lane by lane in fp64: the same bits every time. Products
-and sums are not fused, so that equal log-ratios have a margin of exactly 0. Hyperparameters arrive
-in fp64, as numbers and not as constants: another beta needs no other machine code.
+Memory: the results, 5 numbers per pair or 3 per response, and the sums. One program reads the
+batch, which is small, block by block, and adds lane by lane in fp64, so results are deterministic.
+Multiply and add are not fused, so that equal log-ratios have a margin of exactly 0. Hyperparameters
+are fp64 arguments, not constants, so one binary serves every value of beta.
 """
 
 # mypy: allow-untyped-defs
@@ -61,7 +61,7 @@ class PairLosses(NamedTuple):
     metrics: Tensor  # (len(PAIR_METRICS),)
 
 
-# One machine code for every batch: neither its size nor where a half of it starts is built in.
+# One binary for every batch: batch sizes and the alignment of its halves must not cause recompiles.
 @triton.jit(
     do_not_specialize=["B"],
     do_not_specialize_on_alignment=[
@@ -112,7 +112,7 @@ def pair_losses_kernel(
         )
         if preference is not None:
             p = tl.load(preference + pairs, mask=mask, other=1.0)
-            # Of the reversed pair, whose first response is the rejected one: signs change.
+            # In the reversed pair the first response is the rejected one, so signs change.
             back, back_l, back_w, _, _ = OBJECTIVE(
                 zl, zw, rl, rw, nl, nw, *numbers, *(c0, c1)[:CHOICES]
             )
@@ -147,12 +147,12 @@ def pair_losses(
     rejected_lengths: Tensor,  # (B,)
     preference: Tensor | None = None,  # (B,)
 ) -> PairLosses:
-    """The objective `name` on B pairs, with every one of its hyperparameters in `parameters`.
+    """Evaluate the objective `name` on B pairs, with all its hyperparameters in `parameters`.
 
-    Log-probs are summed, in nats, fp32 or fp64, which is also what is computed in; lengths are
-    int32 or int64. The reference is left aside by an objective that needs none. `preference` is the
+    Log-probs are summed, in nats, fp32 or fp64, which is also the dtype of the computation; lengths
+    are int32 or int64. An objective without a reference ignores one. `preference` is the
     probability that `chosen` is the better response; None means 1.
-    Raises ValueError for an unknown objective, its hyperparameters, and tensors that do not fit.
+    Raises ValueError for an unknown objective, wrong hyperparameters, and tensors that do not fit.
     """
     objective = find(PAIR_OBJECTIVES, name)
     numbers, choices = objective.split(parameters)

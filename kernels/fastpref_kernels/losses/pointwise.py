@@ -1,10 +1,10 @@
-"""Objectives on single responses, each labelled desirable or not, as the loss kernels call them.
+"""Objectives on single responses, each labeled desirable or not, for the loss kernels.
 
     (z, t, desirable, point, hyperparameters) -> loss, d, reward
 
-z is the summed log-prob of a response under the policy, t its log-ratio to the reference and
-d = -dL/dz, in closed form; `point` is the reference point of all responses. Empty responses are
-the caller's. Formulas and sources: see the plain-PyTorch objectives of the same names.
+z is the summed log-prob of a response under the policy, t its log-ratio to the reference and d =
+-dL/dz, in closed form; `point` is the reference point of all responses. The caller handles empty
+responses. Formulas and sources: see the plain-PyTorch objectives of the same names.
 """
 
 # mypy: allow-untyped-defs
@@ -32,9 +32,9 @@ def sign_of(desirable, like):
 @triton.jit
 def kto(z, t, desirable, point, beta, desirable_weight, undesirable_weight):
     """w * (1 - S(y * beta * (t - max(0, point))))"""
-    gain = beta * (t - relu(point))
+    shifted = beta * (t - relu(point))
     y, weight = sign_of(desirable, t), tl.where(desirable, desirable_weight, undesirable_weight)
-    return weight * sigmoid(-y * gain), weight * y * beta * sigmoid_slope(gain), beta * t
+    return weight * sigmoid(-y * shifted), weight * y * beta * sigmoid_slope(shifted), beta * t
 
 
 @triton.jit

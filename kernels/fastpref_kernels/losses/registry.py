@@ -1,8 +1,8 @@
-"""The objectives that have a kernel: their functions by name, and what else they need.
+"""The objectives that have a kernel: their functions by name, and the inputs that they need.
 
 A hyperparameter has the name of the function's argument, which is that of the plain-PyTorch
-objective's field. Not here are objectives whose loss of a pair depends on other pairs, on groups,
-or on more than summed log-probs.
+objective's field. Objectives whose loss of a pair depends on other pairs, on groups, or on more
+than summed log-probs have no kernel.
 """
 
 import math
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from fastpref_kernels.losses import anchored, margin, normalized, pointwise
 
-# What every objective of a kind takes first, and what a function takes because a hyperparameter
-# rounded to fp32 would spoil it; the rest are hyperparameters.
+# Arguments of a function that are data; the others are hyperparameters, or derived from them in
+# fp64 because a hyperparameter rounded to fp32 would lose the difference.
 DATA = frozenset(["zw", "zl", "rw", "rl", "nw", "nl", "z", "t", "desirable", "point"])
 DERIVED: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "alpha_less_1": lambda parameters: parameters["alpha"] - 1,
@@ -20,16 +20,20 @@ DERIVED: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 class Objective(NamedTuple):
-    """A function on blocks of pairs or responses and what it needs beside their log-probs."""
+    """A function on blocks of pairs or responses, and the inputs it needs besides log-probs.
+
+    reference: whether it needs a reference, or the hyperparameter that needs one if it is > 0.
+    choices: accepted values of each of its last arguments.
+    """
 
     function: Any
-    reference: bool | str = True  # or the hyperparameter that needs it by being > 0
+    reference: bool | str = True
     point: bool = False
-    choices: tuple[tuple[Any, ...], ...] = ()  # what its last arguments may be
+    choices: tuple[tuple[Any, ...], ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What the function takes after the data: numbers first, then choices."""
+        """Names of the function's arguments after the data: numbers first, then choices."""
         return tuple(name for name in self.function.arg_names if name not in DATA)
 
     @property
@@ -46,7 +50,7 @@ class Objective(NamedTuple):
     def split(self, parameters: Mapping[str, Any]) -> tuple[list[float], list[Any]]:
         """Numbers and choices, in the order of the function.
 
-        Raises ValueError where a hyperparameter is missing, unknown or not of its kind.
+        Raises ValueError where a hyperparameter is missing, unknown or of the wrong type.
         """
         names = self.hyperparameters
         if set(parameters) != set(names):

@@ -1,4 +1,4 @@
-"""Losses, incentives, rewards and metric sums of labelled responses, in one launch."""
+"""Losses, incentives, rewards and metric sums of labeled responses, in one launch."""
 
 # mypy: allow-untyped-defs
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ RESPONSE_METRICS = (
     "logps/undesirable",
     "d/desirable",
     "d/undesirable",
-    "non_positive",  # responses whose incentive does not point the way of their label
+    "non_positive",  # responses whose incentive does not have the sign of their label
 )
 
 
@@ -113,10 +113,10 @@ def response_losses(
     desirable: Tensor,  # (S,) bool
     reference_point: Tensor | None = None,  # ()
 ) -> ResponseLosses:
-    """The objective `name` on S labelled responses, with all its hyperparameters in `parameters`.
+    """Evaluate the objective `name` on S labeled responses, with all its hyperparameters.
 
     Dtypes and errors are those of `pair_losses`. `reference_point` is a floating-point number on
-    the device; it is left aside by an objective that needs none. An empty response gives zeros.
+    the device; an objective without one ignores it. An empty response gives zeros.
     """
     objective = find(RESPONSE_OBJECTIVES, name)
     numbers, _ = objective.split(parameters)

@@ -1,8 +1,8 @@
-"""What a trained model says, judged: it answers held-out prompts, and the truth grades it.
+"""Scores of a trained model's samples on held-out prompts.
 
-Only for generated data, whose utilities are known. `samples/win_rate`: share of wins of the samples
-over all responses of the data, where the better recipe wins and what is no recipe loses.
-`samples/malformed`: share of them that are none. `samples/tokens`: their mean length.
+For generated data only, whose utilities are known. `samples/win_rate`: share of wins of the samples
+over all responses of the data; the better recipe wins, and a text that is no recipe loses.
+`samples/malformed`: share of samples that are no recipe. `samples/tokens`: their mean length.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SAMPLING = Sampling(n=2, max_new_tokens=56, batch_size=128, engine="transformer
 _OPPONENTS = 200  # groups
 
 
-def judge(model: Path, held_out: str, seed: int) -> dict[str, float]:
-    """Of an exported model, on the prompts of a file of held-out data of the seed."""
+def score_samples(model: Path, held_out: str, seed: int) -> dict[str, float]:
+    """Score an exported model on the prompts of a held-out file; seed: of the generated data."""
     sampler = Sampler(str(model))
     prompts = read_prompts(held_out, sampler.tokenizer, duplicates=False)
-    drawn = sampler.draw(prompts, _SAMPLING, Display(Console(quiet=True)))
-    qualities = [graded.quality(completion.text, seed) for completion in drawn]
+    samples = sampler.draw(prompts, _SAMPLING, Display(Console(quiet=True)))
+    qualities = [graded.quality(sample.text, seed) for sample in samples]
     opponents = sorted(
         quality
         for row in graded.groups(_OPPONENTS, seed)
@@ -40,5 +40,5 @@ def judge(model: Path, held_out: str, seed: int) -> dict[str, float]:
     return {
         WIN_RATE: fmean(wins),
         MALFORMED: fmean(q is None for q in qualities),
-        TOKENS: fmean(len(completion.ids) for completion in drawn),
+        TOKENS: fmean(len(sample.ids) for sample in samples),
     }

@@ -1,0 +1,342 @@
+"""Sections of the config, each a class that describes its fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fastpref.config.fields import (
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class Model(Section):
+    """The model that is trained, and its tokenizer."""
+
+    path: Name | None = Field(
+        None, description="Local folder or Hub name of a Hugging Face causal language model."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="`random` builds the model from `config` with random weights (seeded by "
+        "`training.seed`).",
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="With `init: random`: a Hugging Face model config, e.g. `{model_type: llama, "
+        "hidden_size: 256, vocab_size: 16000, …}`.",
+    )
+    tokenizer: Name | None = Field(
+        None,
+        description="Folder or Hub name of the tokenizer; default: `path`. With `init: random` "
+        "the default is a byte-level BPE of `config.vocab_size` tokens, trained on `data.train`.",
+    )
+    dtype: Literal["bfloat16", "float32", "float64"] = Field(
+        "bfloat16",
+        description="Dtype of the forward pass. Trained weights are kept in fp32 at least.",
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="Attention code of transformers; `auto`: sdpa where the model supports it.",
+    )
+    kernels: Literal["auto", "liger", "torch"] = Field(
+        "auto",
+        description="RMSNorm, rotary embedding and gated MLP of the layers: `liger` uses the "
+        "kernels of liger-kernel, on CUDA; `auto`: liger where it is installed and supports the "
+        "model, except with float64.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if self.init == "random":
+            if self.config is None or "model_type" not in self.config:
+                raise ValueError("init: random needs config: {model_type: …, …}")
+            if self.path is not None:
+                raise ValueError("path and init: random exclude each other; remove one")
+        elif self.path is None:
+            raise ValueError("path is missing (or use init: random with config: {…})")
+        elif self.config is not None:
+            raise ValueError(
+                "config is only for init: random; a pretrained model brings its own, leave it out"
+            )
+        return self
+
+
+class Adapter(Section):
+    """Low-rank adapters, trained instead of the weights of the model."""
+
+    name: Literal["lora"] = Field("lora", description="Low-rank adapters (peft).")
+    r: PositiveInt = Field(16, description="Rank.")
+    alpha: PositiveFloat = Field(32, description="Scale; the update is `alpha / r · B A`.")
+    dropout: Fraction = Field(
+        0.0,
+        description="Dropout on the input of the adapters. Above 0, the rewards of the first step "
+        "are not exactly 0.",
+    )
+    target_modules: Name | list[Name] = Field(
+        "all-linear",
+        description="Module names, or `all-linear`: every linear layer except the head.",
+    )
+    rslora: bool = Field(
+        False, description="Scale by `alpha / √r` instead, arXiv:2312.03732, for high ranks."
+    )
+    dora: bool = Field(
+        False,
+        description="Train the norms of the rows of the weights separately from their directions "
+        "(DoRA, arXiv:2402.09353). In bfloat16 the norms are rounded, for the reference too. Not "
+        "supported for sharded weights.",
+    )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="`nf4` stores the frozen linear layers, but not the head, in 4 bits "
+        "(bitsandbytes, double quantization; QLoRA, arXiv:2305.14314). They are not sharded: "
+        "every rank has all of them.",
+    )
+    path: Name | None = Field(
+        None,
+        description="Folder or Hub name of an adapter to continue training, e.g. from SFT. It "
+        "brings its own rank, scale, dropout, target modules and kind; the reference is the model "
+        "with this adapter before training.",
+    )
+    merge: bool = Field(
+        True,
+        description="Export the merged model, all of it in `model.dtype`; `false` exports the "
+        "adapter only.",
+    )
+
+    @property
+    def foreign_options(self) -> tuple[str, ...]:
+        """Options that a loaded adapter brings itself."""
+        return ("r", "alpha", "dropout", "target_modules", "rslora", "dora") if self.path else ()
+
+    @model_validator(mode="after")
+    def _loaded_adapter_brings_its_options(self) -> Adapter:
+        for name in self.foreign_options:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: the adapter at path brings its own; remove it")
+        return self
+
+
+class Data(Section):
+    """Preference data and how it is tokenized."""
+
+    train: Name = Field(
+        description="JSON, JSONL, Parquet or Arrow file, or a Hub name. Columns for pairwise "
+        "objectives: `prompt, chosen, rejected` or `chosen, rejected`, optional `p`; for pointwise "
+        "ones: `prompt, completion, label`, or the columns of pairs, which become two rows each; "
+        "for groupwise ones: `prompt, completions, scores`."
+    )
+    eval: Name | None = Field(None, description="Held-out data in the same formats.")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        2048, description="Longest prompt + response, in tokens; longer ones are truncated."
+    )
+    truncation: Literal["keep_start", "keep_end"] = Field(
+        "keep_start",
+        description="`keep_start` cuts the end of a response; `keep_end` first cuts the start of "
+        "the prompt, equally for all responses.",
+    )
+    add_eos: bool = Field(
+        True,
+        description="End plain-text responses with the EOS token (chat templates end their own).",
+    )
+    soft_labels: bool = Field(
+        True,
+        description="Use the column `p` of pairs, the probability that `chosen` is preferred, if "
+        "the data has it; `false` ignores it, and `chosen` is always preferred.",
+    )
+    token_weights: bool = Field(
+        True,
+        description="Use the columns `chosen_weights` and `rejected_weights` of pairs if the data "
+        "has them: lists with the weight of each token of the response, in the order of the "
+        "tokenizer; an added EOS has weight 1. `false` gives all tokens equal weight.",
+    )
+    cache: Name = Field(
+        "~/.cache/fastpref",
+        description="Folder for tokenized data and reference log-probs; safe to delete.",
+    )
+
+
+class Calibration(Section):
+    """Reward Calibration of the incentives."""
+
+    name: Literal["rc"] = Field("rc", description="Reward Calibration, arXiv:2604.18239.")
+    momentum: Fraction = Field(
+        0.98, description="Weight of the past in the averages of incentives and score norms."
+    )
+    scope: Literal["auto", "head", "last_adapter", "full"] = Field(
+        "auto",
+        description="Parameters whose scores are measured: `head`, the weight of the head; "
+        "`last_adapter`, the trained parameters of the last layer that has any; `full`, all. "
+        "`auto`: head if it is trained, else last_adapter. `head` is the cheapest.",
+    )
+
+
+class Monitor(Section):
+    """Measurements in addition to the usual metrics."""
+
+    band_every: PositiveInt | None = Field(
+        None,
+        description="Steps between measurements of the Disentanglement Band (scores of the head); "
+        "with calibration the band is measured in every step.",
+    )
+    margins: tuple[float, float] | None = Field(
+        None,
+        description="Lower and upper margin of the contrastive logit; metrics show the shares of "
+        "pairs below, between and above. The logit is the difference of the log-probs per token, "
+        "or with a reference the difference of the log-ratios. Default: the margins of the "
+        "objective; for objectives without margins `0.6, 0.8`, or with a reference `12, 16`.",
+    )
+
+    @field_validator("margins")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] <= value[1]:
+            raise ValueError(f"the first must be <= the second, got {list(value)}")
+        return value
+
+
+class Optim(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="Optimizer. The 8-bit ones (bitsandbytes, not supported for sharded weights) "
+        "store each moment of a matrix entry in one byte; the paged one moves them to CPU memory "
+        "when GPU memory is short.",
+    )
+    lr: PositiveFloat = Field(1e-6, description="Peak learning rate.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Weight decay on matrices (decoupled, except for rmsprop)."
+    )
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="Decay of the two moments; not for rmsprop."
+    )
+    alpha: Fraction = Field(0.99, description="Decay of the squared gradient; rmsprop only.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the denominator.")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="Clip the norm of the gradient to this; null: no clipping."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Learning rate after the warm-up; `linear` and `cosine` end at 0.",
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="Optimizer steps of linear warm-up.")
+
+    @property
+    def foreign_option(self) -> str:
+        """Option of other optimizers, which this one does not have."""
+        return "betas" if self.name == "rmsprop" else "alpha"
+
+    @model_validator(mode="after")
+    def _no_foreign_option(self) -> Optim:
+        foreign = self.foreign_option
+        if foreign in self.model_fields_set:
+            raise ValueError(f"{foreign} is not an option of {self.name}; remove it")
+        return self
+
+
+class Training(Section):
+    """The training loop."""
+
+    epochs: PositiveInt = Field(1, description="Passes over the data; ignored if `steps` is set.")
+    steps: PositiveInt | None = Field(
+        None, description="Optimizer steps, over as many epochs as needed."
+    )
+    batch_size: PositiveInt = Field(
+        32,
+        description="Pairs, single responses or groups per optimizer step, over all micro-batches.",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        16384,
+        description="Largest number of tokens in a micro-batch, padding included; the number of "
+        "accumulation steps follows from it.",
+    )
+    layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field(
+        "auto",
+        description="Layout of a forward pass: `prefix_shared` packs groups into one row in which "
+        "the responses of a group share one copy of its prompt; `packed` packs separate sequences "
+        "into one row, for flash_attention_2; `padded` has one padded row per response. `auto`: "
+        "packed with flash_attention_2; prefix_shared if `model.attn_implementation` is auto and "
+        "a check shows that the model gives the same hidden states; else padded.",
+    )
+    activation_checkpointing: Literal["full", "selective", "off"] = Field(
+        "full",
+        description="Recompute activations in the backward pass: `full` in every block, which "
+        "saves the most memory and is a third slower; `selective` in every other block; `off` in "
+        "none. `true` means full and `false` off.",
+    )
+    compile: bool = Field(False, description="`torch.compile` each block of the model.")
+    batch_invariant: bool = Field(
+        True,
+        description="On CPU, run a forward pass per group, so that its log-probs do not depend, "
+        "to the last bit, on the other groups of its micro-batch. `false` is faster for small "
+        "models. On CUDA, and for sharded models, a micro-batch is always one pass.",
+    )
+    seed: NonNegativeInt = Field(
+        0, description="Seed of the order of the data, of random weights and of dropout."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto`: cuda if torch finds a GPU, else cpu."
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="Action after a loss or gradient that is NaN or infinite, on any rank. `stop` "
+        "ends the run before the next line of metrics or checkpoint. `skip` leaves the step out, "
+        "counts it and names its rows in the metrics, and ends the run at the tenth such step in "
+        "a row; it synchronizes with the device in every step.",
+    )
+    log_every: PositiveInt = Field(10, description="Steps averaged into one line of metrics.")
+    eval_every: PositiveInt | None = Field(
+        None, description="Steps between evaluations; null: at the start and at the end only."
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        500, description="Steps between checkpoints; null: only when the run is interrupted."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep.")
+    output_dir: Name = Field("runs/my-run", description="Run directory.")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="Trackers that also get the metrics (`pip install fastpref[track]`)."
+    )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _bool_as_word(cls, value: Any) -> Any:
+        return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class Parallel(Section):
+    """FSDP2 over the ranks that torchrun starts."""
+
+    replicate: PositiveInt | None = Field(
+        None,
+        description="Copies of the model (HSDP); ranks = replicate · shard. Default: the number "
+        "of ranks / `shard` if `shard` is set, else 1.",
+    )
+    shard: PositiveInt | None = Field(
+        None,
+        description="Ranks that share one copy; default: the number of ranks / `replicate`. 1: "
+        "every rank has all weights, and gradients are all-reduced once per step.",
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="Free the gathered weights of a block after its forward pass, and gather them "
+        "again in the backward pass; `false` needs less communication and more memory.",
+    )
+    cpu_offload: bool = Field(
+        False,
+        description="Store weights, gradients and optimizer state in CPU memory, and update them "
+        "there.",
+    )
+
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """Return `replicate` and `shard` for a number of ranks, with defaults filled in."""
+        replicate = self.replicate or (max(1, ranks // self.shard) if self.shard else 1)
+        return replicate, self.shard or max(1, ranks // replicate)
