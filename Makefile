@@ -24,6 +24,7 @@ reproduce: $(VENV)/.installed
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m fastpref.docgen.config > docs/config.md
 	$(BIN)/python -m fastpref.docgen.objectives > docs/objectives.md
+	$(BIN)/python -m fastpref.docgen.architecture
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/mkdocs build --strict
 
