@@ -147,12 +147,12 @@ class PROS(GroupwiseLoss):
     use:        in place of `nca` where the sizes of the scores matter and not only the best one;
                 scores of a larger range than alpha allows leave no optimum
 
-    Rewards are beta * t. An optimum exists for alpha above `required_alpha`, so bring the scores
-    into a range of at most one: the paper's own scaling is not known. For a single response c is
-    zero, and its reward is pulled to 0. Both prefactors and the set of pairs are reconstructed.
-    alpha is scaled so that N = 1 is the pull of `pro_b`; in the terms of the paper's Theorem 4.3
-    it is alpha * eta / 2, eta = N / (N + 1). The default of alpha is the paper's, and that of beta
-    its best for `pro_b`.
+    Rewards are beta * t. An optimum exists exactly for alpha above `required_alpha`, which grows
+    in proportion to the scores; the paper's own scaling of them is not known. For a single
+    response c is zero, and its reward is pulled to 0. Both prefactors and the set of pairs are
+    reconstructed. alpha is scaled so that N = 1 is the pull of `pro_b`; in the terms of the paper's
+    Theorem 4.3 it is alpha * eta / 2, eta = N / (N + 1). The default of alpha is the paper's, and
+    that of beta its best for `pro_b`.
     """
 
     name: ClassVar[str] = "pro_s"
@@ -172,15 +172,27 @@ class PROS(GroupwiseLoss):
         scores: Tensor,  # (S,)
         cu_groups: Tensor,  # (G + 1,)
     ) -> Tensor:
-        """The largest (N + 1) * |c_i| of the data, (): with alpha above it there is an optimum.
+        """Threshold of alpha, (): every group has an optimum above it, and some group none below.
 
-        The bound is sufficient and not necessary; it is reconstructed, the paper's displayed
-        threshold being unknown. Compare it when data are loaded, some hundred responses at a time.
+            max over subsets U of a group of (N + 1) * |sum_U c_i| / (|U| * (N + 1 - |U|))
+
+        If the rewards of U move by x, the first sum of the loss changes by -x/N * sum_U c_i and,
+        for a large |x|, the second one by alpha * |x| * |U| * (N + 1 - |U|) / (N * (N + 1)); these
+        directions are the extreme ones. For each size of U the largest |sum| is that of the
+        largest or of the smallest scores. Pass some hundred responses at a time.
         """
         members = segment_mask(cu_groups, scores.numel())
-        same = _same_group(members)
-        bounds = torch.where(members.any(0), (same.sum(1) + 1) * _centered(scores, same).abs(), 0.0)
-        return torch.cat([bounds, bounds.new_zeros(1)]).amax()
+        centered = _centered(scores, _same_group(members))
+        size = members.sum(1, keepdim=True)  # N of each group, (G, 1)
+        count = torch.arange(1, scores.numel() + 1, device=scores.device)  # |U|, (S,)
+
+        def largest_sums(values: Tensor) -> Tensor:
+            ranked = torch.where(members, values, -torch.inf).sort(1, descending=True).values
+            return ranked.masked_fill(count > size, 0.0).cumsum(1)
+
+        sums = torch.maximum(largest_sums(centered), largest_sums(-centered))  # (G, S)
+        bounds = torch.where(count <= size, (size + 1) * sums / (count * (size + 1 - count)), 0.0)
+        return torch.cat([bounds.flatten(), bounds.new_zeros(1)]).amax()
 
 
 def groupwise_incentives(

@@ -223,7 +223,7 @@ def _check_labels(loss: Objective, dataset: GroupDataset) -> None:
 
 
 def _check_scores(loss: Objective, dataset: GroupDataset) -> None:
-    """Refuse an alpha at or below which PRO-S may have no optimum for some group."""
+    """Refuse an alpha at or below which PRO-S has no optimum for some group."""
     if not isinstance(loss, PROS):
         return
     scores, offsets = torch.tensor(dataset.label_values()), torch.tensor(dataset.offsets)
@@ -243,7 +243,7 @@ def _check_scores(loss: Objective, dataset: GroupDataset) -> None:
         spread = (scores[first:last] - scores[first:last].mean()).abs().max().item()
         raise ConfigError(
             f"loss.alpha: must be > {bound:.4g} for these scores, got {loss.alpha:g}; at or below "
-            f"it pro_s may have no optimum (row {dataset[worst].row} of {dataset.source}, whose "
+            f"it pro_s has no optimum (row {dataset[worst].row} of {dataset.source}, whose "
             f"{last - first} scores lie up to {spread:.4g} from their mean); raise it or scale the "
             "scores down"
         )

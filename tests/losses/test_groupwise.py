@@ -397,30 +397,52 @@ def test_a_constant_added_to_the_scores_changes_nothing(objective):
 def test_required_alpha():
     scores = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 9.0], dtype=torch.float64)
     cu = torch.tensor([0, 2, 2, 5, 6])
-    # 3 * 1/2 for two, 4 * 2/3 for three, and a single response asks for nothing.
-    assert PROS.required_alpha(scores, cu).item() == pytest.approx(8 / 3)
-    assert PROS.required_alpha(scores, torch.tensor([0, 2])).item() == pytest.approx(1.5)
+    # 3 * 1/2 / 2 for two, 4 * 2/3 / 3 for three, and nothing for a single response.
+    assert PROS.required_alpha(scores, cu).item() == pytest.approx(8 / 9)
+    assert PROS.required_alpha(scores, torch.tensor([0, 2])).item() == pytest.approx(0.75)
+    assert PROS.required_alpha(scores[5:], torch.tensor([0, 1])).item() == 0
     assert PROS.required_alpha(scores[:0], torch.tensor([0, 0])).item() == 0
     assert PROS.required_alpha(scores[:0], torch.tensor([0])).item() == 0
-    # Four scores half a unit about their mean ask for exactly the default.
-    spread = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    assert PROS.required_alpha(spread, torch.tensor([0, 4])).item() == PROS().alpha
+    # Of four, the one low score alone, or both high scores together.
+    low = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert PROS.required_alpha(low, torch.tensor([0, 4])).item() == pytest.approx(0.9375)
+    halves = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    assert PROS.required_alpha(halves, torch.tensor([0, 4])).item() == pytest.approx(5 / 6)
+    assert PROS.required_alpha(3 * halves, torch.tensor([0, 4])).item() == pytest.approx(2.5)
 
 
-def steps(objective, scores, count):
-    """The rewards after steepest descent of one group, in units that do not depend on beta."""
-    t = [0.0] * len(scores)
-    for _ in range(count):
-        d = groupwise_incentives(objective, *group_of(t, scores)).tolist()
-        t = [ti + 4.0 * di for ti, di in zip(t, d, strict=True)]
-    return t, max(abs(di) for di in d)
+@pytest.mark.parametrize("seed", range(6))
+def test_required_alpha_is_the_maximum_over_all_subsets(seed):
+    draw = torch.Generator().manual_seed(seed)
+    sizes = [1, 2, 5, 4]
+    scores = torch.randn(sum(sizes), generator=draw, dtype=torch.float64)
+    expected = 0.0
+    for group in scores.split(sizes):
+        n, centered = len(group), (group - group.mean()).tolist()
+        for count in range(1, n + 1):
+            for subset in itertools.combinations(centered, count):
+                bound = (n + 1) * abs(sum(subset)) / (count * (n + 1 - count))
+                expected = max(expected, bound)
+    cu_groups = torch.tensor([0, *itertools.accumulate(sizes)])
+    assert PROS.required_alpha(scores, cu_groups).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_pro_s_has_an_optimum_above_the_required_alpha():
-    scores = [0.0, 0.0, 1.0]
-    required = PROS.required_alpha(torch.tensor(scores), torch.tensor([0, 3])).item()
-    t, pull = steps(PROS(beta=1.0, alpha=1.001 * required), scores, 200)
-    assert pull < 1e-6 and max(t) < 5
-    # c_3 / N = 2/9 against the strongest pull A * 3/2 = alpha / 4: below 8/9 there is none.
-    t, pull = steps(PROS(beta=1.0, alpha=0.8), scores, 200)
-    assert pull > 0.02 and max(t) > 10
+@pytest.mark.parametrize(
+    "scores", [(1.0, 1.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.3, -0.2, 1.4), (2.0, 0.0)]
+)
+def test_pro_s_has_a_minimum_exactly_above_the_required_alpha(scores):
+    """The largest reward after many steps is finite above it and grows without limit below."""
+    required = PROS.required_alpha(torch.tensor(scores).double(), torch.tensor([0, len(scores)]))
+
+    def minimize(alpha):
+        objective, t = PROS(beta=1.0, alpha=alpha), torch.zeros(len(scores), dtype=torch.float64)
+        for _ in range(4000):
+            policy, reference = group_of(t.tolist(), list(scores))
+            d = groupwise_incentives(objective, policy, reference)
+            t = t + 4.0 * d
+        return t.abs().max().item(), d.abs().max().item()
+
+    farthest, incentive = minimize(1.05 * required.item())
+    assert incentive < 1e-6 and farthest < 20
+    farthest, incentive = minimize(0.95 * required.item())
+    assert incentive > 1e-3 and farthest > 50

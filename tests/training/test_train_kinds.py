@@ -318,10 +318,10 @@ def test_one_class_alone_is_trained_on_with_a_note(
         ("dpo", labelled(3), DataError, "this row is for a pointwise objective"),
         ("nca", rows(3), DataError, "no completions and no scores; .* for a pairwise objective"),
         (
-            {"name": "pro_s", "alpha": 1.0},
+            {"name": "pro_s", "alpha": 0.5},
             [*scored(2), {"prompt": "a", "completions": ["b", "c"], "scores": [0, 1]}, *scored(9)],
             ConfigError,
-            r"loss.alpha: must be > \S+ for these scores, got 1; .* \(row \d+ of .*scores lie up",
+            r"loss.alpha: must be > \S+ for these scores, got 0.5; .* \(row \d+ of .*scores lie up",
         ),
     ],
 )
@@ -343,16 +343,16 @@ def test_data_that_an_objective_cannot_use(
 def test_the_row_that_asks_for_the_largest_alpha_is_named(
     make: MakeConfig, display: Display, tmp_path: Path
 ) -> None:
-    """(N + 1) |c|: scores 0 and 1 of two ask for 1.5, and 0, 0, 0.9 of three for 2.4."""
+    """Scores 0 and 1 of two ask for 0.75, and 0, 0, 0.9 of three for 0.8."""
     mild = {"prompt": "a", "completions": ["b", "c"], "scores": [0, 1]}
     worst = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [0, 0, 0.9]}
     path = write_jsonl(tmp_path / "d.jsonl", [mild] * 100 + [worst] + [mild] * 100)
-    loss = {"name": "pro_s", "alpha": 2.4}
+    loss = {"name": "pro_s", "alpha": 0.79}
     with pytest.raises(
-        ConfigError, match=r"must be > 2.4 .* \(row 101 of .* 3 scores lie up to 0.6"
+        ConfigError, match=r"must be > 0.8 .* \(row 101 of .* 3 scores lie up to 0.6"
     ):
         prepare(make(loss, data__train=str(path)), display)
-    prepare(make({**loss, "alpha": 2.41}, data__train=str(path)), display)
+    prepare(make({**loss, "alpha": 0.81}, data__train=str(path)), display)
 
 
 def test_the_budget_holds_the_mismatched_responses_too(
@@ -395,3 +395,14 @@ def test_the_reference_of_mismatched_responses_is_kept_on_disk(
     assert values is not None and repeated is not None and torch.equal(values, repeated)
     with torch.no_grad():
         torch.testing.assert_close(values, first.policy(batch).logps, rtol=0, atol=1e-4)
+
+
+def test_the_alpha_of_the_paper_trains_on_four_scores(
+    make: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    """Alpha 2.5, N 4: scores within a range of one need 0.94 at most."""
+    responses = {"completions": ["b", "c", "d", "e"], "scores": [1, 1, 1, 0]}
+    path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"{i}?", **responses} for i in range(12)])
+    config = make("pro_s", data__train=str(path), training__steps=2)
+    run(config, display)
+    assert [record["step"] for record in records(config)] == [1, 2]
