@@ -152,7 +152,7 @@ STUDY = Study(
         "The pure-semantic pairs of `fastpref data pure-semantic`, with their probabilities as "
         "soft labels. A small Llama learns both responses of each pair (SFT), then every "
         "objective trains from there, 32 pairs a step. Measured on pairs whose words were never "
-        "compared in training. The paper trains 2 to 8 billion parameters on probabilities that "
+        "compared in training. The paper trains 1 to 1.5 billion parameters on probabilities that "
         "are drawn anew for each pair, so that held-out accuracy is near chance; here words have "
         "utilities, and it can be learned."
     ),
