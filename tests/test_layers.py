@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastpref.docgen import architecture
 
 ROOT = Path(__file__).parents[1] / "fastpref"
 # A room, which is a folder or a module of the package, imports from its own line and those above.
@@ -30,41 +31,24 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
-def imported(path: Path) -> set[str]:
-    """Rooms of fastpref that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            parts = node.module.split(".")
-            if parts[0] == "fastpref":
-                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            found |= {parts[1] for parts in names if parts[0] == "fastpref" and len(parts) > 1}
-    return found
-
-
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    name = room_of(path)
-    upwards = {other for other in imported(path) if LEVEL[other] > LEVEL[name]}
+    name = architecture.room_of(path)
+    upwards = {other for other in architecture.imported(path) if LEVEL[other] > LEVEL[name]}
     assert not upwards, f"{name} imports {upwards}"
 
 
 def test_rooms_import_each_other_in_no_circle() -> None:
     """Within a line of LAYERS, too."""
-    arrows = {(room_of(path), other) for path in ROOT.rglob("*.py") for other in imported(path)}
-    level = [(a, b) for a, b in arrows if a != b and LEVEL[a] == LEVEL[b]]
+    imports = architecture.arrows()
+    rooms = imports.keys() - {architecture.KERNELS}
+    level = [(a, b) for a in rooms for b in imports[a] if LEVEL[a] == LEVEL[b]]
     assert not {(b, a) for a, b in level} & set(level)
 
 
 def test_losses_import_only_logps_and_their_base() -> None:
     for path in (ROOT / "losses").glob("*.py"):
-        assert imported(path) <= {"logps", "losses"}
+        assert architecture.imported(path) <= {"logps", "losses"}
 
 
 @pytest.mark.parametrize(

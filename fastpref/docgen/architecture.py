@@ -10,7 +10,6 @@ reduction: an import is left out if a longer way through other rooms leads to th
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def arrows() -> Arrows:
     package = ROOT / "fastpref"
     imports: Arrows = {}
     for path in sorted([*package.rglob("*.py"), *(ROOT / "kernels" / KERNELS).rglob("*.py")]):
-        room = _room(path)
-        imports.setdefault(room, set()).update(_imported(path))
+        imports.setdefault(room_of(path), set()).update(imported(path))
     return {room: others - {room} for room, others in imports.items()}
 
 
@@ -138,7 +136,8 @@ def page(imports: Arrows) -> str:
     )
 
 
-def _room(path: Path) -> str:
+def room_of(path: Path) -> str:
+    """Room of a source file."""
     if KERNELS in path.parts:
         return KERNELS
     return path.relative_to(ROOT / "fastpref").parts[0].removesuffix(".py")
@@ -157,17 +156,20 @@ def _summary(room: str) -> str:
     return " ".join(doc.partition("\n\n")[0].split()).replace("|", "\\|")
 
 
-def _imported(path: Path) -> Iterator[str]:
+def imported(path: Path) -> set[str]:
+    """Rooms that a source file imports, its own included."""
+    rooms: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             package, *rest = node.module.split(".")
             if package == "fastpref":
-                yield from rest[:1] or (alias.name for alias in node.names)
+                rooms |= {rest[0]} if rest else {alias.name for alias in node.names}
             elif package == KERNELS:
-                yield KERNELS
+                rooms.add(KERNELS)
         elif isinstance(node, ast.Import):
             names = (alias.name.split(".") for alias in node.names)
-            yield from (name[1] for name in names if name[0] == "fastpref" and len(name) > 1)
+            rooms |= {name[1] for name in names if name[0] == "fastpref" and len(name) > 1}
+    return rooms
 
 
 if __name__ == "__main__":

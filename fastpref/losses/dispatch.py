@@ -94,7 +94,8 @@ def has_kernel(objective: Objective) -> bool:
     if registry.BY_NAME.get(objective.name) is not type(objective):
         return False
     kernels = import_module("fastpref_kernels.losses")
-    return objective.name in {**kernels.PAIR_OBJECTIVES, **kernels.RESPONSE_OBJECTIVES}
+    tables = (kernels.PAIR_OBJECTIVES, kernels.RESPONSE_OBJECTIVES)
+    return any(objective.name in table for table in tables)
 
 
 class _ClosedFormLoss(torch.autograd.Function):
