@@ -3,6 +3,8 @@
     python -m benchmarks.calibration --data PAIRS.jsonl [--out benchmarks/results/calibration.json]
     python -m benchmarks.calibration --data PAIRS.jsonl --overhead
 
+    python -m benchmarks.calibration --data PAIRS.jsonl --objectives cpo
+
 For each seed the rows are shuffled and split, and a small Llama with random weights learns the
 chosen responses (SFT). From there each objective trains with and without calibration for one epoch.
 The result file records the position of the incentives in the Disentanglement Band during training,
@@ -39,6 +41,7 @@ from fastpref import metrics, ops
 from fastpref.bench import timer
 from fastpref.docgen import markdown
 from fastpref.dynamics.band import band, parameter_geometry
+from fastpref.model.policy import ScoreOptions
 from fastpref.training.setup import DataSplit
 from fastpref.training.trainer import Trainer
 from fastpref.utils import environment, result_json
@@ -69,19 +72,21 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     # RMSprop with alpha 0 and a huge eps is gradient descent, here with a rate of 1e-3.
     "sgd": {"name": "rmsprop", "lr": 1e5, "alpha": 0.0, "eps": 1e8, "max_grad_norm": None},
 }
-MOMENTA = (None, 0.98, 0.9)  # None: no calibration
+# Statistics of the calibration; None: no calibration. See `calibration.statistics`.
+METHODS = (None, "batch", "pairs")
 ONE_STEP_PAIRS = 48
 T, D, V = 2048, 512, 32000  # shape of the head whose ops are timed
 ROUNDS, STEPS_PER_TURN = 7, 4
-SETTING = ("optimizer", "objective", "momentum", "scope")
+SETTING = ("optimizer", "objective", "statistics", "scope")
 BAND_COLUMNS = {  # title: name in the summary, digits
-    "inside the band": ("in_training/band/inside", 2),
     "log r": ("in_training/band/log_r", 2),
     "log r*": ("in_training/band/log_r_star", 2),
     "cosine": ("in_training/band/cosine", 2),
     "steps both up": ("in_training/pathway_i", 2),
     "both down": ("in_training/pathway_ii", 2),
     "apart": ("in_training/pathway_iii", 2),
+    "pairs inside theirs": ("in_training/pair_band/inside", 2),
+    "cosine of pairs": ("in_training/pair_band/cosine", 2),
 }
 ONE_STEP_COLUMNS = {  # title: name in `one_step`
     "inside the band": "inside",
@@ -108,25 +113,28 @@ class Job:
     seed: int
     optimizer: str
     objective: str
-    momentum: float | None
+    statistics: str | None
     scope: str = "head"
 
     @property
     def name(self) -> str:
-        return f"{self.optimizer}-{self.objective}-{self.momentum}-{self.scope}-{self.seed}"
+        return f"{self.optimizer}-{self.objective}-{self.statistics}-{self.scope}-{self.seed}"
 
 
-def jobs(seeds: int) -> list[Job]:
-    """All objectives under AdamW, and DPO under gradient descent, which the theory describes.
+def jobs(seeds: int, objectives: Iterable[str]) -> list[Job]:
+    """Objectives under AdamW, and DPO under gradient descent, which the theory describes.
 
-    Each runs without calibration and with two momenta; CPO, whose incentives are far from even,
-    also with the scores of all parameters.
+    Each runs without calibration and with both kinds of it; CPO, whose incentives are far from
+    even, also with the scores of all parameters.
     """
-    settings = [("adamw", objective) for objective in OBJECTIVES] + [("sgd", "dpo")]
+    settings = [("adamw", objective) for objective in objectives]
+    if "dpo" in objectives:
+        settings.append(("sgd", "dpo"))
     jobs = []
     for seed in range(seeds):
-        jobs += [Job(seed, *setting, momentum) for setting in settings for momentum in MOMENTA]
-        jobs.append(Job(seed, "adamw", "cpo", 0.98, "full"))
+        jobs += [Job(seed, *setting, method) for setting in settings for method in METHODS]
+        if "cpo" in objectives:
+            jobs.append(Job(seed, "adamw", "cpo", "batch", "full"))
     return jobs
 
 
@@ -134,7 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="prompt, chosen, rejected: text")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--steps", type=int, default=80, help=f"of {BATCH} pairs, in one epoch")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--add", action="store_true", help="keep the runs of the result file")
@@ -171,7 +180,7 @@ def study(folder: Path, options: argparse.Namespace, earlier: dict[str, Any]) ->
         if earlier and (earlier["settings"], earlier["sft"]) != (settings, sft):
             raise SystemExit("--add: the runs of the result file have other settings; leave it out")
         done = {json.dumps(_job(run)): run for run in earlier.get("runs", [])}
-        all_jobs = jobs(options.seeds)
+        all_jobs = jobs(options.seeds, options.objectives)
         new = [job for job in all_jobs if json.dumps(vars(job)) not in done]
         done |= {json.dumps(_job(run)): run for run in pool.map(partial(train, folder), new)}
     runs = [done[json.dumps(vars(job))] for job in all_jobs]
@@ -252,8 +261,8 @@ def sft_warm_up(folder: Path, seed: int) -> dict[str, float]:
 def train(folder: Path, job: Job) -> dict[str, Any]:
     """Train one job; return its positions in the band and the final changes of log-probs."""
     calibration = None
-    if job.momentum is not None:
-        calibration = {"momentum": job.momentum, "scope": job.scope}
+    if job.statistics is not None:
+        calibration = {"statistics": job.statistics, "scope": job.scope}
     trainer = make_trainer(
         folder,
         job.seed,
@@ -275,7 +284,7 @@ def train(folder: Path, job: Job) -> dict[str, Any]:
         "train": outcome(trainer, trainer.run.train),
         "held_out": outcome(trainer, trainer.run.eval),
     }
-    if job.seed == 0 and job.momentum in MOMENTA[:2]:
+    if job.seed == 0:
         result["one_step"] = one_step(trainer, trainer.run.eval)
     print(job.name, flush=True)
     return result
@@ -288,10 +297,10 @@ def records(trainer: Trainer) -> list[dict[str, Any]]:
 def in_training(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the steps, and the share of steps on each pathway.
 
-    `band/*` are means over the pairs of a step, with the applied incentives and the scores of the
-    head. The pathway of a step follows from its mean predicted changes.
+    `band/*` is the band of a step's batch, with the applied incentives; the pathway of a step
+    follows from the changes that it predicts.
     """
-    names = [name for name in lines[0] if name.startswith(("band/", "calibration/"))]
+    names = [name for name in lines[-1] if name.startswith(("band/", "pair_band/", "calibration/"))]
     means = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
     up = [line["band/dz_chosen"] >= 0 for line in lines]
     down = [line["band/dz_rejected"] <= 0 for line in lines]
@@ -327,7 +336,7 @@ def outcome(trainer: Trainer, data: DataSplit) -> dict[str, float]:
 def forward(trainer: Trainer, data: DataSplit, indices: list[int], geometry: bool = False) -> Any:
     """Run a forward pass over some pairs; returns `fastpref.training.forward.MicroBatchLogps`."""
     batches = trainer.policy.batches(data.groups, indices)
-    return trainer.forward(batches, data.reference, with_geometry=geometry)
+    return trainer.forward(batches, data.reference, scores=ScoreOptions(sums=True, pairs=geometry))
 
 
 def one_step(trainer: Trainer, data: DataSplit, nats: float = 0.01) -> dict[str, float]:
@@ -344,10 +353,11 @@ def one_step(trainer: Trainer, data: DataSplit, nats: float = 0.01) -> dict[str,
     objective: Any = trainer.loss  # pairwise
     parameters: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
     counts: Counter[str] = Counter()
+    trainer.calibration.before_step(0)
     for index in range(ONE_STEP_PAIRS):
         output = forward(trainer, data, [index], geometry=True)
         before = output.policy
-        loss = objective(trainer.calibration.calibrate(output, 0), output.reference).loss.sum()
+        loss = objective(trainer.calibration.calibrate(output, BATCH), output.reference).loss.sum()
         d_chosen, d_rejected = torch.autograd.grad(
             loss, (before.chosen, before.rejected), retain_graph=True
         )
@@ -424,7 +434,7 @@ def overhead_table(overhead: dict[str, Any]) -> str:
 
 def _title(row: dict[str, Any]) -> str:
     title = f"{row['objective']}, {row['optimizer']}"
-    title += "" if row["momentum"] is None else f", RC {row['momentum']}"
+    title += "" if row["statistics"] is None else f", RC of {row['statistics']}"
     return title + (", all scores" if row["scope"] == "full" else "")
 
 
@@ -478,21 +488,29 @@ def take_steps(trainer: Trainer) -> None:
 
 
 def head_ops() -> dict[str, Callable[[], Any]]:
-    """Ops to time: log-probs with gradients of hidden states and head, and geometry by pairs."""
+    """Ops to time: log-probs with gradients, with the batch's scores too, and geometry by pairs."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator) for n in (T, V))
     weight *= D**-0.5
     labels = torch.randint(V, (T,), generator=generator)
 
-    def logps() -> tuple[Tensor, ...]:
+    def logps(with_scores: bool, rows: int | None = None) -> tuple[Tensor, ...]:
         inputs = hidden.requires_grad_(), weight.requires_grad_()
-        return torch.autograd.grad(ops.linear_logps(*inputs, labels).sum(), inputs)
+        if with_scores:
+            values, _ = ops.linear_logps_and_scores(*inputs, labels, T // 2, rows=rows)
+        else:
+            values = ops.linear_logps(*inputs, labels)
+        return torch.autograd.grad(values.sum(), inputs)
 
     def geometry(pairs: int) -> ops.ScoreGeometry:
         offsets = torch.linspace(0, T, 2 * pairs + 1, dtype=torch.int64)
         return ops.score_geometry(hidden.detach(), weight.detach(), labels, offsets, per_pair=True)
 
-    runs: dict[str, Callable[[], Any]] = {"linear_logps": logps}
+    runs: dict[str, Callable[[], Any]] = {
+        "linear_logps": partial(logps, False),
+        "with the batch's scores, 4,096 rows": partial(logps, True, ops.SKETCH_ROWS),
+        "with the batch's scores, exact": partial(logps, True, None),
+    }
     return runs | {f"score_geometry, {n} pairs": partial(geometry, n) for n in (1, 4, 16)}
 
 

@@ -39,6 +39,7 @@ class Batch:
     responses: Tensor  # (S,) int64, index of each sequence among all responses of the data set
     kind: Kind
     tokens: int  # unpadded tokens of all sequences
+    chosen_tokens: int  # of pairs: completion tokens of the chosen responses, which come first
     position_ids: Tensor | None = None  # (1, L) int64, positions in the sequences of a packed row
     packing: Packing | None = None  # segments of a packed row
 
@@ -88,17 +89,30 @@ def collate(
         indices = [(group_index[id(group)], k) for group, k in members]
         rows = pack_groups(groups, indices, share=layout == "prefix_shared")._asdict()
     targets = [label for group in groups for label in group.labels or ()]
+    labels = torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64))
+    lengths = [len(response) for _, response in sequences]
+    if any(group.mask is not None for group in groups):
+        # Tokens that are not scored are in no label, so nothing is computed for them in the head.
+        masks = [
+            np.ones(size, dtype=np.bool_) if group.mask is None else group.mask
+            for (group, _), size in zip(members, lengths, strict=True)
+        ]
+        scored = torch.from_numpy(np.concatenate(masks).nonzero()[0])
+        labels, lengths = labels[scored], [int(mask.sum()) for mask in masks]
+        for name in ("predictor_positions", "label_positions"):
+            rows[name] = rows[name][scored]
     return Batch(
         **rows,
-        labels=torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64)),
-        cu_seqlens=_offsets([len(response) for _, response in sequences]),
-        lengths=torch.tensor([len(response) for _, response in sequences]),
+        labels=labels,
+        cu_seqlens=_offsets(lengths),
+        lengths=torch.tensor(lengths),
         cu_groups=_offsets([len(group.responses) for group in groups]),
         targets=torch.tensor(targets, dtype=torch.float64) if targets else None,
         token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         responses=torch.tensor([group.first + k for group, k in members]),
         kind=kind,
         tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
+        chosen_tokens=sum(len(group.responses[k]) for group, k in members if k == 0),
     )
 
 

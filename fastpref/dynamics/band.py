@@ -36,6 +36,18 @@ BAND_METRICS = (
 )
 
 
+# Shares of pairs by their own pathway, and means over pairs.
+PAIR_BAND_METRICS = (
+    "pair_band/inside",
+    "pair_band/both_up",
+    "pair_band/both_down",
+    "pair_band/crossed",
+    "pair_band/log_r",
+    "pair_band/log_r_star",
+    "pair_band/cosine",
+)
+
+
 class Band(NamedTuple):
     """Position of pairs relative to their band; each (B,) fp64, or () for a batch's mean scores.
 
@@ -103,22 +115,45 @@ def half_band(cosine: Tensor) -> Tensor:
     return -cosine.clamp(min=0).log()
 
 
-def band_sums(d_w: Tensor, d_l: Tensor, geometry: ScoreGeometry) -> Tensor:
-    """Sums and counts of BAND_METRICS over pairs, (16,) fp64; add them over batches and ranks.
+def band_sums(batch: Band) -> Tensor:
+    """Sums and counts of BAND_METRICS, (16,) fp64, of the bands of batches; add them over steps.
 
     Values that are NaN or infinite (see `Band`) enter neither sum nor count.
     """
-    pairs = band(d_w, d_l, geometry)
-    columns = (*pairs[:5], pairs.inside.double(), *pairs[5:])
-    values = torch.stack(torch.broadcast_tensors(*columns)).view(len(BAND_METRICS), -1)
+    return _sums_and_counts(*batch[:5], batch.inside.double(), *batch[5:])
+
+
+def pair_band_sums(pairs: Band) -> Tensor:
+    """Sums and counts of PAIR_BAND_METRICS, (14,) fp64; add them over batches and ranks."""
+    shares = [(pairs.pathway == number).double() for number in (3, 1, 2, 0)]
+    return _sums_and_counts(*shares, *pairs[:3])
+
+
+def band_metrics(names: Sequence[str], sums: Tensor) -> dict[str, Tensor]:
+    """Means by name, each (); NaN where no batch or pair had the value."""
+    totals, counts = sums.chunk(2)
+    return dict(zip(names, totals / counts, strict=True))
+
+
+def _sums_and_counts(*columns: Tensor) -> Tensor:
+    values = torch.stack(torch.broadcast_tensors(*columns)).view(len(columns), -1)
     finite = values.isfinite()
     return torch.cat([values.where(finite, 0.0).sum(1), finite.double().sum(1)])
 
 
-def band_metrics(sums: Tensor) -> dict[str, Tensor]:
-    """Means of BAND_METRICS by name, each (); NaN where no pair had the value."""
-    totals, counts = sums.chunk(2)
-    return dict(zip(BAND_METRICS, totals / counts, strict=True))
+def parameter_scores(policy: SequenceLogps, parameters: Sequence[Tensor]) -> Tensor:
+    """Sums of the chosen and of the rejected scores with respect to any parameters, (2, N) fp32.
+
+    N is the number of their elements; fp64 for fp64 parameters. The cost is two backward passes
+    down to the lowest of the parameters. The graph is retained, and no `.grad` is written.
+    `ops.batch_geometry` turns the sums into norms and a cosine. Raises ValueError as
+    `parameter_geometry` does.
+    """
+    _check_scores(policy, parameters)
+    sides = (_score(logps.sum(), parameters) for logps in (policy.chosen, policy.rejected))
+    flat = [torch.cat([gradient.flatten() for gradient in side]) for side in sides]
+    scores = torch.stack(flat)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def parameter_geometry(
@@ -136,13 +171,7 @@ def parameter_geometry(
 
     Raises ValueError where `parameters` is empty, or `policy` carries no gradient.
     """
-    if not parameters:
-        raise ValueError("parameters: expected at least one, got none; is anything trained?")
-    if not (policy.chosen.requires_grad and policy.rejected.requires_grad):
-        raise ValueError(
-            "policy: expected log-probs with a gradient, got constants; call it before detaching "
-            "them and outside no_grad"
-        )
+    _check_scores(policy, parameters)
     sides = policy.chosen, policy.rejected
     if per_pair:
         units = list(zip(*(side.unbind() for side in sides), strict=True))
@@ -160,6 +189,16 @@ def parameter_geometry(
     cosine = (product / size).masked_fill(size == 0, 0.0).clamp(-1, 1)
     geometry = ScoreGeometry(chosen, rejected, cosine)
     return geometry if per_pair else ScoreGeometry(*(value[0] for value in geometry))
+
+
+def _check_scores(policy: SequenceLogps, parameters: Sequence[Tensor]) -> None:
+    if not parameters:
+        raise ValueError("parameters: expected at least one, got none; is anything trained?")
+    if not (policy.chosen.requires_grad and policy.rejected.requires_grad):
+        raise ValueError(
+            "policy: expected log-probs with a gradient, got constants; call it before detaching "
+            "them and outside no_grad"
+        )
 
 
 def _score(logps: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

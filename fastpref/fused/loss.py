@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpref import losses, ops
+from fastpref.dynamics.pair_calibration import PairCalibration
 from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused import validation, views
+from fastpref.fused.calibration import Head, StepCalibration
 from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
 from fastpref.fused.validation import Given
 from fastpref.losses import Logps, Objective, PointwiseOutput, TokenLevelLoss
@@ -18,15 +20,12 @@ from fastpref.losses.pointwise import RunningMean, sum_and_count
 from fastpref.metrics import PAIR_METRICS, sums_and_counts
 from fastpref.ops import IGNORE_INDEX
 
-Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states (T, D), weight (V, D), bias (V,)
-
-
 class FusedPreferenceLoss(nn.Module):
     """The mean loss of preference pairs, single responses or groups, without their logits.
 
     loss: an objective, such as `losses.build("simpo", beta=2.5)`, or the name of one.
-    calibration: `RewardCalibration()`, for objectives on pairs; its scores are those of the head
-        (`ops.score_geometry`).
+    calibration: `RewardCalibration()`, or `PairCalibration()` with a factor for each pair, for
+        objectives on pairs. Its scores are those of the head (`ops.linear_logps_and_scores`).
     accumulation_steps: training calls per optimizer step. After the last of them, the averages of
         the calibration, or the mean reward that `bco` compares with, are updated with the
         statistics of these calls on all ranks. `state_dict` contains the averages.
@@ -41,7 +40,7 @@ class FusedPreferenceLoss(nn.Module):
     def __init__(
         self,
         loss: Objective | str,
-        calibration: RewardCalibration | None = None,
+        calibration: RewardCalibration | PairCalibration | None = None,
         impl: str = "auto",
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -55,7 +54,7 @@ class FusedPreferenceLoss(nn.Module):
                 f"loss: expected an objective or the name of one, got {loss!r}; "
                 f"`fastpref losses` lists them"
             )
-        if calibration is not None and not isinstance(calibration, RewardCalibration):
+        if not isinstance(calibration, RewardCalibration | PairCalibration | None):
             raise ValueError(f"calibration: expected a RewardCalibration, got {calibration!r}")
         if calibration is not None and not validation.of_pairs(objective):
             raise ValueError(
@@ -64,16 +63,20 @@ class FusedPreferenceLoss(nn.Module):
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps: must be >= 1, got {accumulation_steps}")
         self.loss: Objective = objective
-        self.calibration = calibration
-        self.mean_reward = RunningMean() if validation.keeps_mean_reward(objective) else None
-        self.accumulation_steps = accumulation_steps
-        self._statistics: list[Tensor] = []  # of the calls since the last optimizer step
-        self.ignore_index = ignore_index
         self.head_options: dict[str, Any] = {
             "logit_scale": logit_scale,
             "softcap": softcap,
             "impl": impl,
         }
+        self.calibration = None
+        if calibration is not None:
+            self.calibration = StepCalibration(
+                calibration, objective, accumulation_steps, self.head_options
+            )
+        self.mean_reward = RunningMean() if validation.keeps_mean_reward(objective) else None
+        self.accumulation_steps = accumulation_steps
+        self._statistics: list[Tensor] = []  # of the calls since the last optimizer step
+        self.ignore_index = ignore_index
 
     def forward(
         self,
@@ -124,8 +127,9 @@ class FusedPreferenceLoss(nn.Module):
         `fastpref.metrics` says which pairs or responses each is a mean of, and it is NaN if there
         are none.
 
-        Calibration measures the scores of the head: one or two more GEMMs of the size of the head,
-        and on a GPU a wait for `cu_seqlens`. It acts in training mode, where gradients are enabled.
+        Calibration measures the scores of the head, at a tenth of the cost of the head's forward
+        and backward pass (that of a pass for token-level objectives and for `PairCalibration`), and
+        on a GPU a wait for `cu_seqlens`. It acts in training mode, where gradients are enabled.
 
         Raises ValueError, naming the argument, for shapes that do not fit together, an argument
         that the objective needs or does not take, a reference that is missing or passed twice, and
@@ -149,35 +153,37 @@ class FusedPreferenceLoss(nn.Module):
             if ref_hidden is not None and ref_weight is not None:
                 reference_head = autocast_operands(tokens.rows(ref_hidden), ref_weight, ref_bias)
         given = _on_device(given, tokens, hidden.device)
-        logps = tokens.token_logps(*head, **self.head_options)
+        scores = None
+        calibration = self.calibration if torch.is_grad_enabled() and self.training else None
+        if calibration is None:
+            logps = tokens.token_logps(*head, **self.head_options)
+        else:
+            logps, scores = calibration.token_logps(tokens, head)
         columns = self._columns(tokens, head, reference_head)
         policy = views.policy_view(self.loss, logps, tokens, given, columns)
         reference = None
         if self.loss.needs_reference:
             of_reference = self._reference_logps(tokens, reference_head, given)
             reference = views.reference_view(policy, of_reference.to(logps), tokens)
-        return self._output(policy, reference, tokens, head, given["reference_point"])
-
-    def _output(
-        self,
-        policy: Logps,
-        reference: Logps | None,
-        tokens: ScoredTokens,
-        head: Head,
-        point: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics; in training, statistics for the averages are recorded."""
-        trains = torch.is_grad_enabled() and self.training
         seen = policy
-        if trains and self.calibration is not None:
-            policy = self._calibrated(self.calibration, policy, reference, tokens, head)
+        if calibration is not None:
+            policy = calibration.calibrate(
+                policy, reference, tokens, head, scores, self._loss_impl()
+            )
+        output = self._evaluate(policy, reference, tokens, given["reference_point"])
+        return output.loss.mean(), _metrics(output, seen)
+
+    def _evaluate(
+        self, policy: Logps, reference: Logps | None, tokens: ScoredTokens, point: Tensor | None
+    ) -> losses.Output:
+        """Evaluate the objective; in training, rewards are recorded for their mean."""
         if self.mean_reward is not None:
             point = self.mean_reward.mean
         output = losses.evaluate(self.loss, policy, reference, point, impl=self._loss_impl())
-        if trains and self.mean_reward is not None:
+        if self.mean_reward is not None and torch.is_grad_enabled() and self.training:
             assert isinstance(output, PointwiseOutput)
             self._record(sum_and_count(output.rewards, tokens.lengths), self.mean_reward)
-        return output.loss.mean(), _metrics(output, seen)
+        return output
 
     def _loss_impl(self) -> str:
         """Implementation of the objective: its kernel where the head's ops use kernels, too."""
@@ -217,29 +223,7 @@ class FusedPreferenceLoss(nn.Module):
         assert ref_logps is not None
         return ref_logps
 
-    def _calibrated(
-        self,
-        calibration: RewardCalibration,
-        policy: Logps,
-        reference: Logps | None,
-        tokens: ScoredTokens,
-        head: Head,
-    ) -> Logps:
-        hidden, weight, _ = head
-        d_w, d_l, token_weights = losses.pair_incentives(
-            self.loss, policy, reference, impl=self._loss_impl()
-        )
-        geometry = ops.score_geometry(
-            hidden, weight, tokens.labels, tokens.cu_seqlens, token_weights=token_weights,
-            per_pair=True, **self.head_options,
-        )  # fmt: skip
-        calibration.averages = calibration.averages.to(hidden.device)
-        pairs: Any = policy
-        calibrated = calibration.calibrate(pairs, (d_w, d_l), geometry)
-        self._record(calibrated.sums, calibration)
-        return calibrated.policy
-
-    def _record(self, sums: Tensor, averages: RewardCalibration | RunningMean) -> None:
+    def _record(self, sums: Tensor, averages: RunningMean) -> None:
         """Record a training call; after the last one of an optimizer step, update the averages."""
         self._statistics.append(sums)
         if len(self._statistics) == self.accumulation_steps:
@@ -251,13 +235,16 @@ class FusedPreferenceLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Averages of the calibration or of the rewards; part of `state_dict`."""
-        averages = self.calibration or self.mean_reward
+        averages = self._averages()
         return {} if averages is None else averages.state_dict()
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        averages = self.calibration or self.mean_reward
+        averages = self._averages()
         if averages is not None and state:
             averages.load_state_dict(state)
+
+    def _averages(self) -> RewardCalibration | PairCalibration | RunningMean | None:
+        return self.mean_reward if self.calibration is None else self.calibration.method
 
     def extra_repr(self) -> str:
         return repr(self.loss)

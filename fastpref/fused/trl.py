@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastpref import losses, ops
+from fastpref.dynamics.pair_calibration import PairCalibration
 from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused.loss import FusedPreferenceLoss
 from fastpref.fused.mismatched import Mismatched
@@ -88,7 +89,7 @@ class FusedDPOMixin:
         self,
         *args: Any,
         objective: Objective | str | None = None,
-        calibration: RewardCalibration | None = None,
+        calibration: RewardCalibration | PairCalibration | None = None,
         impl: str = "auto",
         token_metrics: bool = True,
         **kwargs: Any,

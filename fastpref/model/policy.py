@@ -31,8 +31,29 @@ class PolicyOutput(NamedTuple):
     collision_entropy: Tensor | None = None  # (T,) nats
     kl: Tensor | None = None  # (T,) KL(reference || policy) of the distributions, nats
     importance: Tensor | None = None  # (T,) see `fastpref.model.token_importance`
+    score_sums: Tensor | None = None  # (2, rows, D) `ops.linear_logps_and_scores`
     geometry: ops.ScoreGeometry | None = None  # (B,) of each pair's scores of the head's weight
     head: tuple[Tensor, Tensor] | None = None  # hidden states (T, D) and weight (V, D)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Scores of the head's weight to measure, of pairs and for heads without a bias.
+
+    sums: compute `score_sums`; part of the pass over the head, or one more with weights.
+    rows: of their sketches; None for the exact sums, which take half a GEMM more per side.
+    pairs: compute `geometry` of each pair, one or two more passes.
+    weights: function from the output so far to the weight of each token in the scores, (T,); None
+        for equal weights.
+    """
+
+    sums: bool = False
+    rows: int | None = ops.SKETCH_ROWS
+    pairs: bool = False
+    weights: Callable[[PolicyOutput], Tensor | None] | None = None
+
+
+NO_SCORES = ScoreOptions()
 
 
 @dataclass(frozen=True)
@@ -43,16 +64,14 @@ class ForwardOptions:
     collision_entropy: compute the collision entropy, two more passes.
     head: return the hidden states and the head's weight, no more passes.
     reference: `head` output of the reference at the same tokens; computes `kl`, two more passes.
-    score_weights: function from the output so far to the weight of each token in the scores, (T,),
-        or None for equal weights; computes `geometry`, one or two more passes. Only for pairs and
-        heads without a bias.
+    scores: compute `score_sums` and `geometry` as these options say.
     """
 
     entropy: bool = False
     collision_entropy: bool = False
     head: bool = False
     reference: tuple[Tensor, Tensor] | None = None
-    score_weights: Callable[[PolicyOutput], Tensor | None] | None = None
+    scores: ScoreOptions = NO_SCORES
 
 
 _LOGPS_ONLY = ForwardOptions()
@@ -118,8 +137,14 @@ class Policy(nn.Module):
         hidden = self.hidden_states(batch).index_select(0, batch.predictor_positions)
         weight, bias = self.head()
         head_inputs = hidden, weight, batch.labels
-        logps = ops.linear_logps(*head_inputs, bias=bias, **self.head_options)
-        output = PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), logps)
+        scores, sums = options.scores, None
+        if scores.sums and scores.weights is None:
+            logps, sums = ops.linear_logps_and_scores(
+                *head_inputs, batch.chosen_tokens, rows=scores.rows, **self.head_options
+            )
+        else:
+            logps = ops.linear_logps(*head_inputs, bias=bias, **self.head_options)
+        output = PolicyOutput(ops.segment_sum(logps, batch.cu_seqlens), logps, score_sums=sums)
         if options.entropy:
             stats = ops.token_stats(*head_inputs, bias=bias, **self.head_options)
             count = stats.entropy.new_tensor(len(batch.labels))
@@ -130,16 +155,29 @@ class Policy(nn.Module):
         if options.reference is not None:
             kl = ops.linear_kl(hidden, weight, *options.reference, **self.head_options)
             output = output._replace(kl=kl)
-        if options.score_weights is not None:
-            geometry = ops.score_geometry(
-                *head_inputs,
-                batch.cu_seqlens,
-                token_weights=options.score_weights(output),
-                per_pair=True,
-                **self.head_options,
-            )
-            output = output._replace(geometry=geometry)
+        if scores.sums or scores.pairs:
+            output = self._with_scores(output, batch, (hidden, weight), scores)
         return output._replace(head=(hidden, weight)) if options.head else output
+
+    def _with_scores(
+        self, output: PolicyOutput, batch: Batch, head: tuple[Tensor, Tensor], scores: ScoreOptions
+    ) -> PolicyOutput:
+        """Add `geometry`, and `score_sums` where these have token weights."""
+        weights = None if scores.weights is None else scores.weights(output)
+        if scores.sums and output.score_sums is None:
+            with torch.no_grad():
+                _, sums = ops.linear_logps_and_scores(
+                    *head, batch.labels, batch.chosen_tokens, token_weights=weights,
+                    rows=scores.rows, **self.head_options,
+                )  # fmt: skip
+            output = output._replace(score_sums=sums)
+        if scores.pairs:
+            geometry = ops.score_geometry(
+                *head, batch.labels, batch.cu_seqlens, token_weights=weights, per_pair=True,
+                **self.head_options,
+            )  # fmt: skip
+            output = output._replace(geometry=geometry)
+        return output
 
     def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
         """Collate the batches of a micro-batch's forward passes, on the device of the policy.

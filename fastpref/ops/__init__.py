@@ -2,12 +2,15 @@
 
 from fastpref.ops.api import (
     IGNORE_INDEX,
+    SKETCH_ROWS,
     ScoreGeometry,
     TokenStats,
+    batch_geometry,
     collision_entropy,
     implementation,
     linear_kl,
     linear_logps,
+    linear_logps_and_scores,
     score_geometry,
     segment_sum,
     token_stats,
@@ -15,12 +18,15 @@ from fastpref.ops.api import (
 
 __all__ = [
     "IGNORE_INDEX",
+    "SKETCH_ROWS",
     "ScoreGeometry",
     "TokenStats",
+    "batch_geometry",
     "collision_entropy",
     "implementation",
     "linear_kl",
     "linear_logps",
+    "linear_logps_and_scores",
     "score_geometry",
     "segment_sum",
     "token_stats",

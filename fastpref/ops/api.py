@@ -21,15 +21,19 @@ from torch import Tensor
 from fastpref.ops import dispatch, reference, torch_ops
 from fastpref.ops.backend import Head
 from fastpref.ops.reference import IGNORE_INDEX, ScoreGeometry, TokenStats
+from fastpref.ops.score_sketch import SKETCH_ROWS
 
 __all__ = [
     "IGNORE_INDEX",
+    "SKETCH_ROWS",
     "ScoreGeometry",
     "TokenStats",
+    "batch_geometry",
     "collision_entropy",
     "implementation",
     "linear_kl",
     "linear_logps",
+    "linear_logps_and_scores",
     "score_geometry",
     "segment_sum",
     "token_stats",
@@ -65,6 +69,71 @@ def linear_logps(
             hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
     return torch_ops.linear_logps(hidden, head, labels, impl)
+
+
+def linear_logps_and_scores(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    first_rejected: int,
+    *,
+    token_weights: Tensor | None = None,  # (T,)
+    rows: int | None = SKETCH_ROWS,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (T,), (2, min(rows, V), D)
+    """Log-probs as of `linear_logps`, bit for bit, and sketches of two sums of scores.
+
+        sums[0] = sketch of the sum over t <  first_rejected of c[t] d logps[t] / d weight
+        sums[1] = sketch of the sum over t >= first_rejected of c[t] d logps[t] / d weight
+
+    with c the token weights: constants of any floating dtype, 1 by default. `batch_geometry` turns
+    the sums into norms and a cosine; `fastpref.ops.score_sketch` says how large their error is.
+    With `rows` None the sums are the scores themselves, (2, V, D). The sums are fp32 (fp64 for fp64
+    inputs), carry no gradient, and add up over micro-batches and ranks.
+
+    They are made of the dlogits of the forward pass: `rows` / V of a GEMM over the head, and one
+    more where nothing requires a gradient. Raises ValueError, naming the argument, as
+    `linear_logps` does, and for a number of tokens or rows out of range.
+    """
+    head = Head(weight, bias, logit_scale, softcap)
+    _check_head(hidden, head)
+    _check_labels(labels, hidden)
+    if not 0 <= first_rejected <= len(hidden):
+        raise ValueError(
+            f"first_rejected: expected a number of tokens from 0 to {len(hidden)}, "
+            f"got {first_rejected!r}"
+        )
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows: must be >= 1, or None for exact sums, got {rows!r}")
+    if token_weights is not None:
+        _check_weights(token_weights, hidden)
+    if impl == "reference":
+        return reference.linear_logps_and_scores(
+            hidden, weight, labels, first_rejected, token_weights=token_weights, rows=rows,
+            bias=bias, logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip
+    return torch_ops.linear_logps_and_scores(
+        hidden, head, labels, first_rejected, token_weights, rows, impl
+    )
+
+
+def batch_geometry(
+    sums: Tensor,  # (2, ...)
+    pairs: Tensor | int,
+) -> ScoreGeometry:
+    """Norms and cosine () of the mean chosen and rejected scores of a number of pairs, fp64.
+
+    sums: summed scores, or sketches of them. The cosine is 0 where a norm is 0. Nothing waits for
+    the device; 0 pairs give NaN.
+    """
+    chosen, rejected = sums.flatten(1).double()
+    chosen_norm, rejected_norm = chosen.norm(), rejected.norm()
+    size = chosen_norm * rejected_norm
+    cosine = (chosen @ rejected / size).masked_fill(size == 0, 0.0).clamp(-1, 1)
+    return ScoreGeometry(chosen_norm / pairs, rejected_norm / pairs, cosine)
 
 
 def token_stats(

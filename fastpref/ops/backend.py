@@ -30,6 +30,24 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight[part], bias=bias)
 
 
+class ScoreSketch(NamedTuple):
+    """Sums of a batch's scores that a forward pass computes: see `fastpref.ops.score_sketch`.
+
+    The chosen responses' tokens come first.
+    """
+
+    sums: Tensor  # (2, rows, D) sketches of the chosen and of the rejected scores, written
+    signs: Tensor | None  # (blocks, rows), the dtype of sums; None if rows is V
+    first_rejected: int  # number of tokens of the chosen responses
+    token_weights: Tensor | None  # (T,) weight of each token in the scores; None means 1
+
+    def sides(self, tokens: slice) -> list[tuple[Tensor, slice]]:
+        """Sums and tokens of the chosen and of the rejected responses in a slice of the tokens."""
+        middle = min(max(self.first_rejected, tokens.start), tokens.stop)
+        spans = slice(tokens.start, middle), slice(middle, tokens.stop)
+        return [(out, s) for out, s in zip(self.sums, spans, strict=True) if s.start < s.stop]
+
+
 class Backend(Protocol):
     """T tokens, D hidden size, V vocabulary; labels are int64, -100 where a token is ignored.
 
@@ -54,8 +72,9 @@ class Backend(Protocol):
         dlogp_dhidden: Tensor | None,  # (T, D), written
         dlogits: Tensor | None,  # (T, V), written
         row_scale: Tensor | None,  # (T,), written; None without dlogits
+        sketch: ScoreSketch | None = None,  # sums are written
     ) -> None:
-        """Log-probs, log-sum-exps and the inputs of the backward pass.
+        """Log-probs, log-sum-exps, the inputs of the backward pass, and the sums of scores.
 
         Token t's gradient by the logits is `row_scale[t] * dlogits[t]`: a backend may leave a
         factor of each row out of the matrix.

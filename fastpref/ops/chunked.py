@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import Head
+from fastpref.ops.backend import Head, ScoreSketch
 from fastpref.ops.reference import IGNORE_INDEX, TokenStats, statistics_dtype
+from fastpref.ops.score_sketch import fold
 
 # The memory of one chunk (forward) or panel (backward) of logits. On a 2-core CPU anything from 64
 # to 512 MiB runs equally fast, within the noise, at vocabularies of 32000 and 128256; a GPU needs
@@ -89,8 +90,11 @@ class Chunked:
         dlogp_dhidden: Tensor | None,
         dlogits: Tensor | None,
         row_scale: Tensor | None,
+        sketch: ScoreSketch | None = None,
     ) -> None:
-        stats = self._score(hidden, head, labels, dlogp_dhidden=dlogp_dhidden, dlogits=dlogits)
+        stats = self._score(
+            hidden, head, labels, dlogp_dhidden=dlogp_dhidden, dlogits=dlogits, sketch=sketch
+        )
         logps.copy_(stats.logps)
         lse.copy_(stats.lse)
         if row_scale is not None:
@@ -212,6 +216,7 @@ class Chunked:
         *,
         dlogp_dhidden: Tensor | None = None,  # (T, D), written
         dlogits: Tensor | None = None,  # (T, V), written
+        sketch: ScoreSketch | None = None,
         entropy: bool = False,
     ) -> TokenStats:
         """Statistics of each token, a chunk at a time; entropy is 0 unless requested.
@@ -225,7 +230,10 @@ class Chunked:
         dtype = statistics_dtype(hidden)
         chunk = max(1, min(CHUNK_BYTES // (dtype.itemsize * vocabulary), tokens))
         buffer = hidden.new_empty(chunk if dlogits is None else 0, vocabulary, dtype=dtype)
-        scale = None if dlogp_dhidden is None and dlogits is None else head.logit_scale
+        trains = dlogp_dhidden is not None or dlogits is not None or sketch is not None
+        scale = head.logit_scale if trains else None
+        if sketch is not None:
+            sketch.sums.zero_()
         logps, lse, entropies = (hidden.new_zeros(tokens, dtype=dtype) for _ in range(3))
         top1 = torch.zeros_like(ignored)
 
@@ -243,6 +251,8 @@ class Chunked:
                 if dlogp_dhidden is not None:
                     sums = logits.new_zeros(_size(rows), hidden.shape[1])
                     dlogp_dhidden[rows] = _pull_back(logits, head.weight, sums)
+                if sketch is not None:
+                    _add_scores(sketch, logits, hidden, labels, rows)
 
         logps.masked_fill_(ignored, 0.0)
         return TokenStats(logps, lse, entropies.masked_fill_(ignored, 0.0), top1 & ~ignored)
@@ -367,6 +377,30 @@ def _outer(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
         return
     for columns in _slices(len(out), _slice_size(2 * len(hidden) + 4 * hidden.shape[1])):
         out[columns] = _mm_half(dlogits[:, columns].T, hidden, hidden.dtype)
+
+
+def _add_scores(
+    sketch: ScoreSketch,
+    dlogits: Tensor,  # (rows, V)
+    hidden: Tensor,  # (T, D)
+    labels: Tensor,  # (T,)
+    rows: slice,  # the tokens of dlogits
+) -> None:
+    """Add the scores of some tokens to the sums of a sketch."""
+    folded = dlogits
+    if sketch.signs is not None:
+        folded = dlogits.new_empty(len(dlogits), sketch.sums.shape[1])
+        for part in _slices(len(dlogits), -(-len(dlogits) // SLICES)):
+            fold(dlogits[part], sketch.signs, out=folded[part])
+    for sums, tokens in sketch.sides(rows):
+        weighted = _zero_ignored(hidden[tokens], labels[tokens])
+        if sketch.token_weights is not None:
+            weighted = (sketch.token_weights[tokens, None] * weighted).to(hidden.dtype)
+        columns = folded[tokens.start - rows.start : tokens.stop - rows.start].T
+        if hidden.dtype in _HALF:
+            sums += _mm_half(columns, weighted, hidden.dtype)
+        else:
+            sums.addmm_(columns, weighted)
 
 
 def _mm_half(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

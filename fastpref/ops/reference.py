@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastpref.logps import segment_sum as segment_sum
 from fastpref.ops.backend import Head
+from fastpref.ops.score_sketch import SKETCH_ROWS, sketch_rows, sketch_signs
 
 IGNORE_INDEX = -100
 
@@ -57,6 +58,37 @@ def linear_logps(
     columns = labels.masked_fill(ignored, 0).long()
     logps = logits.log_softmax(1).gather(1, columns[:, None]).squeeze(1)
     return logps.masked_fill(ignored, 0.0)
+
+
+def linear_logps_and_scores(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (T,)
+    first_rejected: int,
+    *,
+    token_weights: Tensor | None = None,  # (T,)
+    rows: int | None = SKETCH_ROWS,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # (T,), (2, min(rows, V), D)
+    """Log-probs, and sketches of the summed scores of tokens before and from `first_rejected`."""
+    head = Head(weight, bias, logit_scale, softcap)
+    logps = linear_logps(
+        hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+    )
+    inputs = _drop(hidden.detach(), labels == IGNORE_INDEX).to(statistics_dtype(hidden))
+    dlogits = _dlogits(inputs, head, labels)
+    if token_weights is not None:
+        inputs = inputs * token_weights.detach().to(inputs)[:, None]
+    sides = slice(first_rejected), slice(first_rejected, None)
+    scores = torch.stack([dlogits[side].T @ inputs[side] for side in sides])  # (2, V, D)
+    size = sketch_rows(len(weight), rows)
+    signs = sketch_signs(len(weight), size, scores.device, scores.dtype)
+    signed = signs.flatten()[: len(weight), None] * scores
+    buckets = torch.arange(len(weight), device=scores.device) % size
+    sums = scores.new_zeros(2, size, scores.shape[2])
+    return logps, sums.index_add_(1, buckets, signed)
 
 
 @torch.no_grad()
@@ -186,7 +218,8 @@ def _dlogits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     ignored = labels == IGNORE_INDEX
     with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
         raw = (hidden @ head.weight.detach().to(hidden.dtype).T).detach().requires_grad_()
-        logps = _cap(raw * head.logit_scale, head.softcap).log_softmax(1)
+        bias = 0.0 if head.bias is None else head.bias.detach().to(hidden.dtype)
+        logps = _cap((raw + bias) * head.logit_scale, head.softcap).log_softmax(1)
         target = logps.gather(1, labels.masked_fill(ignored, 0).long()[:, None]).squeeze(1)
         (dlogits,) = torch.autograd.grad(target.masked_fill(ignored, 0.0).sum(), raw)
     return dlogits

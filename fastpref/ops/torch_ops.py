@@ -17,23 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.ops.backend import Head
+from fastpref.ops.backend import Head, ScoreSketch
 from fastpref.ops.dispatch import backend_for
 from fastpref.ops.reference import IGNORE_INDEX, ScoreGeometry, TokenStats, statistics_dtype
 from fastpref.ops.score_products import score_products
+from fastpref.ops.score_sketch import sketch_rows, sketch_signs
 
 
 def linear_logps(hidden: Tensor, head: Head, labels: Tensor, impl: str) -> Tensor:
     """Log-probs (T,) by the backend for `impl`, differentiable once."""
+    return _logps_and_scores(hidden, head, labels, 0, 0, None, impl)[0]
+
+
+def linear_logps_and_scores(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    first_rejected: int,
+    token_weights: Tensor | None,
+    rows: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (T,), differentiable once, and sketches (2, rows, D) of both sides' scores."""
+    weights = None if token_weights is None else token_weights.detach()
+    size = sketch_rows(len(head.weight), rows)
+    return _logps_and_scores(hidden, head, labels, size, first_rejected, weights, impl)
+
+
+def _logps_and_scores(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    rows: int,  # of the sketches; 0 for none
+    first_rejected: int,
+    token_weights: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
     weight, bias, logit_scale, softcap = head
     trained = torch.is_grad_enabled()
     train_hidden = trained and hidden.requires_grad
     train_head = trained and (weight.requires_grad or (bias is not None and bias.requires_grad))
     outputs: tuple[Tensor, ...] = _linear_logps(
-        hidden, weight, labels, bias, float(logit_scale), _number(softcap), train_hidden,
-        train_head, impl,
+        hidden, weight, labels, bias, token_weights, float(logit_scale), _number(softcap), rows,
+        first_rejected, train_hidden, train_head, impl,
     )  # fmt: skip
-    return outputs[0]
+    return outputs[0], outputs[-1]
 
 
 def token_stats(hidden: Tensor, head: Head, labels: Tensor, impl: str) -> TokenStats:
@@ -84,35 +112,46 @@ def _linear_logps(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    token_weights: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    rows: int,
+    first_rejected: int,
     train_hidden: bool,
     train_head: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, lse, dlogp_dhidden or (0,), dlogits and row_scale or (0,) each."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, lse, and dlogp_dhidden, dlogits, row_scale and score sums or (0,) each."""
     outputs = _empty_logps_outputs(hidden, weight, train_hidden, train_head, impl)
+    sums, sketch = _empty_score_sums(hidden, rows), None
+    if sums is not None:
+        signs = None
+        if rows < len(weight):
+            signs = sketch_signs(len(weight), rows, hidden.device, sums.dtype)
+        sketch = ScoreSketch(sums, signs, first_rejected, token_weights)
     head = Head(weight, bias, logit_scale, softcap)
-    backend_for(impl, hidden).linear_logps_fwd(hidden, head, labels.long(), *outputs)
+    backend_for(impl, hidden).linear_logps_fwd(hidden, head, labels.long(), *outputs, sketch)
     logps, lse, dlogp_dhidden, dlogits, row_scale = outputs
     return (
         logps, lse, _or_empty(dlogp_dhidden, hidden), _or_empty(dlogits, hidden),
-        _or_empty(row_scale, hidden),
+        _or_empty(row_scale, hidden), _or_empty(sums, hidden),
     )  # fmt: skip
 
 
 @_linear_logps.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, train_hidden, train_head, impl = rest
+    *_, rows, _, train_hidden, train_head, impl = rest
     outputs = _empty_logps_outputs(hidden, weight, train_hidden, train_head, impl)
-    return tuple(_or_empty(x, hidden) for x in outputs)
+    return tuple(_or_empty(x, hidden) for x in (*outputs, _empty_score_sums(hidden, rows)))
 
 
 def _save_logps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, logit_scale, softcap, train_hidden, train_head, impl = inputs
-    _, lse, dlogp_dhidden, dlogits, row_scale = output
+    (
+        hidden, weight, labels, bias, _, logit_scale, softcap, _, _, train_hidden, train_head, impl,
+    ) = inputs  # fmt: skip
+    _, lse, dlogp_dhidden, dlogits, row_scale, sums = output
     ctx.logit_scale, ctx.softcap, ctx.impl = logit_scale, softcap, impl
-    ctx.mark_non_differentiable(lse, dlogp_dhidden, dlogits, row_scale)
+    ctx.mark_non_differentiable(lse, dlogp_dhidden, dlogits, row_scale, sums)
     ctx.set_materialize_grads(False)
     saved_for_head = (hidden, weight, bias, lse, dlogits, row_scale) if train_head else (None,) * 6
     ctx.save_for_backward(labels, dlogp_dhidden if train_hidden else None, *saved_for_head)
@@ -134,7 +173,7 @@ def _logps_bwd(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | 
             grad_hidden = _scale_rows(dlogp_dhidden, grad_logps)
     return (
         grad_hidden, grad_weight if need_weight else None, None, grad_bias if need_bias else None,
-        *(None,) * 5,
+        *(None,) * 8,
     )  # fmt: skip
 
 
@@ -363,6 +402,13 @@ def _empty_logps_outputs(
     dlogits = backend_for(impl, hidden).new_dlogits_cache(hidden, weight) if train_head else None
     row_scale = None if dlogits is None else torch.empty_like(lse)
     return logps, lse, dlogp_dhidden, dlogits, row_scale
+
+
+def _empty_score_sums(hidden: Tensor, rows: int) -> Tensor | None:
+    """Sums (2, rows, D) of the chosen and rejected scores, or None for 0 rows."""
+    if not rows:
+        return None
+    return hidden.new_empty(2, rows, hidden.shape[1], dtype=statistics_dtype(hidden))
 
 
 def _contiguous_empty_like(x: Tensor) -> Tensor:

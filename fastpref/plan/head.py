@@ -20,7 +20,8 @@ class Head:
     on_cpu: bool
     sharded: bool
     log_every: int  # steps from one pass for the entropy to the next
-    calibrated: bool
+    pair_scores: bool  # of each pair, in every step
+    score_rows: int  # of the sketches of the batch's scores; 0 for none
     runs_reference: bool  # in every step, rather than from the cache
     full_kl: bool  # the objective compares whole distributions
 
@@ -37,7 +38,9 @@ class Head:
 
         An entropy or score norms need the logits once more.
         """
-        return p.tokens * self.shapes.width * self.shapes.compute + self._states(p) + self._chunk(p)
+        s = self.shapes
+        sketches = 2 * 2 * 4 * self.score_rows * s.width  # of the step, and of this pass
+        return p.tokens * s.width * s.compute + self._states(p) + self._chunk(p) + sketches
 
     def backward(self, p: Pass) -> int:
         """Bytes during its backward pass beyond `saved`."""
@@ -56,8 +59,9 @@ class Head:
         count = 2.0 + 1 / self.log_every
         if trained:
             count += 1 if self._caches_dlogits(p) else 2
-        if self.calibrated:
+        if self.pair_scores:
             count += 2
+        count += self.score_rows / self.shapes.vocabulary
         if self.runs_reference:
             count += 1
         if self.full_kl:

@@ -8,6 +8,7 @@ from typing import Any
 from fastpref.config import Config, ConfigError, Parallel
 from fastpref.data.batch_plan import Layout
 from fastpref.model.batch_layout import preferred_layout
+from fastpref.ops.score_sketch import sketch_rows
 from fastpref.plan import flops as speed
 from fastpref.plan.activation_trace import Trace, trace
 from fastpref.plan.devices import Device
@@ -113,12 +114,16 @@ class Predictor:
     def _memory(self, setup: Setup, steps: list[Step], shard: int, one_by_one: bool) -> Memory:
         config = setup.config
         shapes, traced = self._trace(setup, steps, shard > 1, one_by_one)
+        calibration, score_rows = config.calibration, 0
+        if calibration is not None and calibration.statistics == "batch":
+            score_rows = sketch_rows(shapes.vocabulary, calibration.sketch_rows)
         head = Head(
             shapes,
             self.device.is_cpu,
             sharded=shard > 1,
             log_every=config.training.log_every,
-            calibrated=config.calibration is not None,
+            pair_scores=calibration is not None and calibration.statistics == "pairs",
+            score_rows=score_rows,
             runs_reference=config.reference_mode in ("frozen", "adapter"),
             full_kl="kl" in getattr(config.build_loss(), "columns", ()),
         )

@@ -1,27 +1,34 @@
 """Reward Calibration and the band monitor as hooks of the training loop.
 
-Both need the scores of each pair. `head` takes the scores of the head's weight from the forward
-pass of the step, and costs one or two matmuls of the head; `last_adapter` and `full` take the
-gradients of the log-probs with respect to trained parameters, by a partial backward pass for each
-response. On CUDA the scores of the head wait for the offsets of the batch.
+Both need scores. Those of the head's weight, summed over a batch, come out of the forward pass of
+the step (`ops.linear_logps_and_scores`); those of each pair cost one or two passes over the head
+more. `last_adapter` and `full` take the gradients of the log-probs with respect to trained
+parameters, by two partial backward passes for each micro-batch, or for each pair.
+
+The statistics of a batch are sums over the micro-batches and ranks of an optimizer step. They are
+complete after its last backward pass, and calibrate the next step.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpref import distributed, losses
 from fastpref.config import Calibration, ConfigError, Monitor
-from fastpref.dynamics.band import band_metrics, band_sums, parameter_geometry
-from fastpref.dynamics.reward_calibration import RewardCalibration
+from fastpref.dynamics.band import parameter_geometry, parameter_scores
+from fastpref.dynamics.pair_calibration import PairCalibration
+from fastpref.dynamics.reward_calibration import BatchStatistics, RewardCalibration, calibrated
 from fastpref.logps import TokenLogps
 from fastpref.losses import Logps, Objective, PairwiseLoss, TokenLevelLoss
-from fastpref.model.policy import Policy
+from fastpref.model.policy import NO_SCORES, Policy, ScoreOptions
+from fastpref.ops import SKETCH_ROWS, ScoreGeometry
+from fastpref.training.band_monitor import BandMonitor
 from fastpref.training.forward import MicroBatchLogps
 from fastpref.training.step_hook import StepHook
 
@@ -29,99 +36,161 @@ from fastpref.training.step_hook import StepHook
 class NoCalibration(StepHook):
     """No-op: neither calibration nor band monitoring is enabled."""
 
-    def needs_geometry(self, step: int) -> bool:
-        """Whether the forward passes of a training step must return the geometry of the head."""
-        return False
+    def scores(self) -> ScoreOptions:
+        """Scores of the head that the forward passes of the current step must return."""
+        return NO_SCORES
 
-    def calibrate(self, logps: MicroBatchLogps, step: int) -> Logps:
+    def calibrate(self, logps: MicroBatchLogps, pairs_in_step: int) -> Logps:
         """Return the policy's log-probs for the objective: equal values, calibrated gradients."""
         return logps.policy
 
 
+class Scope(NamedTuple):
+    """Parameters whose scores are measured."""
+
+    parameters: list[nn.Parameter] | None  # None: the head's weight
+    sketch_rows: int | None  # of the head's batch scores; None: exact
+    shape: tuple[int, ...]  # of the summed scores of both sides
+
+
 class CalibrationStep(NoCalibration):
-    """Reward Calibration, if there is one, and the band, measured every `every` steps."""
+    """Measure the bands of a step's batch and of its pairs, and calibrate if there is a method."""
 
     def __init__(
         self,
         loss: PairwiseLoss | TokenLevelLoss,
-        calibration: RewardCalibration | None,
-        every: int,
-        parameters: list[nn.Parameter] | None,  # whose scores; None: the head's
-        device: torch.device,
+        method: RewardCalibration | PairCalibration | None,
+        band_every: int | None,  # steps between measurements of all bands
+        scope: Scope,
+        policy: Policy,
     ) -> None:
-        self.loss, self.calibration, self.every = loss, calibration, every
-        self.parameters = parameters
-        self._step_sums = torch.zeros(8, dtype=torch.float64, device=device)
-        self._window = torch.zeros(8, dtype=torch.float64, device=device)
-        bands = torch.zeros(3, 16, dtype=torch.float64, device=device)
-        self._band, self._local_band, self._step_band = bands
+        self.loss, self.method, self.scope = loss, method, scope
+        self._band_every = band_every
+        self._by_batch = self._by_pairs = False  # what this step measures
+        momentum = RewardCalibration().momentum if method is None else method.momentum
+        self.monitor = BandMonitor(momentum, policy.device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=policy.device)
+        # Sums over the pairs of the step: d_w, d_l, 1; calibrated d_w, d_l; log A, clipped.
+        self._sums = zeros(7)
+        self._pair_sums = zeros(8)  # of `PairCalibration`
+        self._scores: Tensor | None = None
+        wide = policy.compute_dtype == torch.float64
+        self._score_dtype = torch.float64 if wide else torch.float32
+        self._window = zeros(8 if isinstance(method, PairCalibration) else 4)
 
-    def needs_geometry(self, step: int) -> bool:
-        return self.parameters is None and self._measures(step)
+    def before_step(self, step: int) -> None:
+        due = self._band_every is not None and (step + 1) % self._band_every == 0
+        self._by_batch = due or isinstance(self.method, RewardCalibration)
+        self._by_pairs = due or isinstance(self.method, PairCalibration)
 
-    def calibrate(self, logps: MicroBatchLogps, step: int) -> Logps:
+    def scores(self) -> ScoreOptions:
+        if self.scope.parameters is not None:
+            return NO_SCORES
+        return ScoreOptions(self._by_batch, self.scope.sketch_rows, self._by_pairs)
+
+    def calibrate(self, logps: MicroBatchLogps, pairs_in_step: int) -> Logps:
         policy: Any = logps.policy
-        if not self._measures(step):
+        if not self._by_batch and not self._by_pairs:
             return policy
-        d_w, d_l, weights = losses.pair_incentives(self.loss, policy, logps.reference)
-        geometry = logps.geometry
-        if self.parameters is not None:
-            sequences = policy.sequences(weights) if isinstance(policy, TokenLogps) else policy
-            geometry = parameter_geometry(sequences, self.parameters)
-        assert geometry is not None
-        if self.calibration is not None:
-            policy, factor, sums = self.calibration.calibrate(policy, (d_w, d_l), geometry)
-            d_w, d_l = d_w * factor, d_l / factor
-            self._step_sums += sums
-        self._step_band += band_sums(d_w, d_l, geometry)
+        incentives = losses.pair_incentives(self.loss, policy, logps.reference)
+        d_w, d_l = (d.detach().double() for d in incentives[:2])
+        scores, geometry = self._scores_of(logps, incentives[2])
+        factor, log_factor, clipped = d_w.new_ones(()), d_w.new_zeros(()), d_w.new_zeros(())
+        ones = torch.ones_like(d_w)
+        if isinstance(self.method, RewardCalibration):
+            statistics = None
+            if pairs_in_step == 1:
+                assert scores is not None
+                statistics = BatchStatistics.of_sums(torch.cat([d_w, d_l, ones]), scores)
+            factor, (log_factor, clipped) = self.method.factor(statistics)
+            policy = calibrated(policy, factor)
+        elif self.method is not None:
+            assert geometry is not None
+            policy, factor, pair_sums = self.method.calibrate(policy, (d_w, d_l), geometry)
+            self._pair_sums += pair_sums
+        applied = d_w * factor, d_l / factor
+        if scores is not None:
+            columns = d_w, d_l, ones, *applied, ones * log_factor, ones * clipped
+            self._sums += torch.stack(columns).sum(1)
+            self._scores = scores if self._scores is None else self._scores.add_(scores)
+        if self._by_pairs:
+            assert geometry is not None
+            self.monitor.add_pairs(*applied, geometry)
         return policy
 
     def after_step(self) -> None:
-        if self.calibration is not None:
-            self.calibration.update(distributed.all_reduce_sum_(self._step_sums))
-            self._window += self._step_sums
-        self._local_band += self._step_band
+        if self._by_batch:
+            self._end_batch()
+        if isinstance(self.method, PairCalibration):
+            self.method.update(distributed.all_reduce_sum_(self._pair_sums))
+            self._window += self._pair_sums
+        self.monitor.end_step()
         self.discard_step()
 
     def discard_step(self) -> None:
-        self._step_sums.zero_()
-        self._step_band.zero_()
+        self._sums.zero_()
+        self._pair_sums.zero_()
+        self._scores = None
+        self.monitor.discard_step()
 
     def metrics(self) -> dict[str, float]:
-        self._all_reduce_band()
-        means = band_metrics(self._band)
-        if self.calibration is not None:
-            means |= self.calibration.metrics(self._window)
+        means = self.monitor.metrics()
+        if self.method is not None:
+            means |= self.method.metrics(self._window)
         values = zip(means, torch.stack(list(means.values())).tolist(), strict=True)
-        self._band.zero_()
         self._window.zero_()
-        return {name: value for name, value in values if not math.isnan(value)}  # NaN: no pair
+        return {name: value for name, value in values if not math.isnan(value)}  # NaN: no value
 
-    def state_dict(self) -> dict[str, list[float]]:
-        self._all_reduce_band()
-        averages = [] if self.calibration is None else self.calibration.averages.tolist()
-        return {
-            "averages": averages,
-            "window": self._window.tolist(),
-            "band": self._band.tolist(),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"window": self._window.tolist(), "band": self.monitor.state_dict()}
+        if self.method is not None:
+            state["method"] = type(self.method).__name__
+            state["averages"] = {k: v.tolist() for k, v in self.method.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: Any) -> None:
         if not state:  # the run did neither calibrate nor monitor until now
             return
-        self._window.copy_(torch.tensor(state["window"], dtype=torch.float64))
-        self._band.copy_(torch.tensor(state["band"], dtype=torch.float64))
-        if self.calibration is not None and state["averages"]:
-            averages = torch.tensor(state["averages"], dtype=torch.float64)
-            self.calibration.load_state_dict({"averages": averages})
+        earlier = state.get("method")
+        if self.method is not None and earlier is not None:
+            if earlier != type(self.method).__name__:
+                raise ConfigError(
+                    "resume: the averages in the checkpoint are those of another "
+                    "calibration.statistics; restore it or choose another training.output_dir"
+                )
+            self._window.copy_(torch.tensor(state["window"], dtype=torch.float64))
+            averages = {
+                k: torch.tensor(v, dtype=torch.float64) for k, v in state["averages"].items()
+            }
+            self.method.load_state_dict(averages)
+        self.monitor.load_state_dict(state["band"])
 
-    def _all_reduce_band(self) -> None:
-        """All-reduce the local band statistics into the global window."""
-        self._band += distributed.all_reduce_sum_(self._local_band)
-        self._local_band.zero_()
+    def _scores_of(
+        self, logps: MicroBatchLogps, weights: Tensor | None
+    ) -> tuple[Tensor | None, ScoreGeometry | None]:
+        """Summed scores of the micro-batch and the geometry of its pairs, as far as measured."""
+        parameters = self.scope.parameters
+        if parameters is None:
+            return logps.score_sums, logps.geometry
+        policy: Any = logps.policy
+        sequences = policy.sequences(weights) if isinstance(policy, TokenLogps) else policy
+        scores = parameter_scores(sequences, parameters) if self._by_batch else None
+        geometry = parameter_geometry(sequences, parameters) if self._by_pairs else None
+        return scores, geometry
 
-    def _measures(self, step: int) -> bool:
-        return self.calibration is not None or (step + 1) % self.every == 0
+    def _end_batch(self) -> None:
+        """Reduce the statistics of the step, measure its band, and update the averages."""
+        scores = self._scores
+        if scores is None:  # this rank had no pair
+            scores = self._sums.new_zeros(self.scope.shape, dtype=self._score_dtype)
+        distributed.all_reduce_sum_(self._sums)
+        statistics = BatchStatistics.of_sums(self._sums[:3], distributed.all_reduce_sum_(scores))
+        _, _, _, d_w, d_l, log_factor, clipped = self._sums / self._sums[2]
+        self.monitor.add_batch(d_w, d_l, statistics.geometry)
+        if isinstance(self.method, RewardCalibration):
+            left_out = self.method.update(statistics)
+            step = torch.stack([torch.ones_like(d_w), left_out.double(), log_factor, clipped])
+            self._window += step
 
 
 def make_calibration(
@@ -133,31 +202,40 @@ def make_calibration(
     assert isinstance(loss, PairwiseLoss | TokenLevelLoss)  # the config has been checked
     if calibration is None:
         _check_head(policy, "monitor.band_every", "leave it out")
-        return CalibrationStep(loss, None, monitor.band_every or 1, None, policy.device)
-    parameters = _parameters(policy, calibration.scope)
-    averages = RewardCalibration(calibration.momentum, device=policy.device)
-    return CalibrationStep(loss, averages, 1, parameters, policy.device)
+        scope = _head_scope(policy, SKETCH_ROWS)
+        return CalibrationStep(loss, None, monitor.band_every, scope, policy)
+    kind = RewardCalibration if calibration.statistics == "batch" else PairCalibration
+    method = kind(calibration.momentum, device=policy.device)
+    scope = _scope(policy, calibration)
+    return CalibrationStep(loss, method, monitor.band_every, scope, policy)
 
 
-def _parameters(policy: Policy, scope: str) -> list[nn.Parameter] | None:
-    """Parameters of a scope; None for the head's weight."""
-    head = policy.base.get_output_embeddings()
+def _head_scope(policy: Policy, sketch_rows: int | None) -> Scope:
+    vocabulary, width = policy.base.get_output_embeddings().weight.shape
+    rows = vocabulary if sketch_rows is None else min(sketch_rows, vocabulary)
+    return Scope(None, sketch_rows, (2, rows, width))
+
+
+def _scope(policy: Policy, calibration: Calibration) -> Scope:
+    """Parameters of the config's scope."""
+    head, scope = policy.base.get_output_embeddings(), calibration.scope
     if scope == "auto":
         scope = "head" if head.weight.requires_grad else "last_adapter"
     if scope == "head":
         _check_head(policy, "calibration.scope", "use last_adapter or full")
-        return None
+        return _head_scope(policy, calibration.sketch_rows)
     trainable = policy.trainable_parameters()
     if policy.sharded:
         raise ConfigError(
             f"calibration.scope: {scope} takes gradients of its own, which a sharded model does "
             "not give; use head, or set parallel.shard=1"
         )
-    if scope == "full":
-        return list(trainable.values())
-    layers = {name: _layer(name) for name in trainable}
-    last = max(layers.values())
-    return [trainable[name] for name, layer in layers.items() if layer == last]
+    parameters = list(trainable.values())
+    if scope == "last_adapter":
+        layers = {name: _layer(name) for name in trainable}
+        last = max(layers.values())
+        parameters = [trainable[name] for name, layer in layers.items() if layer == last]
+    return Scope(parameters, None, (2, sum(p.numel() for p in parameters)))
 
 
 def _check_head(policy: Policy, field: str, remedy: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from fastpref import losses
 from fastpref.config import ConfigError
 from fastpref.data.collate import Batch, join
 from fastpref.losses import Logps, Objective, TokenLevelLoss
-from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
+from fastpref.model.policy import NO_SCORES, ForwardOptions, Policy, PolicyOutput, ScoreOptions
 from fastpref.model.reference_policy import Reference
 from fastpref.model.token_importance import importance
 from fastpref.ops import ScoreGeometry
@@ -25,7 +26,8 @@ class MicroBatchLogps(NamedTuple):
     policy: Logps
     reference: Logps | None
     entropy: Tensor | None  # (2,) sum over tokens, and their number
-    geometry: ScoreGeometry | None  # (B,) of the scores of the head's weight
+    score_sums: Tensor | None  # (2, rows, D) sums over its pairs, `ops.linear_logps_and_scores`
+    geometry: ScoreGeometry | None  # (B,) of each pair's scores of the head's weight
 
 
 class Forward:
@@ -55,15 +57,16 @@ class Forward:
         batches: Sequence[Batch],
         reference: Reference,
         with_entropy: bool = False,
-        with_geometry: bool = False,
+        scores: ScoreOptions = NO_SCORES,
     ) -> MicroBatchLogps:
         """Run one forward pass for each batch and join the results."""
         references = [reference(batch) for batch in batches]
         with calls_alive(len(batches)):
-            outputs = [
-                self._pass(batch, ref, with_entropy, with_geometry)
-                for batch, ref in zip(batches, references, strict=True)
-            ]
+            outputs, score_sums = [], None
+            for batch, ref in zip(batches, references, strict=True):
+                output = self._pass(batch, ref, with_entropy, scores)
+                score_sums = _added(score_sums, output.score_sums)
+                outputs.append(output._replace(score_sums=None))
         policy_views = [self._view(*pair) for pair in zip(batches, outputs, strict=True)]
         reference_views = [
             self._view(batch, ref) for batch, ref in zip(batches, references, strict=True) if ref
@@ -74,6 +77,7 @@ class Forward:
             join(policy_views),
             join(reference_views) if reference_views else None,
             torch.stack(entropies).sum(0) if entropies else None,
+            score_sums,
             ScoreGeometry(*map(torch.cat, zip(*geometries, strict=True))) if geometries else None,
         )
 
@@ -82,24 +86,26 @@ class Forward:
         batch: Batch,
         reference: PolicyOutput | None,
         with_entropy: bool,
-        with_geometry: bool,
+        scores: ScoreOptions,
     ) -> PolicyOutput:
         columns: dict[str, Any] = {}
         if "importance" in self._columns:
             columns["importance"] = importance(self._policy, batch)
 
-        def score_weights(output: PolicyOutput) -> Tensor | None:
+        def token_weights(output: PolicyOutput) -> Tensor | None:
             policy_view = self._view(batch, output._replace(**columns))
             reference_view = None if reference is None else self._view(batch, reference)
             return losses.pair_incentives(self._loss, policy_view, reference_view)[2]
 
+        if isinstance(self._loss, TokenLevelLoss):
+            scores = replace(scores, weights=token_weights)
         output: PolicyOutput = self._policy(
             batch,
             ForwardOptions(
                 entropy=with_entropy,
                 collision_entropy="collision_entropy" in self._columns,
                 reference=reference.head if reference and "kl" in self._columns else None,
-                score_weights=score_weights if with_geometry else None,
+                scores=scores,
             ),
         )
         return output._replace(**columns)
@@ -109,3 +115,8 @@ class Forward:
             return batch.view(output.logps)
         columns = {name: getattr(output, name) for name in self._columns}
         return batch.token_view(output.token_logps, **columns)
+
+
+def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """total + more, in place; either may be missing."""
+    return more if total is None or more is None else total.add_(more)

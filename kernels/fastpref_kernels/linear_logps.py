@@ -23,10 +23,11 @@ from torch import Tensor
 from fastpref_kernels.common.configs import IGNORE_INDEX
 from fastpref_kernels.common.launch import aligned_rows, dense_rows, launching_on
 from fastpref_kernels.dlogits import linear_dlogits, softmax_dlogits
+from fastpref_kernels.score_sketch import add_scores
 from fastpref_kernels.softmax_stats import linear_softmax_fwd
 
 if TYPE_CHECKING:
-    from fastpref.ops.backend import Head
+    from fastpref.ops.backend import Head, ScoreSketch
 
 CHUNK_BYTES = 256 << 20  # 1024 rows of 128k bf16 columns: full waves in both GEMMs of a chunk
 CACHE_BYTES = 2 << 30
@@ -51,8 +52,9 @@ def linear_logps_fwd(
     dlogp_dhidden: Tensor | None,  # (T, D), written
     dlogits: Tensor | None,  # (T, V), rows of unit stride, written
     row_scale: Tensor | None,  # (T,), written; None without dlogits
+    sketch: "ScoreSketch | None" = None,  # its sums are written
 ) -> None:
-    """Log-probs, log-sum-exps and the requested inputs of the backward pass.
+    """Log-probs, log-sum-exps, the requested inputs of the backward pass, and sums of scores.
 
     The gradient by the raw logits of token t is row_scale[t] * dlogits[t]. Log-probs alone allocate
     nothing of size (rows, V).
@@ -60,7 +62,7 @@ def linear_logps_fwd(
     hidden, head = dense_rows(hidden), head._replace(weight=dense_rows(head.weight))
     T, V = hidden.shape[0], head.weight.shape[0]
     with launching_on(hidden):
-        if dlogp_dhidden is None and dlogits is None:
+        if dlogp_dhidden is None and dlogits is None and sketch is None:
             stats = linear_softmax_fwd(hidden, head, labels, full=False)
             logps.copy_(stats.logps)
             lse.copy_(stats.lse)
@@ -68,6 +70,8 @@ def linear_logps_fwd(
         rows = rows_per_chunk(V, hidden.element_size())
         buffer = aligned_rows(min(rows, T), V, hidden) if dlogits is None else dlogits
         scale = torch.empty_like(lse) if row_scale is None else row_scale
+        if sketch is not None:
+            sketch.sums.zero_()
         for start in range(0, T, rows):
             part = slice(start, min(start + rows, T))
             chunk = buffer[: part.stop - start] if dlogits is None else dlogits[part]
@@ -75,6 +79,8 @@ def linear_logps_fwd(
             logps[part], lse[part] = stats.logps, stats.lse
             if dlogp_dhidden is not None:
                 torch.mm(chunk, head.weight, out=dlogp_dhidden[part])
+            if sketch is not None:
+                add_scores(sketch, chunk, scale, hidden, labels, part)
         if dlogp_dhidden is not None:
             torch.mul(dlogp_dhidden, scale[:, None], out=dlogp_dhidden)
 

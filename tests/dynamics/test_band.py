@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fastpref import losses, ops
-from fastpref.dynamics.band import BAND_METRICS, band, band_metrics, band_sums, parameter_geometry
+from fastpref.dynamics.band import (
+    BAND_METRICS,
+    PAIR_BAND_METRICS,
+    band,
+    band_metrics,
+    band_sums,
+    pair_band_sums,
+    parameter_geometry,
+    parameter_scores,
+)
 from fastpref.logps import SequenceLogps
 from fastpref.ops import ScoreGeometry
 
@@ -127,9 +136,10 @@ def test_negative_incentives_have_no_ratio_but_a_pathway():
 def test_metrics_are_means_over_the_pairs_that_have_the_value():
     geometry = ScoreGeometry(*(torch.tensor(x) for x in ([1.0, 1, 2], [1.0, 2, 1], [0.5, -0.5, 0])))
     d_w, d_l = torch.tensor([[1.0, 2.0, -1.0], [1.0, 1.0, 1.0]])
-    sums = band_sums(d_w, d_l, geometry)
+    bands = band(d_w, d_l, geometry)
+    sums = band_sums(bands)
     assert sums.shape == (2 * len(BAND_METRICS),) and sums.dtype == torch.float64
-    found = {name: value.item() for name, value in band_metrics(sums).items()}
+    found = {name: value.item() for name, value in band_metrics(BAND_METRICS, sums).items()}
     assert tuple(found) == BAND_METRICS
     log2 = math.log(2)
     expected = {
@@ -143,8 +153,22 @@ def test_metrics_are_means_over_the_pairs_that_have_the_value():
         "band/dz_rejected": ((0.5 - 1) + (-2 - 4) + -1) / 3,
     }
     assert found == pytest.approx(expected, abs=1e-12)
-    parts = [band_sums(d_w[i], d_l[i], ScoreGeometry(*(x[i] for x in geometry))) for i in range(3)]
-    torch.testing.assert_close(sum(parts), sums, rtol=1e-15, atol=0)
+    singles = [band(d_w[i], d_l[i], ScoreGeometry(*(x[i] for x in geometry))) for i in range(3)]
+    torch.testing.assert_close(sum(map(band_sums, singles)), sums, rtol=1e-15, atol=0)
+    pair_sums = sum(map(pair_band_sums, singles))
+    torch.testing.assert_close(pair_sums, pair_band_sums(bands), rtol=1e-15, atol=0)
+    shares = {n: x.item() for n, x in band_metrics(PAIR_BAND_METRICS, pair_sums).items()}
+    assert shares == pytest.approx(
+        {
+            "pair_band/inside": 2 / 3,
+            "pair_band/both_up": 0.0,
+            "pair_band/both_down": 1 / 3,
+            "pair_band/crossed": 0.0,
+            **{f"pair_{name}": expected[name] for name in ("band/log_r", "band/log_r_star")},
+            "pair_band/cosine": 0.0,
+        },
+        abs=1e-12,
+    )
 
 
 def test_incentives_of_objectives_are_taken_as_they_are():
@@ -206,5 +230,19 @@ def test_what_autograd_cannot_answer_is_refused():
 def test_nothing_is_read_from_the_device():
     """A tensor on the meta device has no values: reading one raises."""
     columns = [torch.empty(5, device="meta") for _ in range(5)]
-    sums = band_sums(*columns[:2], ScoreGeometry(*columns[2:]))
-    assert band_metrics(sums)["band/inside"].shape == ()
+    pairs = band(*columns[:2], ScoreGeometry(*columns[2:]))
+    assert band_metrics(BAND_METRICS, band_sums(pairs))["band/inside"].shape == ()
+    shares = band_metrics(PAIR_BAND_METRICS, pair_band_sums(pairs))
+    assert shares["pair_band/inside"].shape == ()
+
+
+def test_sums_of_scores_are_those_of_the_heads_op():
+    model = Head(pairs=3)
+    sums = parameter_scores(model.logps(), [model.weight])
+    _, expected = ops.linear_logps_and_scores(
+        model.hidden, model.weight, model.labels, int(model.ends[3]), rows=None
+    )
+    torch.testing.assert_close(sums, expected.flatten(1), rtol=1e-12, atol=1e-12)
+    mean = parameter_geometry(model.logps(), [model.weight], per_pair=False)
+    for value, exact in zip(ops.batch_geometry(sums, 3), mean, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""Reward Calibration: Proposition 3.4, the clip, the averages, accumulation and its state."""
+"""Reward Calibration by the statistics of a batch: factor, clip, averages and state."""
 
 from __future__ import annotations
 
@@ -6,335 +6,193 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastpref import losses, ops
-from fastpref.dynamics.reward_calibration import CALIBRATION_METRICS, RewardCalibration, calibrated
+from fastpref import losses
+from fastpref.dynamics.reward_calibration import (
+    CALIBRATION_METRICS,
+    BatchStatistics,
+    RewardCalibration,
+    calibrated,
+)
 from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.ops import ScoreGeometry
 from tests.helpers.pairs import batch
 
-# Objectives with ratios other than 1, and all incentives positive on `batch`.
-UNEQUAL = ["simpo", "cpo", "dil_bce", "simper"]
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
-def geometry(pairs: int, cosine: float | Tensor = 0.0, seed: int = 0) -> ScoreGeometry:
-    g = torch.Generator().manual_seed(seed)
-    chosen, rejected = torch.exp(torch.randn(2, pairs, generator=g, dtype=torch.float64))
-    return ScoreGeometry(chosen, rejected, torch.zeros_like(chosen) + cosine)
+def step(
+    d_w: float, d_l: float, s_w: float = 1.0, s_l: float = 1.0, cosine: float = 0.0
+) -> BatchStatistics:
+    geometry = ScoreGeometry(number(s_w), number(s_l), number(cosine))
+    return BatchStatistics(number(d_w), number(d_l), geometry)
 
 
-def incentives_after(objective, calibration, policy, reference, scores) -> tuple[Tensor, Tensor]:
-    """d_w and d_l as the log-probs that the model made would receive them."""
-    leaf = SequenceLogps(
-        policy.chosen.clone().requires_grad_(),
-        policy.rejected.clone().requires_grad_(),
-        policy.chosen_lengths,
-        policy.rejected_lengths,
-    )
-    incentives = losses.incentives(objective, policy, reference)
-    out = calibration.calibrate(leaf, incentives, scores)
-    objective(out.policy, reference).loss.sum().backward()
-    return -leaf.chosen.grad, leaf.rejected.grad
+def test_the_ratio_becomes_that_of_the_norms_and_the_product_stays() -> None:
+    """Proposition 3.4, for a batch in a steady state."""
+    calibration = RewardCalibration(eps=1e-300)
+    calibration.update(step(0.3, 0.002, s_w=5.0, s_l=11.0))
+    factor, (log_factor, clipped) = calibration.factor()
+    assert 0.3 * factor / (0.002 / factor) == pytest.approx(11 / 5, rel=1e-14)
+    assert log_factor == pytest.approx(math.log(factor), rel=1e-14) and clipped == 0
 
 
-def settled(incentives, scores, eps: float = 1e-12) -> RewardCalibration:
-    """A calibration that has seen one step: these pairs."""
-    calibration = RewardCalibration(eps=eps)
-    policy, _ = batch(pairs=len(incentives[0]))
-    calibration.update(calibration.calibrate(policy, incentives, scores).sums)
-    return calibration
-
-
-@pytest.mark.parametrize("name", ["dpo", *UNEQUAL])
-def test_the_ratio_becomes_that_of_the_norms_and_the_product_stays(name):
-    """Proposition 3.4, for one pair in a step of its own, without the floor of the logarithms."""
-    objective = losses.build(name)
-    for seed in range(20):
-        policy, reference = batch(pairs=1, seed=seed)
-        scores = geometry(1, cosine=0.0, seed=seed)
-        before = losses.incentives(objective, policy, reference)
-        calibration = settled(before, scores, eps=1e-300)
-        d_w, d_l = incentives_after(objective, calibration, policy, reference, scores)
-        torch.testing.assert_close(
-            d_w / d_l, scores.rejected_norm / scores.chosen_norm, rtol=1e-12, atol=0
-        )
-        torch.testing.assert_close(d_w * d_l, before[0] * before[1], rtol=1e-12, atol=0)
-
-
-def test_many_pairs_share_the_ratio_of_their_geometric_means():
-    objective = losses.build("cpo")
-    policy, reference = batch(pairs=16)
-    scores = geometry(16)
-    before = losses.incentives(objective, policy, reference)
-    calibration = settled(before, scores, eps=1e-300)
-    d_w, d_l = incentives_after(objective, calibration, policy, reference, scores)
-    factor = d_w / before[0]
-    torch.testing.assert_close(factor, factor[0].expand(16), rtol=1e-12, atol=0)
-    mean_gap = (d_w / d_l).log().mean() - (scores.rejected_norm / scores.chosen_norm).log().mean()
-    assert abs(mean_gap) < 1e-12
-
-
-def test_the_clip_leaves_each_pair_on_the_edge_of_its_band():
-    """Eq. 64: the calibrated log-ratio stays within -log rho of the average log r*."""
-    d_w = torch.tensor([1.0, 1.0, 1.0, 1.0, math.exp(3.0), 5.0], dtype=torch.float64)
-    d_l = torch.tensor([1.0, math.exp(3.0), 1.0, math.exp(-1.0), 1.0, -5.0], dtype=torch.float64)
-    rho = torch.tensor([0.5, 0.5, 1.0, 0.9, -0.2, 0.5], dtype=torch.float64)
-    ones = torch.ones(6, dtype=torch.float64)
-    scores = ScoreGeometry(ones, 2 * ones, rho)
+def test_decided_pairs_do_not_rule_the_factor() -> None:
+    """d_l of a decided pair is e^-large: it vanishes in a mean, and rules a mean of logarithms."""
+    pairs = torch.tensor([[1.0, 1.0], [1.0, 1e-40]], dtype=torch.float64)  # d_w, d_l of each
+    sums = torch.cat([pairs.sum(0), number(2.0)[None]])
+    scores = torch.ones(2, 3, 4, dtype=torch.float64)
     calibration = RewardCalibration()
-    # E[log r] = 0.4 and E[log r*] = 1, so that 2 log A = 0.6 without a clip.
+    calibration.update(BatchStatistics.of_sums(sums, scores))
+    log_r, log_r_star = calibration.log_ratios()
+    assert log_r == pytest.approx(math.log(2), rel=1e-11)  # not log(1e40) / 2
+    assert log_r_star == 0
+
+
+@pytest.mark.parametrize(
+    ("log_r", "cosine", "gap"),
+    [
+        (0.0, 0.5, 0.6),  # 0 + 0.6 is within log 2 of 1
+        (-3.0, 0.5, 1 - math.log(2) + 3),  # far below: up to the lower edge
+        (0.0, 1.0, 1.0),  # at rho = 1 the band is its middle
+        (1.0, 0.9, 1 - 1 - math.log(0.9)),  # 1 + 0.6 is above: down to the upper edge
+        (3.0, -0.2, 0.6),  # rho < 0: no edges
+    ],
+)
+@pytest.mark.parametrize("known", [False, True], ids=["the last step's", "its own"])
+def test_the_clip_leaves_the_batch_on_the_edge_of_its_band(log_r, cosine, gap, known) -> None:
+    """Eq. 64, with E[log r] = 0.4 and E[log r*] = 1, so that 2 log A = 0.6 without a clip."""
+    calibration = RewardCalibration()
+    statistics = step(math.exp(log_r), 1.0, cosine=cosine)
     averages = torch.tensor([0.4, 0.0, -0.5, 0.5], dtype=torch.float64)
-    calibration.load_state_dict({"averages": averages})
-    policy, _ = batch(pairs=6)
-    out = calibration.calibrate(policy, (d_w, d_l), scores)
-    log2 = math.log(2)
-    expected = [
-        0.6,  # 0 + 0.6 is within log 2 of 1
-        1 - log2 + 3,  # -3 + 0.6 is far below: up to the lower edge
-        1.0,  # at rho = 1 the band is its middle
-        1 - 1 - math.log(0.9),  # 1 + 0.6 is above: down to the upper edge
-        0.6,  # rho < 0: no edges
-        0.6,  # a negative incentive has no ratio to clip
-    ]
-    torch.testing.assert_close(
-        2 * out.factor.log(), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14
-    )
-    ratio = (d_w * out.factor / (d_l / out.factor)).log()
-    inside = (ratio - 1).abs() <= -rho.clamp(min=0).log() + 1e-14
-    assert inside[:5].all()
-    found = {name: x.item() for name, x in calibration.metrics(out.sums).items()}
-    assert tuple(found) == CALIBRATION_METRICS
-    assert found == pytest.approx(
-        {
-            "calibration/factor": math.exp(sum(expected) / 12),
-            "calibration/clipped": 3 / 6,
-            "calibration/left_out": 1 / 6,
-            "calibration/log_r": 0.4,
-            "calibration/log_r_star": 1.0,
-        }
-    )
+    last = torch.tensor([100.0, 0.1] if known else [log_r, cosine], dtype=torch.float64)
+    calibration.load_state_dict({"averages": averages, "last": last})
+    factor, (log_factor, clipped) = calibration.factor(statistics if known else None)
+    assert 2 * log_factor == pytest.approx(gap, abs=1e-14) and log_factor.exp() == factor
+    assert clipped == (gap != 0.6)
+    assert abs(log_r + gap - 1) <= -math.log(max(cosine, 1e-9)) + 1e-14
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_do_not_change_in_any_bit(dtype):
-    values = torch.cat([-torch.logspace(-40, 6, 300, dtype=dtype), torch.zeros(2, dtype=dtype)])
-    policy = SequenceLogps.from_sequences(values.requires_grad_(), torch.ones(302))
-    for factor in (torch.tensor(1.0), torch.logspace(-12, 12, 151, dtype=torch.float64)):
-        made = calibrated(policy, factor)
-        assert made.chosen.dtype == dtype
-        assert torch.equal(made.chosen, policy.chosen)
-        assert torch.equal(made.rejected, policy.rejected)
-    loss = made.chosen.sum() + made.rejected.sum()
-    (grad,) = torch.autograd.grad(loss, values)
-    torch.testing.assert_close(grad, torch.cat([factor, 1 / factor]).to(dtype))
-
-
-def test_loss_and_rewards_are_those_without_calibration():
-    objective = losses.build("simpo")
-    policy, reference = batch(pairs=8)
-    scores = geometry(8, cosine=0.3)
-    incentives = losses.incentives(objective, policy, reference)
-    out = settled(incentives, scores).calibrate(policy, incentives, scores)
-    ours, plain = objective(out.policy, reference), objective(policy, reference)
-    assert torch.equal(ours.loss, plain.loss)
-    assert torch.equal(ours.chosen_rewards, plain.chosen_rewards)
-
-
-def test_averages_start_at_the_first_step_and_forget_by_the_momentum():
+def test_averages_start_at_the_first_step_and_forget_by_the_momentum() -> None:
     calibration = RewardCalibration(momentum=0.75)
-    policy, _ = batch(pairs=2)
-    steps = []
-    for seed in range(4):
-        scores = geometry(2, seed=seed)
-        incentives = torch.exp(torch.randn(2, 2, generator=torch.Generator().manual_seed(seed)))
-        calibration.update(calibration.calibrate(policy, tuple(incentives), scores).sums)
-        columns = [*incentives.double(), *scores[:2]]
-        steps.append(torch.stack([(column + 1e-12).log().mean() for column in columns]))
-    first, second, third, fourth = steps
+    steps = torch.exp(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double())
+    for values in steps:
+        left_out = calibration.update(step(*values.tolist()))
+        assert not left_out
+    first, second, third, fourth = (steps + 1e-12).log()
     expected = 0.75**3 * first + 0.25 * (0.75**2 * second + 0.75 * third + fourth)
     torch.testing.assert_close(calibration.averages, expected, rtol=1e-14, atol=1e-14)
 
 
-def test_nothing_is_calibrated_before_the_first_step_and_none_average():
+def test_nothing_is_calibrated_before_the_first_step() -> None:
     calibration = RewardCalibration()
-    policy, _ = batch(pairs=3)
-    ones = torch.ones(3)
-    out = calibration.calibrate(policy, (ones, 3 * ones), geometry(3, cosine=0.9))
-    assert (out.factor == 1).all()
-    found = calibration.metrics(out.sums)
-    assert found["calibration/factor"] == 1 and found["calibration/clipped"] == 0
-    assert found["calibration/log_r"].isnan()
-    out = calibration.calibrate(policy, (-ones, 0 * ones), geometry(3))
-    assert (out.factor == 1).all() and calibration.metrics(out.sums)["calibration/left_out"] == 1
-    calibration.update(out.sums)
-    assert calibration.averages.isnan().all()
-
-
-def test_pairs_without_logarithms_are_left_out_and_counted():
-    """A pair counts if it has positive, finite incentives and scores."""
-    nan, inf = math.nan, math.inf
-    d_w = torch.tensor([2.0, 0.0, -1.0, 1.0, 1.0, nan, inf, 1.0])
-    d_l = torch.tensor([4.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
-    s_w = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    s_l = torch.tensor([5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, nan])
-    scores = ScoreGeometry(s_w, s_l, torch.zeros(8))
-    calibration = settled((d_w, d_l), scores)
-    expected = torch.tensor([2.0, 4.0, 3.0, 5.0], dtype=torch.float64).log()
-    torch.testing.assert_close(calibration.averages, expected, rtol=1e-11, atol=1e-11)
-    out = calibration.calibrate(batch(pairs=8)[0], (d_w, d_l), scores)
-    assert calibration.metrics(out.sums)["calibration/left_out"] == 7 / 8
-    # All share A = (5/3 / (2/4))^(1/2).
-    expected = torch.full((8,), math.sqrt(10 / 3), dtype=torch.float64)
-    torch.testing.assert_close(out.factor, expected, rtol=1e-11, atol=0)
-
-
-def test_a_step_that_leaves_out_all_its_pairs_changes_nothing():
-    ones = torch.ones(4)
-    calibration = settled((ones, 2 * ones), geometry(4))
-    before = calibration.averages.clone()
-    policy, _ = batch(pairs=4)
-    calibration.update(calibration.calibrate(policy, (-ones, -ones), geometry(4)).sums)
-    assert torch.equal(calibration.averages, before) and before.isfinite().all()
+    for statistics in (None, step(1.0, 3.0, cosine=0.9)):
+        factor, counts = calibration.factor(statistics)
+        assert factor == 1 and counts.tolist() == [0, 0]
+    sums = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert calibration.metrics(sums)["calibration/log_r"].isnan()
 
 
 @pytest.mark.parametrize(
-    ("name", "spread"), [("ipo", 20.0), ("stapo", 2.0), ("cdpo", 40.0), ("cal_dpo", 500.0)]
-)
-def test_objectives_whose_incentives_change_sign(name, spread):
-    """Beyond their targets they undo a pair; the common factor keeps the point where they rest."""
-    objective = losses.build(name)
-    policy, reference = batch(pairs=64, spread=spread)
-    before = losses.incentives(objective, policy, reference)
-    scores = geometry(64, cosine=0.5)
-    calibration = settled(before, scores)
-    out = calibration.calibrate(policy, before, scores)
-    left_out = calibration.metrics(out.sums)["calibration/left_out"].item()
-    negative = (torch.stack(before) <= 0).any(0)
-    assert left_out == negative.double().mean() and 0 < left_out < 1
-    assert calibration.averages.isfinite().all() and out.factor.isfinite().all()
-    assert (out.factor[negative] == out.factor[negative][0]).all()
-    after = incentives_after(objective, calibration, policy, reference, scores)
-    for d, calibrated_d in zip(before, after, strict=True):
-        assert torch.equal(d.sign(), calibrated_d.sign())
-
-
-class Head:
-    """Pairs over fixed hidden states; the head is the model. Four tokens make narrow bands."""
-
-    D, V = 5, 4
-
-    def __init__(self, pairs: int) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.pairs = pairs
-        self.lengths = torch.randint(1, 6, (2, pairs), generator=g)
-        tokens = int(self.lengths.sum())
-        self.hidden = 1 + torch.randn(tokens, self.D, generator=g, dtype=torch.float64)
-        self.labels = torch.randint(self.V, (tokens,), generator=g)
-        self.start = torch.randn(self.V, self.D, generator=g, dtype=torch.float64)
-
-    def micro_batch(self, weight, rows: slice) -> tuple[SequenceLogps, ScoreGeometry]:
-        ends = torch.cat([torch.zeros(1, dtype=torch.long), self.lengths.flatten().cumsum(0)])
-        index = torch.arange(self.pairs)[rows]
-        sequences = torch.cat([index, index + self.pairs])
-        tokens = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in sequences])
-        lengths = self.lengths.flatten()[sequences]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        inputs = self.hidden[tokens], weight, self.labels[tokens]
-        logps = ops.segment_sum(ops.linear_logps(*inputs, impl="reference"), offsets)
-        scores = ops.score_geometry(*inputs, offsets, per_pair=True, impl="reference")
-        return SequenceLogps.from_sequences(logps, lengths), scores
-
-
-def train(model: Head, name: str, micro_batches: int, steps: int = 6):
-    """Gradient descent, accumulated as a trainer does it."""
-    objective, calibration = losses.build(name), RewardCalibration(momentum=0.7)
-    size = model.pairs // micro_batches
-    rows = [slice(i * size, (i + 1) * size) for i in range(micro_batches)]
-    references = [model.micro_batch(model.start, part)[0] for part in rows]
-    weight, clipped = model.start.clone().requires_grad_(), 0.0
-    for _ in range(steps):
-        parts = []
-        for part, reference in zip(rows, references, strict=True):
-            policy, scores = model.micro_batch(weight, part)
-            incentives = losses.incentives(objective, policy, reference)
-            policy, _, sums = calibration.calibrate(policy, incentives, scores)
-            (objective(policy, reference).loss.sum() / model.pairs).backward()
-            parts.append(sums)
-        total = torch.stack(parts).sum(0)
-        clipped += calibration.metrics(total)["calibration/clipped"].item()
-        calibration.update(total)
-        with torch.no_grad():
-            weight -= 0.05 * weight.grad
-        weight.grad = None
-    return weight.detach(), calibration, clipped
-
-
-@pytest.mark.parametrize("name", ["dpo", "simpo", "dil_bce"])
-def test_accumulation_does_not_change_the_result(name):
-    """Eight micro-batches are one, after six steps, but for the order of fp64 sums."""
-    model = Head(pairs=16)
-    whole, one, clipped = train(model, name, micro_batches=1)
-    parts, eight, clipped_in_parts = train(model, name, micro_batches=8)
-    torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(eight.averages, one.averages, rtol=1e-11, atol=1e-11)
-    assert clipped == clipped_in_parts and (clipped > 0 or name != "simpo")
-    assert (whole - model.start).abs().max() > 1e-3  # it did train
-
-
-def test_the_first_step_is_not_calibrated_and_the_second_is():
-    model = Head(pairs=4)
-    rows, objective = slice(0, 4), losses.build("dpo")
+    "values",
+    [(-0.1, 1, 1, 1), (0, 1, 1, 1), (1, -1, 1, 1), (1, 1, 0, 1), (1, 1, 1, math.nan),
+     (math.inf, 1, 1, 1)],
+)  # fmt: skip
+def test_a_step_without_logarithms_is_left_out_and_its_factor_is_1(values) -> None:
     calibration = RewardCalibration()
-    for step in range(2):
-        policy, scores = model.micro_batch(model.start.requires_grad_(), rows)
-        incentives = losses.incentives(objective, policy, policy.detach())
-        _, factor, sums = calibration.calibrate(policy, incentives, scores)
-        gap = scores.rejected_norm.log().mean() - scores.chosen_norm.log().mean()
-        expected = 1.0 if step == 0 else math.exp(gap.item() / 2)
-        assert factor.tolist() == pytest.approx([expected] * 4, rel=1e-10)
-        calibration.update(sums)
+    calibration.update(step(2.0, 1.0))
+    averages = calibration.averages.clone()
+    assert calibration.factor()[0] < 1
+    statistics = step(*values)
+    assert calibration.factor(statistics)[0] == 1
+    assert calibration.update(statistics)
+    assert torch.equal(calibration.averages, averages)
+    assert calibration.factor()[0] == 1
+    assert not calibration.update(step(2.0, 1.0))
+    assert calibration.factor()[0] < 1
 
 
-def test_one_geometry_stands_for_all_pairs():
-    policy, _ = batch(pairs=3)
-    ones = torch.ones(3)
-    mean = ScoreGeometry(*(torch.tensor(x) for x in (2.0, 5.0, 0.4)))
-    each = ScoreGeometry(*(x.expand(3) for x in mean))
-    calibration = settled((ones, ones), each)
-    for ours, theirs in zip(
-        calibration.calibrate(policy, (ones, ones), mean)[1:],
-        calibration.calibrate(policy, (ones, ones), each)[1:],
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
+def test_metrics_are_means_over_steps() -> None:
+    calibration = RewardCalibration()
+    calibration.update(step(2.0, 1.0, s_w=1.0, s_l=3.0))
+    # Four steps, of which one is left out and two are clipped; the sum of log A is 2.
+    values = calibration.metrics(torch.tensor([4.0, 1.0, 2.0, 2.0], dtype=torch.float64))
+    assert tuple(values) == CALIBRATION_METRICS
+    assert [x.item() for x in values.values()] == pytest.approx(
+        [math.exp(0.5), 0.5, 0.25, math.log(2), math.log(3)], rel=1e-11
+    )
 
 
-def test_the_state_continues_to_the_same_bit():
-    objective = losses.build("cpo")
-    policy, reference = batch(pairs=5)
-    incentives = losses.incentives(objective, policy, reference)
-    first = settled(incentives, geometry(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_do_not_change_in_any_bit(dtype) -> None:
+    values = torch.cat([-torch.logspace(-40, 6, 300, dtype=dtype), torch.zeros(2, dtype=dtype)])
+    policy = SequenceLogps.from_sequences(values.requires_grad_(), torch.ones(302))
+    for factor in (torch.tensor(3.0), torch.logspace(-12, 12, 151, dtype=torch.float64)):
+        scaled = calibrated(policy, factor)
+        assert scaled.chosen.dtype == dtype
+        assert torch.equal(scaled.chosen, policy.chosen)
+        assert torch.equal(scaled.rejected, policy.rejected)
+    loss = scaled.chosen.sum() + scaled.rejected.sum()
+    (grad,) = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(grad, torch.cat([factor, 1 / factor]).to(dtype))
+
+
+def test_loss_and_rewards_are_those_without_calibration() -> None:
+    objective = losses.build("simpo")
+    policy, reference = batch(pairs=8)
+    ours, plain = (
+        objective(calibrated(policy, number(0.7)), reference),
+        objective(policy, reference),
+    )
+    assert torch.equal(ours.loss, plain.loss)
+    assert torch.equal(ours.chosen_rewards, plain.chosen_rewards)
+
+
+@pytest.mark.parametrize("factors", [[2.0, 5.0], [2.0]], ids=["of each pair", "of the batch"])
+def test_of_token_log_probs_only_the_gradient_is_scaled(factors) -> None:
+    logps = torch.linspace(-3, -1, 7, dtype=torch.float64, requires_grad=True)
+    kl = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    tokens = TokenLogps(logps, torch.tensor([0, 2, 2, 3, 7]), kl=kl)  # chosen_1 is empty
+    factor = torch.tensor(factors, dtype=torch.float64)
+    scaled = calibrated(tokens, factor if len(factors) == 2 else factor[0])
+    assert torch.equal(scaled.logps, logps)
+    (scaled.logps.sum() + scaled.kl.sum()).backward()
+    second = 1 / factors[-1]
+    assert logps.grad.tolist() == [2.0, 2.0, 0.5, second, second, second, second]
+    assert kl.grad.tolist() == [1.0] * 7
+
+
+def test_the_state_continues_to_the_same_bit() -> None:
+    first, second = RewardCalibration(), RewardCalibration()
+    first.update(step(0.3, 0.1, s_l=2.0, cosine=0.4))
     state = first.state_dict()
-    second = RewardCalibration()
     second.load_state_dict(state)
     for calibration in (first, second):
-        sums = calibration.calibrate(policy, incentives, geometry(5, seed=1)).sums
-        calibration.update(sums)
-    assert torch.equal(first.averages, second.averages)
+        calibration.update(step(0.2, 0.7, s_l=3.0, cosine=0.9))
+    assert torch.equal(first.averages, second.averages) and torch.equal(first.last, second.last)
+    assert first.factor()[0] == second.factor()[0]
     assert not torch.equal(state["averages"], first.averages)  # not changed by `update`
-    fresh = RewardCalibration().state_dict()
-    second.load_state_dict(fresh)
-    assert second.averages.isnan().all()
 
 
-@pytest.mark.parametrize("state", [{}, {"averages": torch.zeros(3)}, {"averages": torch.zeros(4)}])
-def test_another_state_is_refused(state):
-    with pytest.raises(ValueError, match=r"state: expected float64 averages of shape \(4,\)"):
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"state: expected float64 averages of shape \(4,\), got none"),
+        ({"averages": torch.zeros(4)}, r"averages of shape \(4,\), got torch.float32"),
+        (
+            {"averages": torch.zeros(4, dtype=torch.float64)},
+            r"state: expected float64 last of shape \(2,\), got none",
+        ),
+    ],
+)
+def test_another_state_is_refused(state, message) -> None:
+    with pytest.raises(ValueError, match=message):
         RewardCalibration().load_state_dict(state)
 
 
-def test_parameters_out_of_range_are_refused():
+def test_parameters_out_of_range_are_refused() -> None:
     for momentum in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="momentum: must be >= 0 and < 1"):
             RewardCalibration(momentum)
@@ -342,25 +200,12 @@ def test_parameters_out_of_range_are_refused():
         RewardCalibration(eps=0.0)
 
 
-def test_nothing_is_read_from_the_device():
+def test_nothing_is_read_from_the_device() -> None:
     """A tensor on the meta device has no values: reading one raises."""
-    policy = SequenceLogps.from_sequences(
-        torch.empty(6, device="meta", requires_grad=True), torch.empty(6, device="meta")
-    )
-    columns = [torch.empty(3, device="meta") for _ in range(5)]
     calibration = RewardCalibration(device="meta")
-    out = calibration.calibrate(policy, (columns[0], columns[1]), ScoreGeometry(*columns[2:]))
-    calibration.update(out.sums)
-    assert calibration.metrics(out.sums)["calibration/factor"].shape == ()
-    (out.policy.chosen.sum() + out.policy.rejected.sum()).backward()
-
-
-def test_of_token_log_probs_only_the_gradient_is_scaled() -> None:
-    logps = torch.linspace(-3, -1, 7, dtype=torch.float64, requires_grad=True)
-    kl = torch.rand(7, dtype=torch.float64, requires_grad=True)
-    tokens = TokenLogps(logps, torch.tensor([0, 2, 2, 3, 7]), kl=kl)  # chosen_1 is empty
-    made = calibrated(tokens, torch.tensor([2.0, 5.0], dtype=torch.float64))
-    assert torch.equal(made.logps, logps)
-    (made.logps.sum() + made.kl.sum()).backward()
-    assert logps.grad.tolist() == [2.0, 2.0, 0.5, 0.2, 0.2, 0.2, 0.2]
-    assert kl.grad.tolist() == [1.0] * 7
+    sums, scores = torch.empty(3, device="meta"), torch.empty(2, 5, 7, device="meta")
+    statistics = BatchStatistics.of_sums(sums, scores)
+    factor, _ = calibration.factor(statistics)
+    left_out = calibration.update(statistics)
+    assert factor.shape == left_out.shape == ()
+    assert calibration.metrics(torch.empty(4, device="meta"))["calibration/factor"].shape == ()

@@ -33,11 +33,14 @@ def inputs(*trained: str) -> dict[str, Tensor]:
 
 @each_implementation
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("weight", "bias"), ("hidden", "weight")])
-def test_opcheck_of_the_log_probs(impl, trained) -> None:
+@pytest.mark.parametrize("sketch_rows", [0, 4])
+def test_opcheck_of_the_log_probs(impl, trained, sketch_rows) -> None:
     x = inputs(*trained)
-    arguments = (x["hidden"], x["weight"], x["labels"], x["bias"], 0.5, 4.0)
-    head = "weight" in trained
-    torch.library.opcheck(torch_ops._linear_logps, (*arguments, "hidden" in trained, head, impl))
+    token_weights = x["hidden"][:, 0].detach() if sketch_rows else None
+    arguments = (x["hidden"], x["weight"], x["labels"], x["bias"], token_weights, 0.5, 4.0)
+    sketch = (sketch_rows, min(2, sketch_rows))
+    trains = ("hidden" in trained, "weight" in trained)
+    torch.library.opcheck(torch_ops._linear_logps, (*arguments, *sketch, *trains, impl))
 
 
 @each_implementation

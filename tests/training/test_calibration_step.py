@@ -11,7 +11,7 @@ import torch
 
 from fastpref import metrics
 from fastpref.config import Config, ConfigError
-from fastpref.dynamics.band import BAND_METRICS
+from fastpref.dynamics.band import BAND_METRICS, PAIR_BAND_METRICS
 from fastpref.dynamics.reward_calibration import CALIBRATION_METRICS
 from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
@@ -32,19 +32,64 @@ def records(config: Config) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("scope", ["head", "full", "last_adapter"])
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "ipo"])
+@pytest.mark.parametrize("statistics", ["batch", "pairs"])
 def test_a_calibrated_run_trains_and_logs(
-    make_config: MakeConfig, display: Display, loss: str, scope: str
+    make_config: MakeConfig, display: Display, loss: str, scope: str, statistics: str
 ) -> None:
-    config = make_config(loss=loss, calibration={"scope": scope}, training__epochs=3)
+    calibration = {"scope": scope, "statistics": statistics}
+    config = make_config(loss=loss, calibration=calibration, training__epochs=3)
     run(config, display)
     lines = records(config)
     assert sum(x["loss"] for x in lines[-3:]) < sum(x["loss"] for x in lines[:3])
+    measured = BAND_METRICS if statistics == "batch" else PAIR_BAND_METRICS
     for line in lines:
         # IPO's incentives are negative beyond its target: then there is no logarithm to log.
-        assert {*BAND_METRICS, *CALIBRATION_METRICS[:3]} - set(line) <= {"band/log_r"}
-        assert 0 <= line["band/inside"] <= 1
+        missing = {*measured, *CALIBRATION_METRICS[:3]} - set(line)
+        assert missing <= {"band/log_r", "pair_band/log_r"}
+        assert 0 <= line[f"{'' if statistics == 'batch' else 'pair_'}band/inside"] <= 1
     assert lines[0]["calibration/factor"] == 1  # there are no averages yet
-    assert all(line["calibration/factor"] != 1 for line in lines[1:])
+    left_out = False
+    for line in lines[1:]:
+        # After a step whose mean incentive is not positive the factor of a batch is 1.
+        assert (line["calibration/factor"] == 1) == (left_out and statistics == "batch")
+        left_out = line["calibration/left_out"] == 1
+
+
+def test_a_step_with_a_mean_incentive_below_0_is_counted(
+    make_config: MakeConfig, display: Display
+) -> None:
+    """With a high tau IPO's target is near: most pairs pass it, and are drawn back."""
+    config = make_config(
+        loss={"name": "ipo", "tau": 10.0}, calibration="rc", training__epochs=3, optim__lr=3e-3
+    )
+    run(config, display)
+    left_out = [line["calibration/left_out"] for line in records(config)]
+    assert set(left_out) == {0, 1}
+
+
+@pytest.mark.parametrize("statistics", ["batch", "pairs"])
+def test_all_bands_are_measured_where_the_monitor_is_due(
+    make_config: MakeConfig, display: Display, statistics: str
+) -> None:
+    config = make_config(calibration={"statistics": statistics}, monitor={"band_every": 2})
+    run(config, display)
+    for number, line in enumerate(records(config)):
+        due = number % 2 == 1
+        assert ("band/inside" in line) == (due or statistics == "batch")
+        assert ("pair_band/inside" in line) == (due or statistics == "pairs")
+
+
+def test_exact_sums_train_as_a_sketch_that_folds_nothing(
+    make_config: MakeConfig, display: Display, tmp_path: Path
+) -> None:
+    finals = {}
+    for sketch_rows in (None, 4096, 16):  # of a vocabulary of 384
+        calibration = {"sketch_rows": sketch_rows}
+        folder = str(tmp_path / f"{sketch_rows}")
+        config = make_config(calibration=calibration, training__output_dir=folder)
+        finals[sketch_rows] = parameters(run(config, display))
+    assert torch.equal(finals[None], finals[4096])
+    assert not torch.equal(finals[None], finals[16])
 
 
 def test_calibration_brings_the_ratio_into_the_band(
@@ -123,8 +168,9 @@ def test_the_monitor_alone_changes_no_bit(
             training__output_dir=str(tmp_path / f"{every}"),
         )
         finals.append(parameters(run(config, display)))
-        measured = [bool(set(BAND_METRICS) & set(line)) for line in records(config)]
-        assert measured == [every is not None and k % 2 == 1 for k in range(6)]
+        for names in (BAND_METRICS, PAIR_BAND_METRICS):
+            measured = [bool(set(names) & set(line)) for line in records(config)]
+            assert measured == [every is not None and k % 2 == 1 for k in range(6)]
     assert torch.equal(*finals)
 
 
@@ -134,7 +180,7 @@ def test_adapters_are_measured_where_the_head_is_frozen(
     config = make_config(calibration="rc", adapter={"name": "lora", "r": 2})
     trainer = Trainer(config, display)
     names = {id(p): name for name, p in trainer.policy.named_parameters()}
-    measured = [names[id(p)] for p in trainer.calibration.parameters]
+    measured = [names[id(p)] for p in trainer.calibration.scope.parameters]
     assert measured and all(".layers.1." in name and "lora" in name for name in measured)
     trainer.loop([])
     assert "calibration/factor" in records(config)[-1]
@@ -168,3 +214,13 @@ def test_calibration_can_begin_at_a_checkpoint(make_config: MakeConfig, display:
     later = make_config(calibration="rc", resume="auto", training__epochs=2)
     run(later, display)
     assert "calibration/factor" in records(later)[-1]
+
+
+def test_a_checkpoint_of_the_other_statistics_is_refused(
+    make_config: MakeConfig, display: Display
+) -> None:
+    settings = {"training__epochs": 1, "training__checkpoint_every": 2}
+    run(make_config(calibration="rc", **settings), display)
+    other = make_config(calibration={"statistics": "pairs"}, resume="auto", **settings)
+    with pytest.raises(ConfigError, match="resume: the averages in the checkpoint are those of"):
+        Trainer(other, display)

@@ -1,0 +1,107 @@
+"""Reward Calibration of the calls of an optimizer step, in somebody else's training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpref import losses, ops
+from fastpref.dynamics.pair_calibration import PairCalibration
+from fastpref.dynamics.reward_calibration import BatchStatistics, RewardCalibration, calibrated
+from fastpref.fused.scored_tokens import ScoredTokens
+from fastpref.losses import Logps, Objective, TokenLevelLoss
+
+Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states (T, D), weight (V, D), bias (V,)
+
+
+class StepCalibration:
+    """Calibrate a number of calls by the statistics of the steps before, and then update these."""
+
+    def __init__(
+        self,
+        method: RewardCalibration | PairCalibration,
+        loss: Objective,
+        calls: int,  # of an optimizer step
+        head_options: dict[str, Any],
+    ) -> None:
+        self.method, self._loss, self._calls = method, loss, calls
+        self._head_options = head_options
+        self._done = 0  # calls since the last update
+        self._sums: list[Tensor] = []  # over the pairs of these calls
+
+    def token_logps(self, tokens: ScoredTokens, head: Head) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (T,), and the sums of scores of this call if they need no token weights."""
+        if isinstance(self.method, PairCalibration) or isinstance(self._loss, TokenLevelLoss):
+            return tokens.token_logps(*head, **self._head_options), None
+        hidden, weight, _ = head
+        logps, scores = ops.linear_logps_and_scores(
+            hidden, weight, tokens.labels, _chosen_tokens(tokens), **self._head_options
+        )
+        return logps, scores
+
+    def calibrate(
+        self,
+        policy: Logps,
+        reference: Logps | None,
+        tokens: ScoredTokens,
+        head: Head,
+        scores: Tensor | None,
+        loss_impl: str,
+    ) -> Logps:
+        """The policy's log-probs with calibrated gradients; records the statistics of the call."""
+        d_w, d_l, token_weights = losses.pair_incentives(
+            self._loss, policy, reference, impl=loss_impl
+        )
+        d_w, d_l = d_w.detach().double(), d_l.detach().double()
+        hidden, weight, _ = head
+        arguments = hidden.detach(), weight.detach(), tokens.labels
+        self.method.averages = self.method.averages.to(hidden.device)
+        pairs: Any = policy
+        if isinstance(self.method, PairCalibration):
+            geometry = ops.score_geometry(
+                *arguments, tokens.cu_seqlens, token_weights=token_weights, per_pair=True,
+                **self._head_options,
+            )  # fmt: skip
+            policy, _, sums = self.method.calibrate(pairs, (d_w, d_l), geometry)
+            self._record(sums)
+            return policy
+        if scores is None:
+            _, scores = ops.linear_logps_and_scores(
+                *arguments, _chosen_tokens(tokens), token_weights=token_weights,
+                **self._head_options,
+            )  # fmt: skip
+        self.method.last = self.method.last.to(hidden.device)
+        incentives = torch.stack([d_w.sum(), d_l.sum(), d_w.new_tensor(len(d_w))])
+        one_pair = len(d_w) == 1 and self._calls == 1 and _world_size() == 1
+        statistics = BatchStatistics.of_sums(incentives, scores) if one_pair else None
+        factor, _ = self.method.factor(statistics)
+        self._record(incentives, scores)
+        return calibrated(pairs, factor)
+
+    def _record(self, *sums: Tensor) -> None:
+        """Add the sums of a call; after the last call of a step, update the method."""
+        added = self._done > 0
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if added else [*sums]
+        self._done += 1
+        if self._done < self._calls:
+            return
+        if _world_size() > 1:
+            for total in self._sums:
+                dist.all_reduce(total)
+        if isinstance(self.method, PairCalibration):
+            self.method.update(*self._sums)
+        else:
+            self.method.update(BatchStatistics.of_sums(*self._sums))
+        self._sums, self._done = [], 0
+
+
+def _chosen_tokens(tokens: ScoredTokens) -> int:
+    """Number of tokens of the chosen responses; on a GPU this waits for the offsets."""
+    return int(tokens.cu_seqlens[len(tokens.cu_seqlens) // 2])
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
