@@ -201,7 +201,8 @@ class TIDPO(TokenRatioLoss):
                 triplet's
     source:     Yang et al. 2025, arXiv:2505.19653
     use:        in place of `dpo` where few tokens of a response decide; importance costs another
-                backward pass and measures what moves the largest logit, not what was preferred
+                backward pass and measures what moves the largest logit, not what was preferred.
+                `fastpref train` has the weights of the paper without its triplet term
 
     I is the importance of a token, P(i) = exp(-((i - (n - 1)/2) / (n/4))^2 / 2) a prior on its
     place i = 0 .. n - 1, and both are brought to mean 1 in each response, so that constant W is
@@ -214,9 +215,11 @@ class TIDPO(TokenRatioLoss):
     the policy's probability of the token, without importance or prior.
 
     Rewards are beta * T. The triplet term compares token by token from the start of the responses;
-    beyond the end of one, its log-ratio counts as 0, a choice made here. It needs responses that
-    the policy samples in training, which `fastpref train` does not do, so gamma is 0; the paper has
-    0.1 and no value of the margin, which is that of the release, where gamma too is 0.001.
+    beyond the end of one, its log-ratio counts as 0, a choice made here. It needs one response per
+    pair that the policy samples in the step itself. `fastpref train` does not sample, so gamma is 0
+    and a config with another gamma is refused; a loop of your own passes the samples as `anchors`.
+    The paper has gamma 0.1 and no value of the margin, which is that of the release, where gamma
+    too is 0.001.
     """
 
     name: ClassVar[str] = "ti_dpo"
