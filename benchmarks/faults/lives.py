@@ -28,6 +28,7 @@ from fastpref.model import export, reference_policy
 from fastpref.training import (
     checkpoint,
     checkpoint_files,
+    exports,
     forward,
     model_card,
     setup,
@@ -53,7 +54,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint: renamed": (checkpoint, "replace"),
     "checkpoint: dropped": (checkpoint, "discard"),
     "checkpoint: read": (checkpoint, "restore"),
-    "export: written": (trainer, "export"),
+    "export: written": (exports, "export"),
     "export: weights": (export, "_cast"),
     "export: card": (model_card, "write"),
     "any file: synced": (os, "fsync"),

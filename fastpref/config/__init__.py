@@ -3,6 +3,7 @@
 from fastpref.config.errors import ConfigError
 from fastpref.config.fields import Section
 from fastpref.config.loading import load, parse, parse_section
+from fastpref.config.optim import Optim
 from fastpref.config.schema import Config, ReferenceMode, inner_section, section_of
 from fastpref.config.sections import (
     Adapter,
@@ -10,7 +11,6 @@ from fastpref.config.sections import (
     Data,
     Model,
     Monitor,
-    Optim,
     Parallel,
     Training,
 )

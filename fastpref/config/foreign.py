@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastpref.config.foreign_keys import KEYS, TORCHTITAN, TORCHTITAN_SECTIONS, Counterpart
+from fastpref.config.foreign_keys import (
+    KEYS,
+    OPTIMIZERS,
+    TORCHTITAN,
+    TORCHTITAN_SECTIONS,
+    Counterpart,
+)
 from fastpref.config.schema import Config, inner_section
 from fastpref.utils.errors import shown
 
@@ -12,7 +18,7 @@ from fastpref.utils.errors import shown
 _OF_SECTIONS = {
     "model": Counterpart("model.path", "a folder or a Hub name"),
     "data": Counterpart("data.train", "one file or Hub name"),
-    "optim": Counterpart("optim.name", "adamw, rmsprop, adamw_8bit or paged_adamw_8bit"),
+    "optim": Counterpart("optim.name", OPTIMIZERS),
 }
 _QLORA = Counterpart("adapter.quantize", "adapter: {name: lora, quantize: nf4}")
 

@@ -12,6 +12,8 @@ class Counterpart(NamedTuple):
     advice: str = ""
 
 
+OPTIMIZERS = "adamw, rmsprop, sgd, adamw_8bit or paged_adamw_8bit"
+
 BY_TRAINER: dict[str, dict[str, Counterpart]] = {
     "TRL and axolotl": {
         # Model
@@ -37,7 +39,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         # Optimizer
         "learning_rate": Counterpart("optim.lr"),
         "warmup_steps": Counterpart("optim.warmup_steps"),
-        "warmup_ratio": Counterpart("optim.warmup_steps", "a number of steps, not a share"),
+        "warmup_ratio": Counterpart("optim.warmup_ratio"),
         "weight_decay": Counterpart("optim.weight_decay"),
         "adam_beta1": Counterpart("optim.betas", "a list of both"),
         "adam_beta2": Counterpart("optim.betas", "a list of both"),
@@ -108,9 +110,9 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "dataset_test_split": Counterpart("data.eval", "org/name:split"),
         "dataset_num_proc": Counterpart("", "tokens are cached in data.cache"),
         "max_length": Counterpart("data.max_length"),
-        "max_prompt_length": Counterpart(
-            "", "data.max_length bounds prompt and response, and data.truncation says what is cut"
-        ),
+        "max_prompt_length": Counterpart("data.max_prompt_length"),
+        "completion_only_loss": Counterpart("data.sft_on", "completion or all"),
+        "assistant_only_loss": Counterpart("data.sft_on", "assistant"),
         "max_completion_length": Counterpart(
             "", "data.max_length bounds prompt and response, and data.truncation says what is cut"
         ),
@@ -213,7 +215,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "special_tokens": Counterpart(
             "model.tokenizer", "a tokenizer with these tokens; its own are used"
         ),
-        "train_on_inputs": Counterpart("", "only responses are scored"),
+        "train_on_inputs": Counterpart("data.sft_on", "all, or leave it out for false"),
         # Objective and reference
         "rl": Counterpart("loss.name", "`fastpref losses` lists names"),
         "rl_beta": Counterpart("loss.beta"),
@@ -225,7 +227,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "kto_undesirable_weight": Counterpart("loss.undesirable_weight"),
         "rl_adapter_ref_model": Counterpart("reference", "frozen, instead of adapter"),
         # Optimizer
-        "optimizer": Counterpart("optim.name", "adamw, rmsprop, adamw_8bit or paged_adamw_8bit"),
+        "optimizer": Counterpart("optim.name", OPTIMIZERS),
         "lr_scheduler": Counterpart("optim.schedule", "constant, linear or cosine"),
         "cosine_min_lr_ratio": Counterpart("", "cosine ends at 0"),
         # Training
@@ -290,7 +292,7 @@ TORCHTITAN = {
     "model.tokenizer_path": Counterpart("model.tokenizer"),
     "model.hf_assets_path": Counterpart("model.path", "a folder or a Hub name"),
     "model.converters": Counterpart("", "adapter.quantize: nf4 is the only quantization"),
-    "optimizer.name": Counterpart("optim.name", "adamw, rmsprop, adamw_8bit or paged_adamw_8bit"),
+    "optimizer.name": Counterpart("optim.name", OPTIMIZERS),
     "optimizer.lr": Counterpart("optim.lr"),
     "optimizer.beta1": Counterpart("optim.betas", "a list of both"),
     "optimizer.beta2": Counterpart("optim.betas", "a list of both"),

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from fastpref import losses
 from fastpref.config.fields import Name, Section
+from fastpref.config.optim import Optim
 from fastpref.config.renamed import renamed
 from fastpref.config.sections import (
     Adapter,
@@ -22,7 +23,6 @@ from fastpref.config.sections import (
     Data,
     Model,
     Monitor,
-    Optim,
     Parallel,
     Training,
 )
@@ -61,7 +61,8 @@ class Config(Section):
         "gradient",
         description="`dpo_pg`: DPO-PG, the gradient of the chosen log-likelihood without the "
         "component that would raise the rejected one. The objective is then only a metric, and "
-        "the guarantees of the method do not hold with adamw and rmsprop.",
+        "the guarantees of the method do not hold with adamw and rmsprop; they are about "
+        "plain gradient steps, `optim: {name: sgd}`.",
     )
     optim: Optim = Field(Optim(), description="Optimizer and schedule.")
     training: Training = Field(Training(), description="The training loop.")
@@ -107,6 +108,27 @@ class Config(Section):
     def _evaluation_has_data(self) -> Config:
         if self.training.eval_every is not None and self.data.eval is None:
             raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")
+        return self
+
+    @model_validator(mode="after")
+    def _sft_on_needs_sft(self) -> Config:
+        loss = self.build_loss()
+        if self.data.sft_on != "completion" and loss.name != "sft":
+            raise ValueError(
+                f"data.sft_on: {self.data.sft_on} is for loss: sft alone, and the loss is "
+                f"{loss.name}; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _triplet_term_needs_samples(self) -> Config:
+        for part in self.loss if isinstance(self.loss, list) else [self.loss]:
+            gamma = part.get("gamma", 0)
+            if part["name"] == "ti_dpo" and gamma > 0:
+                raise ValueError(
+                    f"loss.gamma: is {gamma}, but the triplet term of ti_dpo needs a response that "
+                    "the policy samples in each step, which fastpref train does not; remove it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -171,7 +193,8 @@ class Config(Section):
         loss = self.build_loss()
         values["loss"] = losses.config_of(loss)
         values["reference"] = self.reference_mode
-        del values["optim"][self.optim.foreign_option]
+        for name in self.optim.foreign_options:
+            del values["optim"][name]
         for name in self.adapter.foreign_options if self.adapter else ():
             del values["adapter"][name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

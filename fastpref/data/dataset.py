@@ -18,17 +18,24 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Data
-from fastpref.data.formats import read_groups
+from fastpref.data.formats import RowKind, SftOn
 from fastpref.data.readers import DataError, content_hash
+from fastpref.data.sft import group_kind, read_rows_of
 from fastpref.data.tokenize import PARTS, Ids, chunks, tokenize
 from fastpref.losses import Kind
 from fastpref.utils import atomic_files
 
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
 Weights = np.ndarray[Any, np.dtype[np.float32]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+_TRAINED_ON: dict[SftOn, str] = {
+    "completion": "the completion",
+    "assistant": "assistant messages",
+    "all": "all tokens",
+}
 UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
 # Part of the cache key: bump it when tokenization or the file format changes.
-_VERSION = "3"
+_VERSION = "4"
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -37,6 +44,7 @@ _SCHEMA = pa.schema(
         "labels": pa.list_(pa.float64()),
         "reference": pa.list_(pa.float64()),
         "weights": pa.list_(pa.list_(pa.float32())),
+        "mask": pa.list_(pa.bool_()),
     }
 )
 
@@ -52,6 +60,7 @@ class TokenGroup:
     labels: tuple[float, ...] | None = None  # as in TextGroup
     token_weights: tuple[Weights, ...] | None = None  # one for each token of each response
     first: int = 0  # index of its first response among all responses of the data set
+    mask: Mask | None = None  # which tokens of its only response are scored; None: all
 
 
 class Groups(Protocol):
@@ -92,6 +101,8 @@ class GroupDataset:
         self.counts: dict[str, int] = about["counts"]
         self.fingerprint: str = about["token_ids"]
         self.labels: str = about["labels"]  # hash of labels, reference log-probs and token weights
+        self.sft_on: SftOn | None = about["sft_on"]
+        self._max_prompt_length: int | None = about["max_prompt_length"]
         sizes, self.prompt_lengths = (_sizes(table[name]) for name in ("responses", "prompt"))
         self.response_lengths = _sizes(pc.list_flatten(table["responses"]))  # of all responses
         self.offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
@@ -118,6 +129,9 @@ class GroupDataset:
             None if labels is None else tuple(labels),
             weights,
             int(self.offsets[index]),
+            columns["mask"].values.to_numpy(zero_copy_only=False)
+            if columns["mask"].is_valid
+            else None,
         )
 
     @cached_property
@@ -155,10 +169,11 @@ class GroupDataset:
             return None
         cut = sum(count for name, count in self.counts.items() if name.endswith("_cut"))
         if missing or cut:
-            reason = f"{missing:,} rows have none" if missing else "some rows are cut to max_length"
+            limit = "max_prompt_length" if self.counts["long_prompts_cut"] else "max_length"
+            reason = f"{missing:,} rows have none" if missing else f"some rows are cut to {limit}"
             raise DataError(
                 f"{self.source}: ref_chosen_logps and ref_rejected_logps cannot be used, {reason}; "
-                "complete or remove the columns, or raise data.max_length"
+                f"complete or remove the columns, or raise data.{limit}"
             )
         return pc.list_flatten(self._columns["reference"]).to_numpy()
 
@@ -173,7 +188,11 @@ class GroupDataset:
             f"{total - remaining:,} (no completion left: {counts['no_completion']:,}); "
             f"cut to max_length: {cut}"
         ]
-        if self.kind == "pointwise":
+        if self._max_prompt_length is not None:
+            parts.append(f"cut to max_prompt_length: {counts['long_prompts_cut']:,} of the prompts")
+        if self.sft_on is not None:
+            parts.append(f"trained on: {_TRAINED_ON[self.sft_on]}")
+        elif self.kind == "pointwise":
             desirable = int(self.label_values().sum())
             parts.append(f"{desirable:,} desirable, {len(self) - desirable:,} undesirable")
             rows = self._columns["row"].to_numpy()
@@ -186,23 +205,25 @@ def load_groups(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    kind: Kind = "pairwise",
+    rows: RowKind = "pairwise",
     default_split: str = "train",
 ) -> GroupDataset:
     """Tokenize a source, or map the cached result of an earlier call with the same content.
 
+    rows: the kind of its rows, which decides the columns that are read.
+
     Raises DataError if the data is unreadable or of another kind, or if no group is left.
     """
     content = content_hash(source, default_split)
-    options = json.dumps([kind, data.model_dump(exclude={"train", "eval", "cache"})])
+    options = json.dumps([rows, data.model_dump(exclude={"train", "eval", "cache"})])
     key = atomic_files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
     folder = Path(data.cache).expanduser() / "tokens" / key
     if not folder.exists():
         with atomic_files.replacing(folder) as temporary:
-            _write(temporary, source, tokenizer, data, kind, default_split)
+            _write(temporary, source, tokenizer, data, rows, default_split)
     dataset = GroupDataset(folder, source)
     if len(dataset) == 0:
-        unit = UNITS[kind]
+        unit = UNITS[dataset.kind]
         raise DataError(
             f"{source}: no {unit} is left to train on ({dataset.summary()}); raise "
             "data.max_length or look at the rows"
@@ -225,10 +246,11 @@ def _write(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    kind: Kind,
+    row_kind: RowKind,
     split: str,
 ) -> None:
-    counts = Counter({name: 0 for name in ("found", "kept", "no_completion")})
+    kind = group_kind(row_kind)
+    counts = Counter({name: 0 for name in ("found", "kept", "no_completion", "long_prompts_cut")})
     counts.update({f"{name}_cut": 0 for name in (*PARTS[kind], "prompts")})
     ids, labels = hashlib.sha256(kind.encode()), hashlib.sha256()
     folder.mkdir()
@@ -236,7 +258,7 @@ def _write(
         pa.OSFile(str(folder / "groups.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        groups = read_groups(source, kind, split, data.soft_labels, data.token_weights)
+        groups = read_rows_of(source, row_kind, data, split)
         for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
             for row in rows:
                 annotations = [row[name] for name in ("labels", "reference", "weights")]
@@ -246,9 +268,13 @@ def _write(
                 for tokens in sequences:
                     ids.update(len(tokens).to_bytes(4, "little"))
                     ids.update(tokens)
+                if row["mask"] is not None:
+                    ids.update(row["mask"])
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     about: dict[str, Any] = {"kind": kind, "counts": counts}
     about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
+    about["sft_on"] = data.sft_on if row_kind == "sft" else None
+    about["max_prompt_length"] = data.max_prompt_length
     (folder / "about.json").write_text(json.dumps(about))
 
 

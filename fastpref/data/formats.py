@@ -22,7 +22,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
 from fastpref.losses import Kind
@@ -39,6 +39,9 @@ _ACCEPTED: dict[Kind, str] = {
     "groupwise": "prompt, completions, scores",
 }
 Messages = list[dict[str, Any]]
+# Kind of rows: of an objective's, or those of `fastpref.data.sft`, which become single responses.
+RowKind = Kind | Literal["sft"]
+SftOn = Literal["completion", "assistant", "all"]  # tokens to train on, as `data.sft_on`
 
 
 class TextGroup(NamedTuple):
@@ -50,6 +53,7 @@ class TextGroup(NamedTuple):
     labels: tuple[float, ...] | None = None  # (p,) of a pair; (0 or 1,) of one; scores of several
     reference_logps: tuple[float, ...] | None = None  # summed, one for each response
     token_weights: tuple[list[float], ...] | None = None  # one for each token of each response
+    sft_on: SftOn | None = None  # of a row for supervised fine-tuning, whose label is 1
 
     @property
     def conversational(self) -> bool:
@@ -106,14 +110,14 @@ def _require(row: Record, kind: Kind) -> None:
 def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
     _require(row, "pairwise")
     responses = {name: row[name] for name in ("chosen", "rejected")}
-    prompt, both = _split_prompt(row.get("prompt"), responses)
+    prompt, both = split_prompt(row.get("prompt"), responses)
     p = _preference(row)
     labels = (p,) if p is not None and soft_labels else None
     weights = _token_weights(row)
     return TextGroup(
         prompt,
         both,
-        _tools(row.get("tools")),
+        tools_of(row.get("tools")),
         labels,
         _reference(row),
         weights if token_weights else None,
@@ -148,8 +152,8 @@ def _labeled(row: Record) -> TextGroup:
     label = row["label"]
     if label not in (0, 1):
         raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
-    prompt, responses = _split_prompt(row["prompt"], {"completion": row["completion"]})
-    return TextGroup(prompt, responses, _tools(row.get("tools")), (float(label),))
+    prompt, responses = split_prompt(row["prompt"], {"completion": row["completion"]})
+    return TextGroup(prompt, responses, tools_of(row.get("tools")), (float(label),))
 
 
 def _scored(row: Record) -> TextGroup:
@@ -167,11 +171,11 @@ def _scored(row: Record) -> TextGroup:
         if not _is_number(score):
             raise DataError(f"scores[{position}] must be a finite number, got {shown(score)}")
     responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
-    prompt, texts = _split_prompt(row["prompt"], responses)
-    return TextGroup(prompt, texts, _tools(row.get("tools")), tuple(map(float, scores)))
+    prompt, texts = split_prompt(row["prompt"], responses)
+    return TextGroup(prompt, texts, tools_of(row.get("tools")), tuple(map(float, scores)))
 
 
-def _split_prompt(
+def split_prompt(
     prompt: Any, responses: dict[str, Any]
 ) -> tuple[str | Messages, tuple[str | Messages, ...]]:
     """Return prompt and responses, all texts or all messages, with the prompt stripped."""
@@ -219,7 +223,7 @@ def _split_messages(
 ) -> tuple[Messages, tuple[Messages, ...]]:
     """Split conversations into prompt messages and the messages of each response."""
     for name, messages in responses.items():
-        _check_messages(name, messages)
+        check_messages(name, messages)
     conversations = list(responses.values())
     if prompt is None:
         shared = common_prefix(*conversations)
@@ -230,7 +234,7 @@ def _split_messages(
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        _check_messages("prompt", prompt)
+        check_messages("prompt", prompt)
         # Some data sets repeat the prompt at the start of every conversation.
         repeated = all(messages[: len(prompt)] == prompt for messages in conversations)
         shared = len(prompt) if repeated else 0
@@ -240,7 +244,7 @@ def _split_messages(
     return prompt, tuple(messages[shared:] for messages in conversations)
 
 
-def _check_messages(name: str, messages: Any) -> None:
+def check_messages(name: str, messages: Any) -> None:
     for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{name} must be a list of {{role, content}} messages")
@@ -264,7 +268,7 @@ def _check_text(name: str, value: Any) -> None:
             ) from None
 
 
-def _tools(value: Any) -> list[Any] | None:
+def tools_of(value: Any) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -2,7 +2,8 @@
 
 The prompt and each prompt + response are tokenized as whole texts, and responses start after the
 longest token prefix that all of them share. A token that merges across the boundary therefore
-belongs to the response and is the token that the model will see.
+belongs to the response and is the token that the model will see. The tokens of assistant messages
+inside a response are found in the same way, from the texts up to where each begins and ends.
 """
 
 from __future__ import annotations
@@ -47,22 +48,30 @@ def tokenize(
     without the GIL, while the rows of the current batch are built.
     """
 
-    def rows(numbered: list[tuple[int, TextGroup]], encoding: Future[list[Any]]) -> Any:
+    def rows(
+        numbered: list[tuple[int, TextGroup]], sizes: list[int], encoding: Future[list[Any]]
+    ) -> Any:
         texts = iter(encoding.result())
         candidates = (
-            _row(number, group, [_ids(text) for text in islice(texts, 1 + len(group.responses))])
-            for number, group in numbered
+            _row(number, group, [_ids(text) for text in islice(texts, size)])
+            for (number, group), size in zip(numbered, sizes, strict=True)
         )
         return [row for row in candidates if row is not None]
 
     def _row(number: int, group: TextGroup, ids: list[Ids]) -> dict[str, Any] | None:
         counts["found"] += 1
-        tokens = _split_and_cut(ids, group.conversational, tokenizer, data)
-        if tokens is None:
+        if group.sft_on is not None and group.conversational:
+            _check_boundaries(ids, f"{source}, row {number}")
+        tokens = _split_and_cut(ids[: 1 + len(group.responses)], group, tokenizer, data)
+        mask = None
+        if tokens is not None and group.sft_on == "assistant":
+            mask = _mask(ids, len(tokens.responses[0]))
+        if tokens is None or (mask is not None and not mask.any()):
             counts["no_completion"] += 1
             return None
         counts["kept"] += 1
         counts["prompts_cut"] += tokens.prompt_cut
+        counts["long_prompts_cut"] += tokens.long_prompt_cut
         for name, cut in zip(cycle(PARTS[kind]), tokens.cut, strict=False):
             counts[f"{name}_cut"] += cut
         return {
@@ -72,25 +81,31 @@ def tokenize(
             "labels": group.labels,
             "reference": group.reference_logps,
             "weights": _token_weights(group, tokens, f"{source}, row {number}"),
+            "mask": mask,
         }
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
         previous: list[Any] = []
         for numbered in batches:
-            encoding = thread.submit(_encode, *_texts(numbered, source, tokenizer), tokenizer)
+            texts, special, sizes = _texts(numbered, source, tokenizer)
+            encoding = thread.submit(_encode, texts, special, tokenizer)
             if previous:
                 yield rows(*previous)
-            previous = [numbered, encoding]
+            previous = [numbered, sizes, encoding]
         if previous:
             yield rows(*previous)
 
 
 def _texts(
     numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[bool]]:
-    """Texts of each group (prompt, prompt + responses), and whether each needs special tokens."""
+) -> tuple[list[str], list[bool], list[int]]:
+    """Texts of each group as `render` returns them, and whether each needs special tokens.
+
+    Also returns the number of texts of each group.
+    """
     texts: list[str] = []
     special: list[bool] = []
+    sizes: list[int] = []
     for number, group in numbered:
         try:
             rendered = render(group, tokenizer)
@@ -101,9 +116,11 @@ def _texts(
             ) from None
         texts.extend(rendered)
         bos = tokenizer.bos_token
-        add = not group.conversational and not (bos and rendered[0].startswith(bos))
+        beginning = rendered[-1 if group.sft_on == "all" else 0]
+        add = not group.conversational and not (bos and beginning.startswith(bos))
         special.extend([add] * len(rendered))
-    return texts, special
+        sizes.append(len(rendered))
+    return texts, special, sizes
 
 
 def _encode(texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -145,7 +162,8 @@ class _Tokens(NamedTuple):
 
     prompt: Ids
     responses: list[Ids]
-    prompt_cut: bool
+    prompt_cut: bool  # to `max_length`
+    long_prompt_cut: bool  # to `max_prompt_length`
     lengths: list[int]  # of the responses before truncation
     closed: list[bool]  # whether an EOS was added to the response
 
@@ -157,16 +175,18 @@ class _Tokens(NamedTuple):
 
 def _split_and_cut(
     ids: list[Ids],  # prompt, then prompt + response for each response
-    conversational: bool,
+    group: TextGroup,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
 ) -> _Tokens | None:
     """Split off the common prefix, add EOS, and truncate; None if a response has no token left."""
     prompt, *sequences = ids
     start = min((_common_prefix(prompt, sequence) for sequence in sequences), default=len(prompt))
+    if group.sft_on == "all":
+        prompt, start = sequences[0], 1
     responses = [sequence[start:] for sequence in sequences]
     eos = tokenizer.eos_token_id
-    add_eos = data.add_eos and not conversational and eos is not None
+    add_eos = data.add_eos and not group.conversational and eos is not None
     closed = [add_eos and not (len(r) and r[-1] == eos) for r in responses]
     end = _int32([eos] if add_eos else [])
     responses = [
@@ -179,20 +199,56 @@ def _split_and_cut(
         if opener is None:
             return None
         context = _int32([opener])
-    prompt_cut = False
+    limit = data.max_prompt_length or len(context)
+    long_prompt_cut, prompt_cut = len(context) > limit, False
+    context = _keep_end(context, limit, tokenizer.bos_token_id)
     if data.truncation == "keep_end":
         excess = len(context) + max(map(len, responses)) - data.max_length
-        if excess > 0 and len(context) > 1:
-            keep = max(1, len(context) - excess)
-            first = context[: int(context[0] == tokenizer.bos_token_id)]
-            context = np.concatenate([first, context[len(context) - keep + len(first) :]])
-            prompt_cut = True
+        prompt_cut = excess > 0 and len(context) > 1
+        keep = max(1, len(context) - max(0, excess))
+        context = _keep_end(context, keep, tokenizer.bos_token_id)
     room = data.max_length - len(context)
     lengths = [len(response) for response in responses]
     if room < 1 or not all(lengths):
         return None
     truncated = [response[:room] for response in responses]
-    return _Tokens(context, truncated, prompt_cut, lengths, closed)
+    return _Tokens(context, truncated, prompt_cut, long_prompt_cut, lengths, closed)
+
+
+def _keep_end(prompt: Ids, length: int, bos: int | None) -> Ids:
+    """The last `length` tokens of a prompt, the first of them its BOS if it has one."""
+    if length >= len(prompt):
+        return prompt
+    first = prompt[: int(prompt[0] == bos)]
+    return np.concatenate([first, prompt[len(prompt) - length + len(first) :]])
+
+
+def _check_boundaries(ids: list[Ids], where: str) -> None:
+    """Raise DataError unless texts up to a boundary have the tokens of the whole conversation.
+
+    The last token before a boundary may merge with the text behind it.
+    """
+    prompt, conversation, *others = ids
+    for boundary in (prompt, *others):
+        common = _common_prefix(boundary, conversation)
+        if common < len(boundary) - 1:
+            raise DataError(
+                f"{where}: the tokenizer makes other tokens of the messages before an assistant "
+                f"message than of the whole conversation, from token {common + 1} of "
+                f"{len(boundary)}, so the tokens to train on are not known; use another tokenizer "
+                "in model.tokenizer, or set data.sft_on=all"
+            )
+
+
+def _mask(ids: list[Ids], length: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether each of the first `length` response tokens is of an assistant message, (length,)."""
+    prompt, conversation, *others = ids
+    start = _common_prefix(prompt, conversation)
+    boundaries = [_common_prefix(boundary, conversation) - start for boundary in others]
+    mask = np.zeros(len(conversation) - start, dtype=np.bool_)
+    for begin, end in zip([0, *boundaries[1::2]], [*boundaries[::2], len(mask)], strict=True):
+        mask[begin:end] = True
+    return mask[:length]
 
 
 def _common_prefix(first: Ids, second: Ids) -> int:

@@ -6,16 +6,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import Data, Model
 from fastpref.data import bpe
-from fastpref.data.formats import read_groups
+from fastpref.data.formats import RowKind
 from fastpref.data.readers import DataError
-from fastpref.losses import Kind
+from fastpref.data.sft import read_rows_of
 from fastpref.utils.errors import ModelError, cannot_load
 
 
-def tokenizer_of(model: Model, data: Data, kind: Kind) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Model, data: Data, rows: RowKind) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the config names, or train one on the data.
 
-    kind: of the objective, which decides the columns that are read. Raises ModelError or DataError.
+    rows: the kind of its rows, which decides the columns that are read.
+
+    Raises ModelError or DataError.
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is not None:
@@ -27,8 +29,7 @@ def tokenizer_of(model: Model, data: Data, kind: Kind) -> PreTrainedTokenizerBas
             "in model.tokenizer)"
         )
     try:
-        groups = read_groups(data.train, kind, soft_labels=data.soft_labels)
-        return bpe.train(bpe.texts_of(groups), size)
+        return bpe.train(bpe.texts_of(read_rows_of(data.train, rows, data)), size)
     except DataError:
         raise
     except ValueError as error:

@@ -8,10 +8,11 @@ micro-batches, and is omitted if there are none:
 |---|---|---|---|
 | `…/chosen` | chosen | desirable | the best, by its score |
 | `…/rejected` | rejected | undesirable | the worst |
-| `rewards/accuracies` | chosen above rejected | the sign of the label | the best above all worse |
+| `rewards/accuracies` | chosen above rejected | the sign of the label¹ | the best above all worse |
 | `rewards/margins` | difference | difference of the two means | difference |
 
-The loss is a mean over all pairs, responses or groups.
+The loss is a mean over all pairs, responses or groups. ¹ Omitted for objectives that classify no
+response, such as sft on single responses.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _response_sums(output: PointwiseOutput, policy: UnpairedLogps) -> Tensor:
         (output.loss, every),
         (rewards, good),
         (rewards, ~good),
-        (torch.where(good, rewards, -rewards) > 0, every),
+        (torch.where(good, rewards, -rewards) > 0, every if output.classifies else ~every),
         (rewards, ~every),  # no count: `means` computes the margin from the two means
         (policy.logps, good),
         (policy.logps, ~good),

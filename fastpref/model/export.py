@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref import distributed
 from fastpref.model import fsdp
-from fastpref.model.lora import TRAINED_ADAPTER, adapter_updates, merge_adapter
+from fastpref.model.lora import TRAINED_ADAPTER, adapter_updates, merged_weights
 from fastpref.model.policy import Policy
 
 FILE_BYTES = 5 * 10**9  # largest file of an export, as in transformers
 
 
+@torch.no_grad()
 def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool) -> None:
     """Write the model in Hugging Face format: safetensors in the compute dtype, and the tokenizer.
+
+    The policy does not change, so training can go on. A collective call for a sharded model.
 
     merge: for a policy with an adapter, write the merged model; otherwise only the adapter, which
         peft loads.
@@ -34,17 +39,28 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
     # Every rank has full copies of the weights to write.
     if not distributed.is_main_process():
         return
-    if merge and model is not policy.base:
-        # Merging changes the weights of the base in place.
-        model = merge_adapter(policy)
-    base = policy.base
-    base.config.dtype = policy.compute_dtype
-    if model is base:
-        state = _cast(model.state_dict(), policy.compute_dtype)
-        model.save_pretrained(folder, state_dict=state)
+    if merge or model is policy.base:
+        _export_full(policy, folder)
     else:
         model.save_pretrained(folder, selected_adapters=[TRAINED_ADAPTER])
     tokenizer.save_pretrained(folder)
+
+
+def _export_full(policy: Policy, folder: Path) -> None:
+    """Write the merged weights through an empty model without adapters and quantization."""
+    base: Any = policy.base
+    state = fsdp.base_weights(policy)
+    if policy.causal_lm is not base:
+        # One at a time, since the device may have no room for a second model.
+        state |= ((name, weight.to("cpu")) for name, weight in merged_weights(policy))
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        plain = type(base)._from_config(config, dtype=policy.compute_dtype)
+    plain.tie_weights()
+    plain.generation_config = base.generation_config
+    plain.save_pretrained(folder, state_dict=_cast(state, policy.compute_dtype))
 
 
 def _export_shards(policy: Policy, folder: Path) -> None:
@@ -103,9 +119,10 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast floating-point tensors to `dtype`; tied tensors stay tied."""
+    """Tensors on the CPU, floating-point ones in `dtype`; tied tensors stay tied."""
     casts: dict[int, Tensor] = {}
     for value in state.values():
         if value.data_ptr() not in casts:
-            casts[value.data_ptr()] = value.to(dtype) if value.is_floating_point() else value
+            target = dtype if value.is_floating_point() else value.dtype
+            casts[value.data_ptr()] = value.to("cpu", target)
     return {name: casts[value.data_ptr()] for name, value in state.items()}

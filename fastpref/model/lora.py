@@ -121,19 +121,48 @@ def adapter_updates(policy: Policy) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def merge_adapter(policy: Policy) -> PreTrainedModel:
-    """Merge the adapter into the base in place and return it; 4-bit weights are dequantized."""
-    import peft
+def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Names in the base, and values with the adapter merged, of all weights that differ from it.
 
-    model: Any = policy.causal_lm
-    if policy.quantized:
-        config = model.peft_config[TRAINED_ADAPTER]
-        values = peft.get_peft_model_state_dict(model, adapter_name=TRAINED_ADAPTER)
-        base = model.unload()
-        base.dequantize(policy.compute_dtype)
-        model = peft.get_peft_model(base, config)
-        peft.set_peft_model_state_dict(model, values)
-    return model.merge_and_unload()
+    The policy does not change. 4-bit weights are dequantized, with an adapter or without one.
+    """
+    layers = dict(_adapted_layers(policy.base))
+    for name, module in policy.base.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if name in layers:
+            base_layer = layers[name].get_base_layer()
+            weight = _plain(base_layer.weight, policy.compute_dtype)
+            yield f"{name}.weight", _merged(layers[name], weight)
+            if layers[name].lora_bias.get(TRAINED_ADAPTER):
+                bias = layers[name].lora_B[TRAINED_ADAPTER].bias
+                merged = base_layer.bias + bias * layers[name].scaling[TRAINED_ADAPTER]
+                yield f"{name}.bias", merged.to(base_layer.bias.dtype)
+        elif hasattr(weight, "quant_state") and not name.endswith(".base_layer"):
+            yield f"{name}.weight", _plain(weight, policy.compute_dtype)
+
+
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    """Weight of a layer with its adapter merged, a new tensor."""
+    if TRAINED_ADAPTER not in layer.lora_magnitude_vector:
+        return (weight + layer.get_delta_weight(TRAINED_ADAPTER)).to(weight.dtype)
+    if hasattr(layer.get_base_layer().weight, "quant_state"):  # always a linear layer
+        total = weight + layer.get_delta_weight(TRAINED_ADAPTER)
+        magnitude = layer.lora_magnitude_vector[TRAINED_ADAPTER].weight
+        scale = magnitude / torch.linalg.norm(total, dim=1)
+        return (scale[:, None] * total).to(weight.dtype)
+    merged: Tensor = layer.lora_variant[TRAINED_ADAPTER].merge_safe(layer, TRAINED_ADAPTER, weight)
+    layer._cache_pop(f"{TRAINED_ADAPTER}-weight_norm")
+    return merged
+
+
+def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight, dequantized to `dtype` if it has 4 bits."""
+    if not hasattr(weight, "quant_state"):
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    dequantized: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return dequantized.to(dtype)
 
 
 def _new_config(adapter: configs.Adapter) -> Any:
@@ -141,7 +170,7 @@ def _new_config(adapter: configs.Adapter) -> Any:
 
     return peft.LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=float(adapter.alpha),  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         use_rslora=adapter.rslora,

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from fastpref.config import Config, Data, Model
 from fastpref.data.dataset import load_groups
+from fastpref.data.sft import group_kind, row_kind
 from fastpref.data.tokenizers import tokenizer_of
-from fastpref.losses import Kind
+from fastpref.losses import Kind, Objective
+from fastpref.losses.normalized import SFT
 from fastpref.model.load import announce_code
 from fastpref.plan.devices import find_device
 from fastpref.plan.predict import Prediction, Predictor, Setup
@@ -42,12 +44,12 @@ def run(
     lengths: the option `--lengths`, used instead of the data. Raises UserError in one line.
     """
     announce_code(config.model, partial(_print, console))
-    kind: Kind = config.build_loss().kind
+    loss = config.build_loss()
     vocabulary = None
     if lengths is None:
-        groups, vocabulary = _read_lengths(config.model, config.data, kind)
+        groups, vocabulary = _read_lengths(config.model, config.data, loss)
     else:
-        groups = _uniform_lengths(lengths, kind, config.training.batch_size)
+        groups = _uniform_lengths(lengths, loss, config)
     predict = Predictor(find_device(device, getattr(torch, config.model.dtype)), vocabulary)
     setup = Setup(config, groups, ranks)
     predicted = predict(setup)
@@ -83,23 +85,31 @@ def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _read_lengths(model: Model, data: Data, kind: Kind) -> tuple[GroupLengths, int]:
+def _read_lengths(model: Model, data: Data, loss: Objective) -> tuple[GroupLengths, int]:
     """Lengths of the groups in the data, and the number of tokens of the tokenizer."""
     if not Path(data.train).expanduser().is_file():
         raise UserError(
             f"data.train: {data.train} is not a file here; give --lengths PROMPT,RESPONSE, "
             "mean tokens"
         )
+    rows = row_kind(loss, data)
     try:
-        tokenizer = tokenizer_of(model, data, kind)
+        tokenizer = tokenizer_of(model, data, rows)
     except ModelError as error:
         raise UserError(f"{error}; or give --lengths PROMPT,RESPONSE, mean tokens") from None
-    groups = load_groups(data.train, tokenizer, data, kind)
+    groups = load_groups(data.train, tokenizer, data, rows)
     return GroupLengths.of(groups), len(tokenizer)
 
 
-def _uniform_lengths(lengths: str, kind: Kind, count: int) -> GroupLengths:
-    """`count` groups with the lengths of the option."""
+def _uniform_lengths(lengths: str, loss: Objective, config: Config) -> GroupLengths:
+    """Groups with the lengths of the option, as many as a step has.
+
+    The responses of SFT are single ones, unless the data is a file here with pairs.
+    """
+    kind = loss.kind
+    if isinstance(loss, SFT):
+        is_here = Path(config.data.train).expanduser().is_file()
+        kind = group_kind(row_kind(loss, config.data) if is_here else "sft")
     try:
         prompt, *responses = [int(part) for part in lengths.split(",")]
     except ValueError:
@@ -111,7 +121,7 @@ def _uniform_lengths(lengths: str, kind: Kind, count: int) -> GroupLengths:
         )
     if len(responses) == 1:
         responses *= RESPONSES[kind]
-    return GroupLengths.uniform(kind, count, prompt, responses)
+    return GroupLengths.uniform(kind, config.training.batch_size, prompt, responses)
 
 
 def _table(p: Prediction, whole_epoch: bool) -> Table:

@@ -103,7 +103,8 @@ class Memory:
         if name.endswith("8bit"):  # two bytes a weight, two fp32 scales for 256 of them
             trained = self.shapes.adapter or self.shapes.base // self.shard
             return trained * 2 + trained * 8 // 256
-        return self.trained_bytes * (1 if name == "rmsprop" else 2)
+        moments = {"rmsprop": 1, "sgd": int(self.optim.momentum > 0)}
+        return self.trained_bytes * moments.get(name, 2)
 
     @cached_property
     def host_copy(self) -> int:
@@ -218,9 +219,11 @@ class Memory:
 
     @property
     def _update_copy(self) -> int:
-        """RMSprop on CUDA takes the square roots of all weights' averages at once."""
-        roots = self.optim.name == "rmsprop" and not self.on_cpu
-        return self.trained_bytes if roots else 0
+        """RMSprop's square roots, and gradients to which decay is added: of all weights on CUDA."""
+        name, decays = self.optim.name, self.optim.weight_decay > 0
+        if self.on_cpu or name not in ("rmsprop", "sgd"):
+            return 0
+        return self.trained_bytes * ((name == "rmsprop") + decays)
 
 
 def _plus(parts: Parts, **more: float) -> Parts:

@@ -109,17 +109,8 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
 
     Raises CheckpointError for a checkpoint of another model, adapter or optimizer.
     """
-    run_state = read_run_state(folder)
-    shapes = {n: list(p.shape) for n, p in policy.trainable_parameters().items()}
-    saved_shapes = run_state["weights"]
-    if shapes != saved_shapes:
-        names = {**shapes, **saved_shapes}
-        mismatched = min(name for name in names if shapes.get(name) != saved_shapes.get(name))
-        raise CheckpointError(
-            f"resume: {folder} is of another model or adapter (differs in {mismatched}); restore "
-            "the model and adapter of the run"
-        )
-    saved_optimizer = run_state["optimizer"]
+    _check_weights(folder, policy, "resume")
+    saved_optimizer = read_run_state(folder)["optimizer"]
     if saved_optimizer != type(optimizer).__name__:
         raise CheckpointError(
             f"resume: {folder} is of a run with {saved_optimizer}; restore optim.name"
@@ -137,14 +128,41 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
 
 
+def restore_weights(folder: Path, policy: Policy, field: str) -> None:
+    """Load the trained weights alone, on one process.
+
+    field: how a message begins.
+
+    Raises CheckpointError for a checkpoint of another model or adapter.
+    """
+    _check_weights(folder, policy, field)
+    dcp.load(_weights(policy), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _check_weights(folder: Path, policy: Policy, field: str) -> None:
+    shapes = {n: list(p.shape) for n, p in policy.trainable_parameters().items()}
+    saved_shapes = read_run_state(folder)["weights"]
+    if shapes != saved_shapes:
+        names = {**shapes, **saved_shapes}
+        mismatched = min(name for name in names if shapes.get(name) != saved_shapes.get(name))
+        raise CheckpointError(
+            f"{field}: {folder} is of another model or adapter (differs in {mismatched}); restore "
+            "the model and adapter of the run"
+        )
+
+
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    """Trained weights, not copies, by their names in a checkpoint."""
+    return {f"weights.{name}": p.detach() for name, p in policy.trainable_parameters().items()}
+
+
 def _tensors(policy: Policy, optimizer: Optimizer) -> dict[str, Tensor]:
     """Tensors of trained weights and optimizer, not copies, by their names in a checkpoint."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    weights = {f"weights.{name}": p.detach() for name, p in policy.trainable_parameters().items()}
     moments = {
         f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
     }
-    return {**weights, **moments}
+    return {**_weights(policy), **moments}
 
 
 def _random_state() -> dict[str, Tensor]:

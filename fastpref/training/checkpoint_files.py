@@ -106,25 +106,25 @@ def find(root: Path, resume: str, note: Callable[[str], None]) -> Path | None:
         folder = Path(resume)
         if not (folder / _RUN_STATE).is_file():
             raise CheckpointError(f"resume: {resume} is not a checkpoint folder; use one, or auto")
-        damage = _damage(folder)
-        if damage is not None:
-            raise CheckpointError(f"resume: {folder}: {damage}; use another checkpoint, or auto")
+        problem = damage(folder)
+        if problem is not None:
+            raise CheckpointError(f"resume: {folder}: {problem}; use another checkpoint, or auto")
         return folder
     steps = complete_steps(root)
     for step in reversed(steps):
         folder = root / f"step-{step}"
-        damage = _damage(folder)
-        if damage is None:
+        problem = damage(folder)
+        if problem is None:
             return folder
-        note(f"{folder} is skipped: {damage}")
+        note(f"{folder} is skipped: {problem}")
     if steps:
         raise CheckpointError(
-            f"resume: every checkpoint in {root} is damaged ({damage}); remove them to start over"
+            f"resume: every checkpoint in {root} is damaged ({problem}); remove them to start over"
         )
     return None
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """Message about a damaged or missing file of a checkpoint, or None; the same on all ranks."""
     names: list[str] = []
     try:

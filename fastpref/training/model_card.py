@@ -11,13 +11,14 @@ from fastpref.docgen import markdown
 from fastpref.utils.version import __version__
 
 
-def write(folder: Path, objective: str, config_yaml: str, metrics_file: Path) -> None:
+def write(folder: Path, objective: str, config_yaml: str, metrics_file: Path, step: int) -> None:
     """Write `folder/README.md`: the config, and the last training and evaluation metrics.
 
-    objective: its name. config_yaml: the whole config, as `Config.to_yaml` writes it.
+    objective: its name. config_yaml: the whole config, as `Config.to_yaml` writes it. step: that of
+    the model; later metrics are left out.
     """
     final: dict[str, float] = {}
-    for record in metrics.iter_records(metrics_file):
+    for record in (r for r in metrics.iter_records(metrics_file) if r["step"] <= step):
         final |= {k: v for k, v in record.items() if isinstance(v, int | float)}
     config = yaml.safe_load(config_yaml)
     adapter, base_model = config["adapter"], config["model"]["path"]

@@ -26,6 +26,8 @@ def make_optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.o
     ]
     if config.name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True)
@@ -82,9 +84,10 @@ def _eight_bit_class(paged: bool) -> type[torch.optim.Optimizer]:
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:
     """Learning rate of `step`, counted from 0, of `steps`: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    warmup = config.warmup(steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
     if config.schedule == "linear":
         return config.lr * (1.0 - progress)
     if config.schedule == "cosine":

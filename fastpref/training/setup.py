@@ -17,10 +17,13 @@ from fastpref.data.batch_plan import Plan
 from fastpref.data.collate import Batch
 from fastpref.data.dataset import GroupDataset, Groups, load_groups
 from fastpref.data.kto_mismatch import MismatchedGroups
+from fastpref.data.sft import row_kind
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.losses import Objective, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
+from fastpref.losses.normalized import SFT
 from fastpref.losses.pointwise import KTO
+from fastpref.losses.response_sft import ResponseSFT
 from fastpref.losses.wrappers import TokenWeighted
 from fastpref.model.batch_layout import choose_layout, use_layout
 from fastpref.model.load import announce_code, load_policy
@@ -120,11 +123,14 @@ def load(config: Config, display: Display) -> Loaded:
     """Load, tokenize and plan; the reference is computed from the policy as it was loaded."""
     loss, data, training = config.build_loss(), config.data, config.training
     announce_code(config.model, display.note)
+    rows = row_kind(loss, data)
+    if isinstance(loss, SFT) and rows == "sft":
+        loss = _on_responses(loss, config)
     with distributed.main_process_first():
-        tokenizer = tokenizer_of(config.model, data, loss.kind)
-        datasets = [load_groups(data.train, tokenizer, data, loss.kind)]
+        tokenizer = tokenizer_of(config.model, data, rows)
+        datasets = [load_groups(data.train, tokenizer, data, rows)]
         if data.eval is not None:
-            datasets.append(load_groups(data.eval, tokenizer, data, loss.kind, "test"))
+            datasets.append(load_groups(data.eval, tokenizer, data, rows, "test"))
     for name, dataset in zip(("train", "eval"), datasets, strict=False):
         display.note(f"{name}: {dataset.summary()}")
         _check_labels(loss, dataset)
@@ -176,6 +182,22 @@ def load(config: Config, display: Display) -> Loaded:
     ]
     torch.manual_seed(training.seed + distributed.rank())  # dropout differs between ranks
     return Loaded(tokenizer, policy, loss, *splits)
+
+
+def _on_responses(loss: SFT, config: Config) -> ResponseSFT:
+    """Return SFT on single responses; raises ConfigError for options that need pairs."""
+    options = {
+        "loss.responses: both": loss.responses == "both",
+        "calibration": config.calibration is not None,
+        "monitor.band_every": config.monitor.band_every is not None,
+        "update: dpo_pg": config.update == "dpo_pg",
+    }
+    for option, is_set in options.items():
+        if is_set:
+            raise ConfigError(
+                f"{option}: needs pairs, and {config.data.train} has single responses; remove it"
+            )
+    return ResponseSFT(average=loss.average)
 
 
 def _plan(training: Training, policy: Policy, groups: Groups, seed: int | None) -> Plan:

@@ -16,10 +16,13 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path and moves it to `path` on success."""
+def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Context manager that yields a temporary path and moves it to `path` on success.
+
+    scratch: folder of the temporary path, on the file system of `path`; default: that of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     # A killed process may have had the same process id.
     remove(temporary)
     try:
@@ -30,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, temporary: Path) -> None:
-    """Sync a complete file or directory to disk and rename it to `path` in the same directory."""
+    """Sync a complete file or directory to disk and rename it to `path` on the same file system."""
     _sync_tree(temporary)
     if path.is_dir():
         old = temporary.with_suffix(".old")

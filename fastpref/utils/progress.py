@@ -137,6 +137,7 @@ def format_duration(seconds: float) -> str:
 
 def quiet_libraries() -> None:
     """Silence warnings and progress bars of libraries, which would break the progress display."""
+    import logging
     import warnings
 
     import datasets
@@ -147,6 +148,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     # fastpref raises its own errors for the problems that these libraries warn of.
     warnings.filterwarnings("ignore", module="peft|transformers")
+    # bitsandbytes warns of a missing kernel even in runs that quantize nothing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Silences the Hub's retry log.
     hub.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

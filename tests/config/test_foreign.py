@@ -94,14 +94,18 @@ def test_a_section_of_torchtitan_is_explained(section: str) -> None:
             "micro-batch",
         ),
         (
-            {"optim": {"warmup_ratio": 0.1}},
-            "optim.warmup_ratio: a key of TRL and axolotl; set optim.warmup_steps here (a number "
-            "of steps, not a share)",
+            {"optim": {"warmup_ratio": 0.1, "learning_rate": 1}},
+            "optim.learning_rate: a key of TRL and axolotl; set optim.lr here",
+        ),
+        (
+            {"warmup_ratio": 0.1, "max_prompt_length": 512, "data": {"assistant_only_loss": True}},
+            "data.assistant_only_loss: a key of TRL; set data.sft_on here (assistant); also: "
+            "warmup_ratio → optim.warmup_ratio, max_prompt_length → data.max_prompt_length",
         ),
         (
             {"optim": "adamw_torch"},
             "optim: must be a mapping, got 'adamw_torch'; set optim.name here (adamw, rmsprop, "
-            "adamw_8bit or paged_adamw_8bit)",
+            "sgd, adamw_8bit or paged_adamw_8bit)",
         ),
         (
             {"model": "Qwen/Qwen3-8B"},
@@ -123,8 +127,8 @@ def test_a_section_of_torchtitan_is_explained(section: str) -> None:
          "training.steps"),
         ({"trainer": "BasicTrainer"}, "trainer: a key of other trainers; set training here"),
         ({"optimizer": "adamw_torch"},
-         "optimizer: a key of axolotl; set optim.name here (adamw, rmsprop, adamw_8bit or "
-         "paged_adamw_8bit)"),
+         "optimizer: a key of axolotl; set optim.name here (adamw, rmsprop, sgd, "
+         "adamw_8bit or paged_adamw_8bit)"),
         ({"optimizer": {"lr": 1}}, "optimizer.lr: a key of torchtitan; set optim.lr here"),
         (
             {"profiling": {}},

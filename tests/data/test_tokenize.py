@@ -159,6 +159,54 @@ def test_keep_end_cuts_the_prompt_for_both(tokenizer: PreTrainedTokenizerFast) -
     assert counts["prompts_cut"] == 1 and counts["chosen_cut"] == 0
 
 
+def test_a_long_prompt_keeps_its_end_and_its_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "User:" + " tea" * 30, "chosen": " bread" * 4, "rejected": " bread"}
+    full, _ = one(tokenizer, row)
+    encoded, counts = one(tokenizer, row, max_prompt_length=7)
+    assert encoded["prompt"] == full["prompt"][-7:]
+    assert (encoded["chosen"], encoded["rejected"]) == (full["chosen"], full["rejected"])
+    assert (counts["long_prompts_cut"], counts["prompts_cut"], counts["chosen_cut"]) == (1, 0, 0)
+    with_bos = {**row, "prompt": "<s>" + row["prompt"]}
+    encoded, _ = one(tokenizer, with_bos, max_prompt_length=7)
+    assert encoded["prompt"] == [tokenizer.bos_token_id, *full["prompt"][-6:]]
+    encoded, counts = one(tokenizer, row, max_prompt_length=len(full["prompt"]))
+    assert encoded["prompt"] == full["prompt"] and counts["long_prompts_cut"] == 0
+
+
+@pytest.mark.parametrize(("truncation", "prompt", "chosen"), [("keep_start", 7, 3),
+                                                              ("keep_end", 5, 5)])  # fmt: skip
+def test_the_prompt_is_cut_before_prompt_and_response(
+    tokenizer: PreTrainedTokenizerFast, truncation: str, prompt: int, chosen: int
+) -> None:
+    row = {"prompt": "User:" + " tea" * 30, "chosen": " bread" * 4, "rejected": " bread"}
+    full, _ = one(tokenizer, row)
+    assert len(full["chosen"]) == 5
+    options: dict[str, Any] = {"max_length": 10, "truncation": truncation}
+    encoded, counts = one(tokenizer, row, max_prompt_length=7, **options)
+    assert encoded["prompt"] == full["prompt"][-prompt:]
+    assert encoded["chosen"] == full["chosen"][:chosen]
+    assert counts["long_prompts_cut"] == 1
+    assert counts["prompts_cut"] == (truncation == "keep_end")
+
+
+def test_cut_prompts_are_reported_and_part_of_the_cache_key(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows(4)]
+    longest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in records)
+    whole = load(tmp_path, tokenizer, records)
+    cut = load(tmp_path, tokenizer, records, max_prompt_length=longest - 1)
+    assert "max_prompt_length" not in whole.summary()
+    count = cut.counts["long_prompts_cut"]
+    assert count > 0
+    assert cut.summary().endswith(f"; cut to max_prompt_length: {count} of the prompts")
+    assert whole.fingerprint != cut.fingerprint
+    with pytest.raises(DataError, match=r"are cut to max_prompt_length; .* raise data.max_pro"):
+        cut.given_reference_logps()
+    roomy = load(tmp_path, tokenizer, records, max_prompt_length=longest)
+    assert roomy.fingerprint == whole.fingerprint
+
+
 def test_rows_without_a_completion_are_dropped_and_counted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

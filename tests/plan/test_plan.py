@@ -221,7 +221,8 @@ def memory_of(config: Config, shard: int = 1, on_cpu: bool = False, traced: Any 
         on_cpu,
         sharded=shard > 1,
         log_every=config.training.log_every,
-        calibrated=False,
+        pair_scores=False,
+        score_rows=0,
         runs_reference=config.reference_mode == "frozen",
         full_kl=False,
     )
@@ -242,8 +243,14 @@ def memory_of(config: Config, shard: int = 1, on_cpu: bool = False, traced: Any 
 def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) -> None:
     from fastpref.training.optim import make_optimizer
 
-    for name, options in (("adamw", {}), ("rmsprop", {}), ("adamw", {"adapter": "lora"})):
-        config = make_config(optim={"name": name}, **options)
+    for optim, options in (
+        ({"name": "adamw"}, {}),
+        ({"name": "rmsprop"}, {}),
+        ({"name": "sgd"}, {}),
+        ({"name": "sgd", "momentum": 0.9}, {}),
+        ({"name": "adamw"}, {"adapter": "lora"}),
+    ):
+        config = make_config(optim=optim, **options)
         policy = policy_of(config, load_tokenizer(config.model), torch.device("cpu"))
         trained = list(policy.trainable_parameters().values())
         optimizer = make_optimizer(config.optim, trained)
@@ -259,6 +266,16 @@ def test_optimizer_and_gradients_are_those_of_training(make_config: MakeConfig) 
         memory = memory_of(config)
         assert memory.optimizer == state_bytes
         assert memory.gradients == sum(p.nbytes for p in trained)
+
+
+def test_copies_of_all_weights_during_the_update(make_config: MakeConfig) -> None:
+    """As torch's foreach optimizers make them on CUDA, and its loops on CPU do not."""
+    copies = {}
+    for name, decay in (("adamw", 0.1), ("rmsprop", 0), ("rmsprop", 0.1), ("sgd", 0), ("sgd", 0.1)):
+        memory = memory_of(make_config(optim={"name": name, "weight_decay": decay}))
+        copies[name, decay] = memory._update_copy // memory.trained_bytes
+        assert replace(memory, on_cpu=True)._update_copy == 0
+    assert [*copies.values()] == [0, 1, 2, 0, 1]
 
 
 def test_shards_of_a_model(make_config: MakeConfig) -> None:

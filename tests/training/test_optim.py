@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastpref.config import Config, ConfigError, Optim
 from fastpref.training import optim
 from fastpref.training.optim import check_eight_bit, learning_rate, make_optimizer
+from fastpref.training.signals import Interrupted
 from fastpref.training.trainer import Trainer
 from fastpref.utils import optional_packages
 from fastpref.utils.optional_packages import MissingPackage
@@ -134,6 +136,23 @@ def test_rmsprop_by_its_definition() -> None:
         torch.testing.assert_close(actual, definition, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_by_its_definition(momentum: float) -> None:
+    config = Optim(name="sgd", lr=1e-2, momentum=momentum, weight_decay=0.3)
+    parameters = weights((8, 4), (5,))
+    start = [parameter.detach().double() for parameter in parameters]
+    expected = []
+    for index, weight in enumerate(start):
+        velocity = torch.zeros_like(weight)
+        for step_gradients in gradients(parameters, steps=6):
+            g = step_gradients[index].double() + (0.3 * weight if weight.dim() >= 2 else 0)
+            velocity = momentum * velocity + g
+            weight = weight - 1e-2 * velocity
+        expected.append((weight - start[index]).float())
+    for actual, definition in zip(updates(config, parameters, 6), expected, strict=True):
+        torch.testing.assert_close(actual, definition, rtol=1e-4, atol=1e-6)
+
+
 @needs_bitsandbytes
 def test_what_8_bits_are_refused_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = weights(LARGE)
@@ -154,11 +173,25 @@ def test_8_bits_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     make_optimizer(Optim(name="adamw"), weights(LARGE))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "rmsprop"])
+OPTIONS: dict[str, Any] = {"betas": (0.9, 0.9), "alpha": 0.9, "momentum": 0.9, "eps": 1e-6}
+OWN = {
+    "adamw": {"betas", "eps"},
+    "adamw_8bit": {"betas", "eps"},
+    "paged_adamw_8bit": {"betas", "eps"},
+    "rmsprop": {"alpha", "eps"},
+    "sgd": {"momentum"},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_options_of_the_others_are_refused(name: str) -> None:
-    foreign = {"betas": (0.9, 0.9)} if name == "rmsprop" else {"alpha": 0.9}
-    with pytest.raises(ValueError, match=f"is not an option of {name}; remove it"):
-        Optim(name=name, **foreign)
+    for option, value in OPTIONS.items():
+        if option in OWN[name]:
+            assert getattr(Optim(name=name, **{option: value}), option) == value
+        else:
+            match = f"{option} is not an option of {name}; remove it"
+            with pytest.raises(ValueError, match=match):
+                Optim(name=name, **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -173,3 +206,53 @@ def test_the_rate_of_each_step(schedule: str, expected: list[float]) -> None:
     config = Optim(lr=1.0, schedule=schedule, warmup_steps=2)
     rates = [learning_rate(config, step, 6) for step in range(6)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warmup"), [(0.0, 100, 0), (0.1, 100, 10), (0.1, 101, 11), (0.03, 10, 1)]
+)
+def test_a_share_of_the_steps_is_rounded_up(ratio: float, steps: int, warmup: int) -> None:
+    config = Optim(lr=1.0, warmup_ratio=ratio)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    same = [learning_rate(Optim(lr=1.0, warmup_steps=warmup), step, steps) for step in range(steps)]
+    assert config.warmup(steps) == warmup
+    assert rates == same
+
+
+def test_two_lengths_of_the_warm_up_are_refused() -> None:
+    match = r"warmup_ratio: 0\.1, but warmup_steps is 5; remove one of them"
+    with pytest.raises(ValueError, match=match):
+        Optim(warmup_ratio=0.1, warmup_steps=5)
+    assert Optim(warmup_ratio=0.1, warmup_steps=0).warmup(30) == 3
+
+
+def test_a_run_with_momentum_resumes_bit_for_bit(make_config: MakeConfig, display: Display) -> None:
+    output = make_config().training.output_dir
+    options: dict[str, Any] = {
+        "optim": {"name": "sgd", "lr": 1e-2, "momentum": 0.9, "warmup_ratio": 0.5},
+        "training__checkpoint_every": 1,
+    }
+
+    def run(**change: Any) -> dict[str, Tensor]:
+        trainer = Trainer(make_config(**options, **change), display)
+        trainer.loop(stop)
+        return trainer.policy.state_dict()
+
+    stop: list[int] = []
+    whole = run(training__steps=4, training__output_dir=f"{output}-whole")
+    stop = [signal.SIGTERM]
+    with pytest.raises(Interrupted):
+        run(training__steps=4)
+    stop = []
+    resumed = run(training__steps=4, resume="auto")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_plain_gradient_steps_have_no_state_to_resume(
+    make_config: MakeConfig, display: Display
+) -> None:
+    options: dict[str, Any] = {"optim": {"name": "sgd", "lr": 1e-2}, "training__steps": 2}
+    trainer = Trainer(make_config(**options, training__checkpoint_every=1), display)
+    trainer.loop([])
+    resumed = Trainer(make_config(**options, resume="auto"), display)
+    assert resumed.step == 2 and not any(resumed.optimizer.state.values())

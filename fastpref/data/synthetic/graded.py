@@ -54,9 +54,10 @@ RESPONSES = 4
 _STEP = re.compile(rf"(?:{'|'.join(OPENERS)}) (\w+) the (?:{'|'.join(THINGS)}) (\w+)\.")
 
 
-def groups(count: int, seed: int = 0, noise: float = 0.5) -> list[Record]:
+def groups(count: int, seed: int = 0, noise: float = 0.5, per_prompt: int = 1) -> list[Record]:
     """Generate rows `prompt, completions[4], scores[4]`; equal arguments give equal rows.
 
+    count: number of prompts, each with `per_prompt` rows of responses of their own.
     noise: standard deviation of ε, in the units of the utilities.
     Raises ValueError if `count` exceeds the number of prompts.
     """
@@ -67,7 +68,9 @@ def groups(count: int, seed: int = 0, noise: float = 0.5) -> list[Record]:
         raise ValueError(f"count: expected 1 to {len(prompts)}, got {count}; lower it")
     rng, utility = random.Random(f"responses {seed}"), _utilities(seed)
     rng.shuffle(prompts)
-    return [_group(prompt, rng, utility, noise) for prompt in prompts[:count]]
+    return [
+        _group(prompt, rng, utility, noise) for prompt in prompts[:count] for _ in range(per_prompt)
+    ]
 
 
 def _group(prompt: str, rng: random.Random, utility: dict[str, float], noise: float) -> Record:
