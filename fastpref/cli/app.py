@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli import evaluate, tools, train
+from fastpref.cli import data, evaluate, export, judge, tools, train
 from fastpref.utils.errors import UserError, first_line
 from fastpref.utils.version import __version__
 
@@ -30,17 +30,21 @@ app = typer.Typer(
 )
 
 
-data_app = typer.Typer(help="Generate data sets.")
+data_app = typer.Typer(help="Build and generate data sets.")
+data_app.command()(data.pairs)
 data_app.command("pure-semantic")(tools.pure_semantic)
-app.command(cls=train.TrainHelp)(train.train)
+data_app.command("rejected")(evaluate.rejected)
+app.command(cls=train.TrainCommand)(train.train)
 app.command()(train.precompute)
 app.command()(train.plan)
 app.command()(tools.demo)
 app.command()(tools.bench)
 app.command()(tools.reproduce)
 app.command()(evaluate.report)
+app.command()(export.export)
 app.command()(evaluate.sample)
 app.command()(evaluate.did_entropy)
+app.command()(judge.judge)
 app.command("eval")(evaluate.evaluate)
 app.command()(tools.losses)
 app.add_typer(data_app, name="data")

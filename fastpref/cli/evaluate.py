@@ -11,11 +11,12 @@ from rich.console import Console
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Run directories of `fastpref train`.")
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run directories, or a folder of such."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Default: the run directory, or report for several runs."),
+        typer.Option(metavar="DIR", help="Default: the folder RUN, or report for several."),
     ] = None,
     watch: Annotated[
         bool,
@@ -142,6 +143,50 @@ def did_entropy(
         result = estimate.run(display)
     Console().print(table(result))
     print(out / "did_entropy.json")
+
+
+def rejected(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A model that stands for the one you want.")
+    ],
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="The model that will be trained.")
+    ],
+    prompts: Annotated[str, _PROMPTS],
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Pairs to train on.")],
+    beta: Annotated[float, typer.Option(help="beta of the DPO run that will use the pairs.")] = 0.1,
+    candidates: Annotated[int, typer.Option(help="Rejected responses to choose from.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Pairs for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Responses at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of all samples.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    dtype: Annotated[str | None, _DTYPE] = None,
+) -> None:
+    """Draw pairs whose rejected responses let DPO learn a target: the DID paper's ideal ones."""
+    from fastpref.evaluation.ideal_rejected import IdealRejected
+    from fastpref.utils.progress import Display, quiet_libraries
+
+    task = IdealRejected(
+        target,
+        reference,
+        prompts,
+        out,
+        beta=beta,
+        candidates=candidates,
+        pairs=samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        limit=limit,
+        device=device,
+        dtype=dtype,
+    )
+    quiet_libraries()
+    with Display(Console()) as display:
+        task.run(display)
+    print(out)
 
 
 def evaluate(

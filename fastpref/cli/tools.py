@@ -16,6 +16,12 @@ def demo(
         "runs/demo"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and weights.")] = 0,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="A Hugging Face model to start from, instead of a small one."
+        ),
+    ] = None,
 ) -> None:
     """Train a small model with SFT, DPO and PMO on two cores and compare them."""
     from fastpref.demo import run
@@ -23,7 +29,7 @@ def demo(
 
     quiet_libraries()
     with Display(Console()) as display:
-        run(out, seed, display)
+        run(out, seed, display, model)
 
 
 def bench(
@@ -88,7 +94,17 @@ def reproduce(
         "runs/reproduce"
     ),
     runs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the run directories there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the run directories there, and continue with them."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Start from this pretrained model instead of a small one."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Seeds; with fewer than three, no verdict.")
     ] = None,
 ) -> None:
     """Reproduce the findings of a paper at small scale: a table, a picture and verdicts."""
@@ -97,7 +113,7 @@ def reproduce(
 
     quiet_libraries()
     with Display(Console()) as display:
-        run(name, display, out, "quick" if quick else size, data, runs)
+        run(name, display, out, "quick" if quick else size, data, runs, model, seeds)
 
 
 def losses(

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from fastpref.utils.errors import UserError
 
-class TrainHelp(typer.core.TyperCommand):
-    """Command whose `--help` lists every field of the config below the usual text."""
+if TYPE_CHECKING:
+    from fastpref.config.grid import Grid
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """Command whose `--grid` takes several values and whose `--help` lists the config's fields."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_grid(args))
 
     def format_epilog(self, ctx: object, formatter: object) -> None:
         from fastpref.docgen.config import plain
 
         formatter.write("\nConfig fields (type; default):\n\n" + plain())  # type: ignore[attr-defined]
+
+
+def repeat_grid(arguments: Sequence[str]) -> list[str]:
+    """Write `--grid` before each `key=values` that follows it, up to the next option."""
+    repeated: list[str] = []
+    is_grid = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            is_grid = argument == "--grid" or argument.startswith("--grid=")
+        elif is_grid and "=" in argument and repeated[-1] != "--grid":
+            repeated.append("--grid")
+        repeated.append(argument)
+    return repeated
 
 
 def train(
@@ -27,16 +49,30 @@ def train(
         typer.Argument(metavar="[key=value …]", help="E.g. optim.lr=5e-7 loss.beta=0.05"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the config, print it in full, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Check and print the config, or the folders of a grid."),
     ] = False,
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Write a trace and a table of steps 4 to 6 to profile/."),
     ] = False,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            metavar="key=value,value …",
+            help="Train a run for each combination of the values, one after the other.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on preference data. On several GPUs: torchrun … -m fastpref train …"""
     from fastpref.config import load
 
+    if grid:
+        from fastpref.config.grid import load_grid
+
+        _train_grid(load_grid(config, overrides or [], grid, _note), dry_run, profile)
+        return
     loaded = load(config, overrides, _note)
     if dry_run:
         print(loaded.to_yaml(), end="")
@@ -52,6 +88,47 @@ def train(
         Display(Console(quiet=not distributed.is_main_process())) as display,
     ):
         run(loaded, display, profile)
+
+
+def _train_grid(grid: Grid, dry_run: bool, profile: bool) -> None:
+    """Train the runs of a grid; then rank 0 prints their table and writes their report."""
+    if dry_run:
+        for point in grid.points:
+            print(point.folder)
+        return
+
+    from fastpref import distributed
+    from fastpref.training.grid import run
+    from fastpref.utils.progress import Display, quiet_libraries
+
+    quiet_libraries()
+    with distributed.process_group():
+        is_main = distributed.is_main_process()
+        with Display(Console(quiet=not is_main)) as display:
+            outcomes = run(grid, display, profile)
+    if not is_main:
+        return
+    _summarize_grid(grid)
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    if failed:
+        raise UserError(
+            f"{failed} of {len(outcomes)} runs failed, see {grid.folder / 'grid.json'}; fix the "
+            "cause and run the same command"
+        )
+
+
+def _summarize_grid(grid: Grid) -> None:
+    from fastpref.report import report
+    from fastpref.report.grid_table import grid_table
+    from fastpref.report.runs import has_metrics
+    from fastpref.utils.progress import Display
+
+    console = Console()
+    console.print(grid_table(grid.folder), markup=False)
+    with Display(console) as display:
+        display.note(f"grid: {grid.folder / 'grid.json'}")
+        if any(has_metrics(point.folder) for point in grid.points):
+            report([grid.folder], None, False, display)
 
 
 def precompute(

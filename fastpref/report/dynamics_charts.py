@@ -20,6 +20,13 @@ PATHWAYS = {
     "both up": "#d4a017",
     "chosen down, rejected up": "#8a63d2",
 }
+# Shares of pairs: what they are called, and the color of the pathway.
+_PAIR_PATHWAYS = {
+    "pair_band/inside": ("inside", PATHWAYS["chosen up, rejected down"]),
+    "pair_band/both_down": ("both down", PATHWAYS["both down"]),
+    "pair_band/both_up": ("both up", PATHWAYS["both up"]),
+    "pair_band/crossed": ("crossed", PATHWAYS["chosen down, rejected up"]),
+}
 _SHADE = {"alpha": 0.22, "linewidth": 0}
 _CENTER: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.2}
 _BEFORE: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "linewidth": 1.2}
@@ -113,7 +120,7 @@ def pathway(chosen: float, rejected: float) -> str:
 
 
 def band(runs: Sequence[Run]) -> Chart | None:
-    """Draw log r and the Disentanglement Band, with and without Reward Calibration."""
+    """Draw log r and the Disentanglement Band of the batch, with and without calibration."""
     measured = [
         (position, run) for position, run in enumerate(runs) if len(_log_ratios(run)[0].steps)
     ]
@@ -137,16 +144,51 @@ def band(runs: Sequence[Run]) -> Chart | None:
 def _draw_band(axis: Any, run: Run, ink: str) -> None:
     log_r, center = (series.thinned() for series in _log_ratios(run))
     before = run.series("calibration/log_r").thinned()
-    # The edges are infinite, and therefore missing, while no pair has a positive cosine.
+    # The edges are infinite, and therefore missing, while no batch has a positive cosine.
     lower, upper = (series.thinned() for series in run.aligned("band/lower", "band/upper"))
     axis.fill_between(lower.steps, lower.values, upper.values, color=INK, **_SHADE)
     axis.plot(center.steps, center.values, **_CENTER)
     axis.plot(before.steps, before.values, color=ink, **_BEFORE)
-    axis.plot(log_r.steps, log_r.values, color=ink, **LINE)
+    average = run.series("band/log_r_average").thinned()
+    if len(average.steps):  # of older runs there is none
+        axis.plot(log_r.steps, log_r.values, color=ink, alpha=0.3, linewidth=0.8)
+    line = average if len(average.steps) else log_r
+    axis.plot(line.steps, line.values, color=ink, **LINE)
     # Early in training the scores are nearly orthogonal and the band can be 100 times as wide.
     reach = float(np.median(upper.values - lower.values)) if len(lower.steps) else 1.0
     values = np.concatenate([log_r.values, center.values, before.values])
     axis.set_ylim(values.min() - reach, values.max() + reach)
+
+
+def pair_pathways(runs: Sequence[Run]) -> Chart | None:
+    """Draw the shares of pairs on each pathway, by the bands of the pairs themselves."""
+    measured = [
+        (position, run, shares)
+        for position, run in enumerate(runs)
+        if len((shares := run.aligned(*_PAIR_PATHWAYS))[0].steps)
+    ]
+    if not measured:
+        return None
+    figure, axes = panels(len(measured), 1.6, sharex=True)
+    names, colors = zip(*_PAIR_PATHWAYS.values(), strict=True)
+    readings = {}
+    for (position, run, shares), axis in zip(measured, axes, strict=True):
+        thinned = [series.thinned() for series in shares]
+        axis.stackplot(
+            thinned[0].steps, *(series.values for series in thinned), colors=colors, alpha=0.45
+        )
+        axis.set_ylim(0, 1)
+        if len(runs) > 1:
+            name_panel(axis, run.name, position)
+        means = [series.values.mean() for series in shares]
+        readings[run.name] = ", ".join(
+            f"{mean:.0%} {name}" for mean, name in zip(means, names, strict=True)
+        )
+    axes[-1].set_xlabel(STEPS)
+    axes[-1].margins(x=0.02)
+    figure.supylabel("pairs (share)", fontsize="medium")
+    legend(figure, [(name, _patch(shade)) for name, shade in _PAIR_PATHWAYS.values()])
+    return Chart(figure, sentence(runs, readings))
 
 
 def _log_ratios(run: Run) -> list[Series]:
@@ -167,9 +209,8 @@ def _band_reading(run: Run) -> str:
     offset = log_r.ends[1] - center.ends[1]
     side = "above" if offset >= 0 else "below"
     return (
-        f"{inside.values.mean():.0%} of the pairs were inside the band on average and "
-        f"{inside.ends[1]:.0%} at the end, where log r was {number(abs(offset))} {side} the "
-        "band's center"
+        f"the batch was inside its band in {inside.values.mean():.0%} of the measured steps; at "
+        f"the end log r was {number(abs(offset))} {side} the band's center"
     )
 
 

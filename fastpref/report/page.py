@@ -12,12 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastpref.report import dynamics_charts, preference_charts, style, tables
 from fastpref.report.chart import ChartSpec
 from fastpref.report.line_charts import LineChart
-from fastpref.report.runs import Run, load
+from fastpref.report.runs import Run, load, run_folders
 from fastpref.utils import atomic_files
-from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
-MAX_RUNS = len(style.COLORS)
+MAX_RUNS = len(style.COLORS)  # in the charts; tables have all runs
 REFRESH = 5  # seconds between checks of the metrics files, and between reloads of the page
 _BAND = "band/{name} (monitor.band_every, or calibration)"
 _P = "eval_preference/{name} (data.eval with a column p)"
@@ -42,6 +41,12 @@ CHARTS = (
         "logps/chosen and logps/rejected in all runs",
     ),
     ChartSpec("band", "Disentanglement Band", dynamics_charts.band, _BAND.format(name="log_r")),
+    ChartSpec(
+        "pair-pathways",
+        "Pathways of the pairs",
+        dynamics_charts.pair_pathways,
+        "pair_band/inside (monitor.band_every, or calibration.statistics: pairs)",
+    ),
     ChartSpec(
         "cosine",
         "Cosine of the scores",
@@ -107,28 +112,28 @@ class RenderedChart(NamedTuple):
     svg: str
 
 
-def report(folders: Sequence[Path], out: Path | None, watch: bool, display: Display) -> Path:
+def report(paths: Sequence[Path], out: Path | None, watch: bool, display: Display) -> Path:
     """Write the report page of some runs and return its path.
 
-    out: folder for report.html and for report/, the chart files; None means the folder of a
-        single run, or `report` for several runs.
-    watch: rewrite the page whenever a run logs new metrics, until Ctrl-C.
-    Raises UserError for a folder that is not a run directory.
+    paths: run directories, and folders of such.
+    out: folder for report.html and for report/, the chart files; None means the folder if there is
+        one, or `report` for several.
+    watch: rewrite the page whenever a run logs new metrics or a new run begins, until Ctrl-C.
+    Raises UserError for a folder that is neither.
     """
-    if len(folders) > MAX_RUNS:
-        raise UserError(
-            f"RUN: got {len(folders)} runs, but charts have colors for {MAX_RUNS}; give fewer runs"
-        )
     if out is None:
-        out = folders[0] if len(folders) == 1 else Path("report")
-    page = write(load(folders), out, refresh=watch)
+        out = paths[0] if len(paths) == 1 else Path("report")
+    runs = load(run_folders(paths))
+    page = write(runs, out, refresh=watch)
     display.note(f"report: {page}")
+    if selection := _charted(runs)[1]:
+        display.note(selection)
     if watch:
         try:
-            _watch(folders, out)
+            _watch(paths, out)
         except KeyboardInterrupt:
             display.note("stopped watching")
-        write(load(folders), out)
+        write(load(run_folders(paths)), out)
     return page
 
 
@@ -136,10 +141,11 @@ def write(runs: Sequence[Run], out: Path, refresh: bool = False) -> Path:
     """Write `out/report.html`, and `out/report/` with a PNG and an SVG of each chart."""
     charts_folder = out / "report"
     charts_folder.mkdir(parents=True, exist_ok=True)
+    charted, _ = _charted(runs)
     rendered, missing = [], []
     for spec in CHARTS:
         with style.settings(spec.name):
-            chart = spec.draw(runs)
+            chart = spec.draw(charted)
             if chart is None:
                 missing.append(spec)
                 continue
@@ -149,6 +155,15 @@ def write(runs: Sequence[Run], out: Path, refresh: bool = False) -> Path:
     with atomic_files.replacing(page) as temporary:
         temporary.write_text(html(runs, rendered, missing, refresh), encoding="utf-8")
     return page
+
+
+def _charted(runs: Sequence[Run]) -> tuple[Sequence[Run], str]:
+    """Return the runs that the charts show, and a sentence about them if these are not all."""
+    if len(runs) <= MAX_RUNS:
+        return runs, ""
+    charted, measure = tables.foremost(runs, MAX_RUNS)
+    choice = f"those with the best {measure}" if measure else "the first ones"
+    return charted, f"The charts show {len(charted)} of the {len(runs)} runs: {choice}."
 
 
 def html(
@@ -165,9 +180,11 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    charted, selection = _charted(runs)
     values: dict[str, Any] = {
         "runs": runs,
-        "colors": [style.color(k) for k in range(len(runs))],
+        "colors": {run.name: style.color(k) for k, run in enumerate(charted)},
+        "selection": selection,
         "charts": charts,
         "missing": missing,
         "metrics": tables.final_metrics(runs),
@@ -177,18 +194,19 @@ def html(
     return environment.get_template("report.html").render(values)
 
 
-def _watch(folders: Sequence[Path], out: Path) -> None:
-    """Rewrite the page whenever a metrics file has changed, until Ctrl-C."""
-    previous = _file_versions(folders)
+def _watch(paths: Sequence[Path], out: Path) -> None:
+    """Rewrite the page whenever a metrics file has changed or is new, until Ctrl-C."""
+    previous = _file_versions(run_folders(paths))
     while True:
         time.sleep(REFRESH)
+        folders = run_folders(paths)
         current = _file_versions(folders)
         if current != previous:
             write(load(folders), out, refresh=True)
             previous = current
 
 
-def _file_versions(folders: Sequence[Path]) -> list[tuple[int, int]]:
+def _file_versions(folders: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     """Modification time and size of each metrics file."""
-    stats = [(folder / "metrics.jsonl").stat() for folder in folders]
-    return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+    stats = {folder: (folder / "metrics.jsonl").stat() for folder in folders}
+    return {folder: (stat.st_mtime_ns, stat.st_size) for folder, stat in stats.items()}

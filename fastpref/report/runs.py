@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,40 @@ class Run:
         return settings
 
 
+def run_folders(paths: Sequence[Path]) -> list[Path]:
+    """Replace each folder of runs by the runs that have metrics, in natural order of their names.
+
+    Where no run has metrics yet they are all kept, and a path that is neither a run nor a folder of
+    runs is kept too, for `load` to refuse.
+    """
+    return [folder for path in paths for folder in _runs_in(path) or [path]]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    if _is_run(path) or not path.is_dir():
+        return []
+    runs = sorted(filter(_is_run, path.iterdir()), key=lambda run: _natural(run.name))
+    return [run for run in runs if has_metrics(run)] or runs
+
+
+def has_metrics(folder: Path) -> bool:
+    """Whether a folder is a run that has logged a line of metrics."""
+    if not _is_run(folder):
+        return False
+    with (folder / "metrics.jsonl").open("rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """Sort key that compares the numbers in names by size: `lr=5e-7` is before `lr=1e-6`."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name)
+    return [(float(part), "") if k % 2 else (math.inf, part) for k, part in enumerate(parts)]
+
+
 def load(folders: Sequence[Path]) -> list[Run]:
     """Read runs in order. Raises UserError that names the invalid folder or file."""
     for folder, count in Counter(path.resolve() for path in folders).items():
@@ -110,10 +145,10 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 def _load(folder: Path, name: str) -> Run:
     path = folder / "metrics.jsonl"
-    if not (folder / "config.yaml").is_file() or not path.is_file():
+    if not _is_run(folder):
         raise UserError(
             f"{folder}: not a run directory; expected one with config.yaml and metrics.jsonl, as "
-            "`fastpref train` writes it"
+            "`fastpref train` writes it, or a folder of such"
         )
     try:
         config = configs.load(folder / "config.yaml")

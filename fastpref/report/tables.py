@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ class Measure(NamedTuple):
     better: str = ""
 
 
-# Loss and rewards have the units of their objective, so runs with other objectives do not compare.
-# Neither a low rejected log-prob nor a long response is better in general.
+# Loss and rewards have the units of their objective, so runs with other objectives do not compare;
+# `_direction` knows when losses do. Neither a low rejected log-prob nor a long response is better
+# in general.
 MEASURES = (
     Measure("loss", "loss"),
     Measure("rewards/accuracies", "accuracy of rewards", "higher"),
@@ -34,8 +36,9 @@ MEASURES = (
     Measure("logps/rejected_change", "change, rejected (nats)"),
     Measure("contrast/mean", "contrastive logit (nats)"),
     Measure("entropy", "entropy (nats per token)"),
-    Measure("band/inside", "pairs inside the band", "higher"),
-    Measure("band/cosine", "cosine of the scores"),
+    Measure("band/inside", "batches inside the band", "higher"),
+    Measure("pair_band/inside", "pairs inside their bands", "higher"),
+    Measure("band/cosine", "cosine of the batch's scores"),
     Measure("lengths/chosen", "length, chosen (tokens)"),
     Measure("lengths/rejected", "length, rejected (tokens)"),
     Measure("grad_norm", "gradient norm"),
@@ -44,6 +47,19 @@ MEASURES = (
 )
 # Fields without an effect on the result.
 _PATH_FIELDS = ("training.output_dir", "resume", "data.cache")
+# Prefixes of the fields that a held-out loss depends on, besides the policy.
+_LOSS_FIELDS = (
+    "loss",
+    "reference",
+    "model.path",
+    "adapter.path",
+    "data.eval",
+    "data.max_length",
+    "data.truncation",
+    "data.add_eos",
+    "data.soft_labels",
+    "data.token_weights",
+)
 
 
 class Cell(NamedTuple):
@@ -61,25 +77,59 @@ class TableRow(NamedTuple):
     cells: list[Cell]
 
 
-def final_metrics(runs: Sequence[Run]) -> list[TableRow]:
-    """Last value of each metric that a run has, from evaluations if any run has one.
+class Comparison(NamedTuple):
+    """Last value of a measure in each run, None where a run has none.
 
-    The best values are marked unless all are equal.
+    held_out: whether the values are of evaluations.
     """
-    rows = [TableRow("optimizer steps", "", [Cell(f"{run.step:,}") for run in runs])]
-    for measure in MEASURES:
-        held_out = [_last(run, f"eval_{measure.metric}") for run in runs]
-        values = held_out
-        if all(value is None for value in held_out):
+
+    measure: Measure
+    values: list[float | None]
+    held_out: bool
+
+
+def comparisons(runs: Sequence[Run], measures: Sequence[Measure] = MEASURES) -> list[Comparison]:
+    """Values of the measures that a run has, from evaluations if any run has one."""
+    rows = []
+    for measure in measures:
+        values = [_last(run, f"eval_{measure.metric}") for run in runs]
+        held_out = values != [None] * len(runs)
+        if not held_out:
             values = [_last(run, measure.metric) for run in runs]
-        numbers = [value for value in values if value is not None]
-        if numbers:
-            texts = ["–" if value is None else number(value) for value in values]
-            best = _best(numbers, measure.better)
-            suffix = ", held-out" if values is held_out else ""
-            cells = [Cell(text, text == best) for text in texts]
-            rows.append(TableRow(measure.label + suffix, measure.better, cells))
+        if values != [None] * len(runs):
+            better = _direction(measure, held_out, runs)
+            rows.append(Comparison(measure._replace(better=better), values, held_out))
     return rows
+
+
+def final_metrics(runs: Sequence[Run]) -> list[TableRow]:
+    """Last value of each metric that a run has; the best are marked unless all are equal."""
+    steps = TableRow("optimizer steps", "", [Cell(f"{run.step:,}") for run in runs])
+    return [steps, *map(metric_row, comparisons(runs))]
+
+
+def metric_row(comparison: Comparison) -> TableRow:
+    """Row of a comparison; the best values are marked unless all are equal."""
+    measure, values, held_out = comparison
+    texts = ["–" if value is None else number(value) for value in values]
+    best = _best([value for value in values if value is not None], measure.better)
+    label = measure.label + (", held-out" if held_out else "")
+    return TableRow(label, measure.better, [Cell(text, text == best) for text in texts])
+
+
+def foremost(runs: Sequence[Run], count: int) -> tuple[list[Run], str]:
+    """Return the `count` best runs in their order, and by which measure they are the best.
+
+    It is the first measure with a direction; without one these are the first runs, and "".
+    """
+    directed = [row for row in comparisons(runs) if row.measure.better]
+    if not directed:
+        return list(runs[:count]), ""
+    row = directed[0]
+    sign = -1 if row.measure.better == "higher" else 1
+    keys = [math.inf if value is None else sign * value for value in row.values]
+    chosen = sorted(range(len(runs)), key=keys.__getitem__)[:count]
+    return [runs[k] for k in sorted(chosen)], metric_row(row).label
 
 
 def differences(runs: Sequence[Run]) -> list[TableRow]:
@@ -87,6 +137,17 @@ def differences(runs: Sequence[Run]) -> list[TableRow]:
     fields = {field: None for run in runs for field in run.settings if field not in _PATH_FIELDS}
     rows = (TableRow(f, "", [Cell(run.settings.get(f, "–")) for run in runs]) for f in fields)
     return [row for row in rows if len({*row.cells}) > 1]
+
+
+def _direction(measure: Measure, held_out: bool, runs: Sequence[Run]) -> str:
+    """`better` of a measure; a held-out loss of one objective, data set and reference has one."""
+    if measure.metric != "loss" or not held_out or len(runs) < 2:
+        return measure.better
+    first, *others = (
+        {name: value for name, value in run.settings.items() if name.startswith(_LOSS_FIELDS)}
+        for run in runs
+    )
+    return "lower" if all(other == first for other in others) else ""
 
 
 def _best(values: list[float], better: str) -> str | None:

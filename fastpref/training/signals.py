@@ -18,13 +18,27 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def collecting() -> Iterator[list[int]]:
-    """Context manager that yields a list of the received signals.
+def raising() -> Iterator[None]:
+    """Context manager in which SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum, "interrupted")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def collecting(received: list[int] | None = None) -> Iterator[list[int]]:
+    """Context manager that yields a list of the received signals: `received`, or a new one.
 
     The first signal is added to the list and restores the previous handlers, so that a second one
     ends the process immediately.
     """
-    received: list[int] = []
+    received = [] if received is None else received
     previous_handlers: dict[int, Any] = {}
 
     def restore_handlers() -> None:

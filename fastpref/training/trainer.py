@@ -22,8 +22,7 @@ from fastpref import distributed, losses, metrics
 from fastpref.config import Config, ConfigError
 from fastpref.data.batch_plan import tokens_of
 from fastpref.model import fsdp
-from fastpref.model.export import export
-from fastpref.training import checkpoint, checkpoint_files, model_card, run_lock, signals
+from fastpref.training import checkpoint, checkpoint_files, run_lock, signals
 from fastpref.training.anomalies import (
     MOST_SKIPPED,
     NonFiniteTracker,
@@ -31,6 +30,7 @@ from fastpref.training.anomalies import (
     SpikeDetector,
 )
 from fastpref.training.calibration_step import make_calibration
+from fastpref.training.exports import Exporter
 from fastpref.training.forward import Forward
 from fastpref.training.metric_sums import NAMES, MetricSums
 from fastpref.training.optim import learning_rate, make_optimizer
@@ -48,18 +48,28 @@ class Diverged(UserError):
     """The loss or the gradient is no longer finite."""
 
 
-def train(config: Config, display: progress.Display, profile: bool = False) -> Path:
+def train(
+    config: Config,
+    display: progress.Display,
+    profile: bool = False,
+    received: list[int] | None = None,
+) -> Path:
     """Run a config to its end and return the folder of the exported model.
 
-    profile: write where the time of a step goes. Raises UserError in one line, and Interrupted
-    after SIGTERM or Ctrl-C.
+    profile: write where the time of a step goes.
+    received: gets the first signal, if one arrives during the steps; the last step ignores it.
+    Raises UserError in one line, and Interrupted after SIGTERM or Ctrl-C.
     """
     with run_lock.hold(Path(config.training.output_dir)):
         trainer = Trainer(config, display)
         writes_profile = profile and distributed.is_main_process()
         folder = trainer.run.folder / "profile" if writes_profile else None
-        with signals.collecting() as received, profiling(folder) as trainer.profiler:
-            trainer.loop(received)
+        try:
+            with signals.collecting(received) as signums, profiling(folder) as trainer.profiler:
+                trainer.loop(signums)
+        except UserError:
+            trainer.close()  # the process may go on with another run
+            raise
         if folder is not None:
             display.note(f"profile: {folder}\n{(folder / 'table.txt').read_text()}")
         return trainer.export()
@@ -98,11 +108,13 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(
             self.run.folder / "checkpoints", config.training.keep_checkpoints
         )
+        self.exporter = Exporter(config, self.policy, self.run.tokenizer, self.run.folder)
         self.profiler = Profiler()
         self.step = self.tokens = 0
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
         self.checkpoints.delete_after(self.step)
+        self.exporter.delete_after(self.step)
         self.trackers = metrics.open_trackers(
             self.run.folder, config.training.report_to, config.model_dump(), self.step
         )
@@ -144,6 +156,10 @@ class Trainer:
                 self._evaluate(self.run.eval)
             # Read once a step, here: a signal may come at any moment, and the ranks must agree.
             stops = not distributed.all_ranks(not received) and not last
+            # Before the checkpoint, after which a resumed run does not come to this step again.
+            if _is_due(self.step, t.export_every):
+                self._stop_unless_finite()
+                self.display.note(f"export: {self.exporter.write_step(self.step)}")
             if saves or stops:
                 self._stop_unless_finite()
                 self._save()
@@ -168,11 +184,11 @@ class Trainer:
         metric_sums = MetricSums(self.loss, self.margins, self.policy.device)
         for micro_batch in data.micro_batches(self.policy, self.step):
             with part("forward and loss"):
-                geometry = self.calibration.needs_geometry(self.step)
-                logps = self.forward(micro_batch.batches, data.reference, with_entropy, geometry)
+                scores = self.calibration.scores()
+                logps = self.forward(micro_batch.batches, data.reference, with_entropy, scores)
                 policy = logps.policy
                 if micro_batch.is_real:
-                    policy = self.calibration.calibrate(logps, self.step)
+                    policy = self.calibration.calibrate(logps, len(groups_in_step))
                 output = losses.evaluate(self.loss, policy, logps.reference, reference_point)
             with part("backward"):
                 scale = micro_batch.is_real / len(groups_in_step)  # the only normalization
@@ -331,20 +347,17 @@ class Trainer:
             with replacing(path) as temporary:
                 temporary.write_text(self.config.to_yaml(), encoding="utf-8")
 
-    def export(self) -> Path:
-        """Close trackers, write the model in Hugging Face format, and return its folder."""
+    def close(self) -> None:
+        """Finish the pending checkpoint, and close trackers."""
         self.checkpoints.close()
         for tracker in self.trackers:
             tracker.close()
-        adapter, folder = self.config.adapter, self.run.folder / "model"
-        merge = adapter is None or adapter.merge
-        if not distributed.is_main_process():
-            export(self.policy, self.run.tokenizer, folder, merge)  # sends this rank's shards
-            return folder
-        with replacing(folder) as temporary:
-            export(self.policy, self.run.tokenizer, temporary, merge)
-            metrics_file = self.run.folder / "metrics.jsonl"
-            model_card.write(temporary, self.loss.name, self.config.to_yaml(), metrics_file)
+
+    def export(self) -> Path:
+        """Close trackers, write the model in Hugging Face format, and return its folder."""
+        self.close()
+        folder = self.run.folder / "model"
+        self.exporter.write(folder, self.step)
         if self.skipped.count:
             self.display.note(f"skipped: {self.skipped.count:,} of {self.steps:,} steps")
         self.display.note(f"model: {folder}")

@@ -45,6 +45,11 @@ def with_band(step: int) -> dict[str, Any]:
         "band/lower": 0.5 - 1 / step,
         "band/upper": 0.5 + 1 / step,
         "band/inside": 0.75,
+        "band/log_r_average": 0.25 + 1 / step,
+        "pair_band/inside": 0.5,
+        "pair_band/both_down": 0.25,
+        "pair_band/both_up": 0.25,
+        "pair_band/crossed": 0.0,
         "calibration/log_r": 0.0,
     }
 

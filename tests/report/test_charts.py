@@ -108,10 +108,16 @@ def test_records_with_one_side_only_have_no_pathway() -> None:
     assert "both down" in reading("logps", run(records))
 
 
-def test_the_band_is_read_in_fractions_of_pairs() -> None:
+def test_the_band_is_read_in_fractions_of_steps() -> None:
     assert reading("band", full()) == (
-        "75% of the pairs were inside the band on average and 75% at the end, where log r was "
-        "0.25 below the band's center."
+        "The batch was inside its band in 75% of the measured steps; at the end log r was 0.25 "
+        "below the band's center."
+    )
+
+
+def test_the_pathways_of_the_pairs_are_read_as_shares() -> None:
+    assert reading("pair-pathways", full()) == (
+        "50% inside, 25% both down, 25% both up, 0% crossed."
     )
 
 
@@ -120,7 +126,7 @@ def test_without_a_bound_there_is_still_a_band_chart() -> None:
     records = [with_band(step) for step in (1, 2, 3)]
     for record in records:
         del record["band/lower"], record["band/upper"]
-    assert reading("band", run(records)).startswith("75%")
+    assert "75% of the measured steps" in reading("band", run(records))
 
 
 def test_contrast_says_the_shares_at_the_last_evaluation() -> None:

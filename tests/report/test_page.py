@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fastpref.report import page, report
-from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 from tests.helpers.report_runs import evaluated, full, run, trained, with_band, write
 
@@ -92,8 +91,27 @@ def test_where_a_page_goes(tmp_path: Path, display: Display, monkeypatch: Any) -
     assert report([one, two], None, False, display) == Path("report/report.html")
     assert report([one], tmp_path / "new" / "out", False, display).exists()
     assert (one / "report" / "loss.svg").exists()
-    with pytest.raises(UserError, match="RUN: got 9 runs, but charts have colors for 8"):
-        report([one] * 9, None, False, display)
+    assert report([tmp_path], None, False, display) == tmp_path / "report.html"
+    assert "<strong>b</strong>" in (tmp_path / "report.html").read_text()
+
+
+def test_more_runs_than_colors_are_all_in_the_tables(
+    tmp_path: Path, display: Display, monkeypatch: Any
+) -> None:
+    for k in range(10):
+        lines = [{**trained(1), "rewards/accuracies": k / 10}]
+        write(tmp_path / f"run-{k}", run(lines))
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
+    text = report([tmp_path], None, False, display).read_text()
+    sentence = "The charts show 8 of the 10 runs: those with the best accuracy of rewards."
+    assert sentence in text
+    assert all(
+        f"<strong>run-{k}</strong>" in text and f"<th>run-{k}</th>" in text for k in range(10)
+    )
+    (figure,) = re.findall(r"<figure>(.*?)</figure>", text, re.S)
+    charted = [f"run-{k}" in figure for k in range(10)]
+    assert charted == [False, False, *[True] * 8]
+    assert text.count('class="swatch"') == 8
 
 
 def test_watching_writes_again_when_a_run_goes_on(
@@ -120,13 +138,34 @@ def test_watching_writes_again_when_a_run_goes_on(
     assert refreshing not in final and "at step 2\n" in final
 
 
+def test_watching_a_grid_adds_runs_that_begin(
+    tmp_path: Path, display: Display, monkeypatch: Any
+) -> None:
+    write(tmp_path / "a", run([trained(1)]))
+    monkeypatch.setattr(page, "CHARTS", page.CHARTS[:1])
+    seen: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        seen.append((tmp_path / "report.html").read_text())
+        if len(seen) == 1:
+            write(tmp_path / "b", run([trained(1)]))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(page.time, "sleep", sleep)
+    report([tmp_path], None, True, display)
+    assert ["<strong>b</strong>" in text for text in seen] == [False, True]
+
+
 def test_the_command(fastpref: Any, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", run([trained(1), evaluated(1)]))
     done = fastpref("report", str(folder))
     assert (done.returncode, done.stdout) == (0, f"report: {folder}/report.html\n"), done.stderr
     done = fastpref("report", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, f"report: {tmp_path}/report.html\n"), done.stderr
+    done = fastpref("report", str(folder / "report"))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}: not a run directory")
+    assert done.stderr.startswith(f"error: {folder}/report: not a run directory")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpref.report.runs import load, names
+from fastpref.report.runs import load, names, run_folders
 from fastpref.utils.errors import UserError
 from tests.helpers.report_runs import full, run, trained, write
 
@@ -81,3 +81,26 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (good / "config.yaml").write_text("optim: {lr: -1}")
     with pytest.raises(UserError, match=r"good: the config of the run cannot be read: .*missing"):
         load([good])
+
+
+def test_a_folder_of_runs_is_its_runs_in_natural_order(tmp_path: Path) -> None:
+    names = ["lr=1e-6", "lr=5e-7", "lr=10", "lr=2", "beta=0.1", "beta=0.05"]
+    for name in names:
+        write(tmp_path / "grid" / name, full())
+    write(tmp_path / "grid" / "begun", run([]))
+    (tmp_path / "grid" / "report").mkdir()
+    alone = write(tmp_path / "alone", full())
+    folders = run_folders([tmp_path / "grid", alone])
+    expected = ["beta=0.05", "beta=0.1", "lr=5e-7", "lr=1e-6", "lr=2", "lr=10", "alone"]
+    assert [folder.name for folder in folders] == expected
+    with pytest.raises(UserError, match=r"lr=2: is given twice"):
+        load(run_folders([tmp_path / "grid", tmp_path / "grid" / "lr=2"]))
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: not a run directory; .*, or a folder of such"):
+        load(run_folders([tmp_path / "empty"]))
+    write(tmp_path / "grid" / "a", run([]))
+    with pytest.raises(UserError, match=r"a/metrics\.jsonl: holds no metrics yet"):
+        load(run_folders([tmp_path / "grid"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastpref.report.runs import Run
-from fastpref.report.tables import TableRow, differences, final_metrics
+from fastpref.report.tables import TableRow, differences, final_metrics, foremost
 from tests.helpers.report_runs import full, run
 
 
@@ -63,3 +63,30 @@ def test_configs_differ_where_a_field_does() -> None:
     assert table["loss.beta"] == ["–", "0.2"]
     assert set(table) == {"optim.lr", "loss.beta"}
     assert differences(runs[:1]) == []
+
+
+def test_a_held_out_loss_has_a_best_where_the_objective_is_the_same() -> None:
+    lines = [[{"step": 1, "loss": 0.1, "eval_loss": loss}] for loss in (0.7, 0.5)]
+    runs = [run(records, str(k), optim={"lr": 1 + k}) for k, records in enumerate(lines)]
+    row = final_metrics(runs)[1]
+    assert (row.label, row.better, best(row)) == ("loss, held-out", "lower", [False, True])
+    for changed in (
+        {"loss": {"name": "dpo", "beta": 0.2}},
+        {"model": {"path": "other"}},
+        {"data": {"train": "t.jsonl", "eval": "other.jsonl"}},
+    ):
+        row = final_metrics([runs[0], run(lines[1], "b", **changed)])[1]
+        assert (row.label, row.better, best(row)) == ("loss, held-out", "", [False, False])
+
+
+def test_the_foremost_runs_are_the_best_by_the_first_measure_with_a_direction() -> None:
+    values = [0.5, 0.9, 0.7, None, 0.7]
+    lines: list[list[dict[str, Any]]] = [
+        [{"step": 1, "loss": k} | ({} if value is None else {"rewards/accuracies": value})]
+        for k, value in enumerate(values)
+    ]
+    runs = [run(records, str(k)) for k, records in enumerate(lines)]
+    chosen, measure = foremost(runs, 2)
+    assert ([r.name for r in chosen], measure) == (["1", "2"], "accuracy of rewards")
+    assert [r.name for r in foremost(runs, 4)[0]] == ["0", "1", "2", "4"]
+    assert foremost([run([{"step": 1, "loss": 1.0}], "a")] * 3, 2)[1] == ""

@@ -1,0 +1,195 @@
+"""Client of an OpenAI-compatible chat endpoint: POST /chat/completions, tried again on failures.
+
+Tried again are HTTP 408, 409, 429 and 5xx, timeouts, broken connections, and bodies that are not an
+answer. The wait doubles from try to try, with jitter, and is at least what `Retry-After` asks for.
+Other statuses, redirects included, stop the run: the next question would fail as well, and a
+redirect would hand the key to another host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastpref.evaluation.judge.template import Reply
+from fastpref.utils.errors import UserError, first_line
+
+LONGEST_WAIT = 60.0  # seconds, unless Retry-After asks for more
+LONGEST_RETRY_AFTER = 600.0  # seconds; a run that would wait longer stops
+_TRANSIENT = {408, 409, 429}
+_PATH = "/chat/completions"
+
+
+class Stopped(Exception):
+    """The run ended while a question waited for its next try."""
+
+
+class _Failure(Exception):
+    """A failure that may pass; `wait` is what the server asks for, in seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A chat model behind a URL.
+
+    url: base such as `http://localhost:8000/v1`, or the full address of `/chat/completions`.
+    key: sent as bearer token; None sends none.
+    body: fields of the request beside `model` and `messages`.
+    timeout: of a connection and of a wait for data, seconds.
+    retries: further tries after a failure that may pass.
+    first_wait: seconds before the second try.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    body: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 120.0
+    retries: int = 6
+    first_wait: float = 1.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UserError(
+                f"--endpoint: expected a URL such as http://localhost:8000/v1, got {self.url!r}"
+            )
+
+    @property
+    def address(self) -> str:
+        base = self.url.rstrip("/")
+        return base if base.endswith(_PATH) else base + _PATH
+
+    def ask(
+        self,
+        question: str,
+        name: str,
+        stop: threading.Event | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Reply:
+        """Send a question as one message of the user and return the answer.
+
+        name: of the question, for messages. stop: ends waits. note: takes the reason of each retry.
+
+        Raises UserError if the server refuses the question or fails too often, and Stopped.
+        """
+        stop = stop or threading.Event()
+        for attempt in range(self.retries + 1):
+            try:
+                return self._post(question, name)
+            except _Failure as failure:
+                reason, wait = str(failure), failure.wait
+            if wait > LONGEST_RETRY_AFTER:
+                raise UserError(
+                    f"--endpoint: {self.address} asks to wait {wait:,.0f} seconds ({reason}); run "
+                    "the same command again later, it continues"
+                )
+            if attempt == self.retries:
+                break
+            backoff = min(LONGEST_WAIT, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
+            note(reason)
+            if stop.wait(max(backoff, wait)):
+                raise Stopped
+        raise UserError(
+            f"--endpoint: {self.address} failed {self.retries + 1} times ({reason}); check that it "
+            "works, then run the same command again, it continues"
+        )
+
+    def _post(self, question: str, name: str) -> Reply:
+        messages = [{"role": "user", "content": question}]
+        body = {"model": self.model, "messages": messages, **self.body}
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        # The scheme is http or https, see __post_init__.
+        request = urllib.request.Request(  # noqa: S310
+            self.address, json.dumps(body).encode(), headers, method="POST"
+        )
+        opener = urllib.request.build_opener(_NoRedirects)
+        try:
+            with opener.open(request, timeout=self.timeout) as response:
+                return _reply(response.read())
+        except urllib.error.HTTPError as error:
+            raise self._http_failure(error, name) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError included
+            raise _Failure(_reason(error, self.timeout)) from None
+
+    def _http_failure(self, error: urllib.error.HTTPError, name: str) -> Exception:
+        with error:
+            detail = self._without_key(_detail(error))
+        if error.code in _TRANSIENT or error.code >= 500:
+            return _Failure(f"HTTP {error.code}: {detail}", retry_after(error.headers))
+        if error.code in (401, 403):
+            return UserError(
+                f"--endpoint: {self.address} refused the key (HTTP {error.code}: {detail}); name "
+                "the environment variable that holds it with --api-key-env"
+            )
+        return UserError(
+            f"--endpoint: {self.address} refused the question of {name} (HTTP {error.code}: "
+            f"{detail}); fix --endpoint, --model or --body, or leave the prompt out"
+        )
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "…") if self.key else text
+
+
+def retry_after(headers: Message) -> float:
+    """Seconds that a response asks to wait, as a number or a date; 0 if it does not."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _reply(data: bytes) -> Reply:
+    try:
+        choice = json.loads(data)["choices"][0]
+        content, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _Failure("the body is not a chat completion") from None
+    # A refusal of the model has no content.
+    return Reply(content if isinstance(content, str) else "", finish_reason)
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """Message of an error's body, shortened to one line."""
+    try:
+        text = error.read(4096).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:200] or error.reason or "no reason"
+
+
+def _reason(error: Exception, timeout: float) -> str:
+    cause = getattr(error, "reason", None) or error
+    if isinstance(cause, TimeoutError):
+        return f"no answer in {timeout:g} seconds"
+    return first_line(cause) if isinstance(cause, BaseException) else str(cause)

@@ -1,0 +1,196 @@
+"""A reward model as judge: a sequence classifier with one label, on the chat template."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from fastpref.data.tokenize import chunks
+from fastpref.evaluation.judge.answers import Question
+from fastpref.evaluation.judge.cache import Cache
+from fastpref.evaluation.judge.pairs import Pair
+from fastpref.evaluation.judge.verdicts import Judged, of_preference
+from fastpref.training.setup import device_of
+from fastpref.utils.atomic_files import sha256
+from fastpref.utils.errors import ModelError, UserError, cannot_load
+from fastpref.utils.progress import Display
+
+_OPTION = "--reward-model"
+
+
+class RewardModel:
+    """A model that scores one answer to a prompt.
+
+    source: folder or Hub name. dtype: None is bfloat16 on CUDA and float32 on CPU.
+
+    Raises ModelError if the source is no reward model with a chat template. A causal language model
+    is refused, for its score layer would be random.
+    """
+
+    def __init__(self, source: str, device: str = "auto", dtype: str | None = None) -> None:
+        torch_device = device_of(device)
+        self.source = source
+        self.dtype = dtype or ("bfloat16" if torch_device.type == "cuda" else "float32")
+        try:
+            config = AutoConfig.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # transformers and the Hub raise unrelated types
+            raise ModelError(cannot_load(_OPTION, source, error)) from None
+        if config.num_labels != 1:
+            raise ModelError(
+                f"{_OPTION}: {source} has {config.num_labels} labels; use a classifier with one, "
+                "whose output is the reward"
+            )
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"{_OPTION}: {source} has no chat template; use a reward model with one"
+            )
+        self.model = _load(source, self.dtype).to(torch_device).eval()
+        self.fingerprint = _fingerprint(source, config)
+
+    @property
+    def context(self) -> int | None:
+        """Largest number of tokens, if the model has one."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    def encode(self, question: Question, answer: str) -> list[int]:
+        """Token ids of a prompt and an answer; a text prompt is one message of the user.
+
+        Raises UserError if the chat template fails or the model has too few positions.
+        """
+        prompt = question.prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*messages, {"role": "assistant", "content": answer}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a chat template may raise anything
+            raise UserError(
+                f"{question.name}: chat template of {self.source} failed: {error}; leave it out"
+            ) from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.context is not None and len(ids) > self.context:
+            raise UserError(
+                f"{question.name}: prompt and answer have {len(ids):,} tokens, and {self.source} "
+                f"has {self.context:,} positions; leave it out"
+            )
+        return ids
+
+    @torch.no_grad()
+    def scores(self, sequences: list[list[int]]) -> list[float]:
+        """Rewards of a batch of token sequences."""
+        pad = self.model.config.pad_token_id
+        # A model that names no padding token scores the last token, and takes no batches.
+        if pad is None and len(sequences) > 1:
+            return [score for ids in sequences for score in self.scores([ids])]
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), pad or 0)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        device = self.model.device
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        rewards = output.logits[:, 0].float().cpu()
+        if not rewards.isfinite().all():
+            raise ModelError(f"{_OPTION}: {self.source} gives rewards that are not finite; fix it")
+        return [float(reward) for reward in rewards]
+
+
+@dataclass(frozen=True)
+class RewardJudge:
+    """A reward model that prefers the answer with the higher reward.
+
+    bradley_terry: the preference is σ(reward difference) instead of 1, ½ or 0.
+    """
+
+    model: RewardModel
+    batch_size: int = 8
+    bradley_terry: bool = False
+
+    positional = False
+
+    @property
+    def name(self) -> str:
+        return self.model.source
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the verdicts."""
+        return {
+            "model": self.name,
+            "fingerprint": self.model.fingerprint,
+            "dtype": self.model.dtype,
+            "bradley_terry": self.bradley_terry,
+        }
+
+    def judge(self, pairs: list[Pair], cache: Cache, display: Display) -> list[Judged]:
+        """Score both answers of every pair; scores in the cache are not computed again."""
+        answers = {
+            self._key(pair, answer): (pair.question, answer)
+            for pair in pairs
+            for answer in (pair.a, pair.b)
+        }
+        pending = [
+            (key, self.model.encode(*answer))
+            for key, answer in answers.items()
+            if key not in cache.records
+        ]
+        # Neighbors of similar length need little padding.
+        pending.sort(key=lambda item: len(item[1]))
+        done = len(answers) - len(pending)
+        display.phase("judge", len(answers), done)
+        for batch in chunks(pending, self.batch_size):
+            rewards = self.model.scores([ids for _, ids in batch])
+            for (key, _), reward in zip(batch, rewards, strict=True):
+                cache.add(key, {"model": self.name, "reward": reward})
+            done += len(batch)
+            display.advance(done)
+        return [self._verdict(pair, cache) for pair in pairs]
+
+    def _verdict(self, pair: Pair, cache: Cache) -> Judged:
+        reward_a, reward_b = (
+            cache.records[self._key(pair, answer)]["reward"] for answer in (pair.a, pair.b)
+        )
+        margin = torch.tensor(reward_a - reward_b, dtype=torch.float64)
+        preference = margin.sigmoid() if self.bradley_terry else (margin.sign() + 1) / 2
+        return of_preference(pair, float(preference), f"rewards {reward_a!r} and {reward_b!r}")
+
+    def _key(self, pair: Pair, answer: str) -> str:
+        model = self.model
+        state = (model.source, model.fingerprint, model.dtype)
+        return sha256("reward", *state, pair.question.text, answer)
+
+
+def _load(source: str, dtype: str) -> Any:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
+        raise ModelError(cannot_load(_OPTION, source, error)) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{_OPTION}: {source} has no weights named {missing[0]}, which would be random; use a "
+            "trained reward model"
+        )
+    return model
+
+
+def _fingerprint(source: str, config: Any) -> str:
+    """State of a folder's files, or the commit of a Hub repository: scores belong to weights."""
+    folder = Path(os.path.expanduser(source))
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    states = [
+        f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    ]
+    return sha256(*states)
