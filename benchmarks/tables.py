@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import calibration
+from benchmarks.plans import examples
 from fastpref import reproduce
 from fastpref.docgen import markdown
 from fastpref.plan.devices import Device
@@ -228,6 +229,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "end-to-end": end_to_end,
     "plan-check": plan_check,
     "hardware-plans": hardware_plans,
+    "paper-configs": lambda result: examples.table(result, "papers"),
+    "recipe-configs": lambda result: examples.table(result, "recipes"),
     "h100": lambda result: gpu_heads(result["points"]),
     "h100-suite": gpu_suite,
     "load": load_figures,
