@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from fastpref.report.chart import number
 from fastpref.report.style import COLORS, INK, Entry, color, legend, panels, settings
-from fastpref.reproduce.study import Outcome, Runs
+from fastpref.reproduce.study import Runs
 
 __all__ = ["COLORS", "INK", "curves", "dots", "legend", "panels", "save", "symlog"]
 
@@ -23,7 +23,7 @@ def dots(
     axis: Any,
     seeds: Sequence[Runs],
     rows: Sequence[Sequence[str]],
-    value: Callable[[Outcome], float],
+    value: Callable[[Runs, str], float],  # of the run with a label
     unit: str,
 ) -> None:
     """Plot a line for each row of labels: a small dot for each seed, a large one for the mean.
@@ -33,7 +33,7 @@ def dots(
     for line, row in enumerate(rows):
         for position, label in enumerate(row):
             y = line + 0.3 * (position - (len(row) - 1) / 2)
-            values = [value(runs[label]) for runs in seeds if label in runs]
+            values = [value(runs, label) for runs in seeds if label in runs]
             style = {"color": color(position), "linewidths": 0}
             axis.scatter(values, [y] * len(values), s=_SIZES["seed"], alpha=0.5, **style)
             axis.scatter(np.mean(values), y, s=_SIZES["mean"], zorder=3, **style)

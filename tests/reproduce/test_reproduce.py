@@ -1,43 +1,29 @@
-"""Reproductions: claims are arithmetic on runs, and a study leaves numbers, a page, a picture."""
+"""Whole studies: the runs of a seed, what they leave, and how they continue."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from fastpref import reproduce
 from fastpref.data.synthetic import graded
-from fastpref.reproduce import data, results, runner
-from fastpref.reproduce.papers import did
-from fastpref.reproduce.study import Claim, Outcome, load, spread, verdict
+from fastpref.reproduce import quantities, results, runner, sample_scores
+from fastpref.reproduce.claims import Claim, Measurement
+from fastpref.reproduce.papers import did, did_tables, pmo, pro_runs, pro_tables, stapo_epochs
+from fastpref.reproduce.sizes import SIZES, Size
+from fastpref.reproduce.study import START, Job, Outcome, Study, load, spread
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
-ROWS = graded.groups(300, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [([1.0, 2.0], "reproduced"), ([1.0, -1.0], "in 1 of 2 seeds"), ([0.0], "not reproduced")],
-)
-def test_a_verdict_counts_the_seeds_in_which_a_claim_holds(
-    values: list[float], message: str
-) -> None:
-    claim = Claim("", "", "", lambda runs: 0.0, above=0)
-    assert verdict(claim, values) == message
-    assert claim.bound == "above 0"
-
-
-def test_a_claim_may_have_two_bounds_and_no_number_holds_none() -> None:
-    claim = Claim("", "", "", lambda runs: 0.0, above=0.5, below=0.8)
-    assert [claim.holds(x) for x in (0.4, 0.6, 0.9, float("nan"))] == [False, True, False, False]
-    assert claim.bound == "above 0.5 and below 0.8"
+WORLDS = [did.world("dpo", target) for target in did_tables.TARGETS]
+TINY = Size("quick", 16, 1, 128, 12, 36, 12, 1, seeds=1, workers=1)
 
 
 def test_a_spread_is_the_mean_and_the_range() -> None:
@@ -45,135 +31,269 @@ def test_a_spread_is_the_mean_and_the_range() -> None:
     assert spread([1.0], ".2f") == "1.00"
 
 
-def test_one_in_a_hundred_of_a_label_is_left() -> None:
-    rows = data.rare(ROWS, label=True)
-    assert sum(row["label"] for row in rows) == 3
-    assert sum(not row["label"] for row in rows) == 300
-
-
-@pytest.mark.parametrize("kind", ["semantic", *data.KINDS])
-def test_held_out_rows_share_no_prompt_with_those_trained_on(kind: str, tmp_path: Path) -> None:
-    data.write(tmp_path, kind, 0, ROWS)
-    train, held_out = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in data.files(tmp_path, kind)
-    )
-    assert train and held_out
-    if kind == "semantic":  # its prompts are few; the words compared are what must differ
-        contrasts = [{tuple(sorted(row["words"])) for row in rows} for rows in (train, held_out)]
-        assert not contrasts[0] & contrasts[1]
-    else:
-        assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-
-
-def test_files_of_users_are_groups_with_room_for_a_response(tmp_path: Path) -> None:
-    path = tmp_path / "groups.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert data.read(path, 128, 100) == ROWS[:100]
-    with pytest.raises(
-        UserError, match=r"--data: .*expected 50 groups .* at most 2 characters, got 0"
-    ):
-        data.read(path, 1, 100)
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    with pytest.raises(UserError, match="expected JSON lines with prompt, completions and scores"):
-        data.read(path, 128, 100)
-
-
 @pytest.mark.parametrize("name", reproduce.NAMES)
-def test_the_claims_and_columns_of_a_study_speak_of_its_runs(name: str) -> None:
-    """With made-up numbers, quick and in full: no claim or column lacks its metric."""
-    study, chance = load(name), np.random.default_rng(0)
-    names = {*study.metrics, *_measured()}
-    for quick in (True, False):
-        outcomes = [
-            Outcome(job.label, seed, [
-                {"step": step, **{metric: float(chance.normal()) for metric in names}}
-                for step in range(0, 12, 2)
-            ])
-            for seed in range(2)
-            for job in study.jobs(seed, quick)
-        ]  # fmt: skip
-        assert len({(run.label, run.seed) for run in outcomes}) == len(outcomes)
-        claims = results.claims(study, outcomes)
-        assert all(np.isfinite(claim["values"]).all() for claim in claims)
-        rows = results.table(study, outcomes)
-        assert all(len(row) > 1 for row in rows)
-        assert isinstance(study.draw(results.by_seed(outcomes)), Figure)
+@pytest.mark.parametrize("size", ["quick", "cores"])
+def test_the_claims_and_columns_of_a_study_speak_of_its_runs(name: str, size: str) -> None:
+    """With made-up numbers: no claim or column lacks its run or metric."""
+    study, outcomes = load(name), made_up(load(name), SIZES[size])
+    assert len({(run.label, run.seed) for run in outcomes}) == len(outcomes)
+    records = results.claims(study, outcomes)
+    for claim, record in zip(study.claims, records, strict=True):
+        if size == "quick" and record["verdict"].startswith("not tested (no run"):
+            continue  # it has fewer runs
+        assert claim.untested or np.isfinite(record["values"]).all(), claim.statement
+    assert all(len(row) > 1 for row in results.table(study, outcomes))
+    assert isinstance(study.draw(results.by_seed(outcomes)), Figure)
 
 
-def _measured() -> set[str]:
-    """Metrics of jobs in addition to those of training."""
-    from fastpref.reproduce import sample_scores
-
+def made_up(study: Study, size: Size) -> list[Outcome]:
+    """Outcomes of two seeds with random numbers under every name."""
+    chance = np.random.default_rng(0)
     bands = {f"bands/{k}_{side}" for k in ("center", "width")
              for side in ("head", "full", "correlation")}  # fmt: skip
-    scores = {sample_scores.WIN_RATE, sample_scores.MALFORMED, sample_scores.TOKENS}
-    return {*scores, did.TARGET, did.DID, "did/entropy", *bands}
+    exact = {f"exact/dpo/{did_tables.TARGET}", f"exact/r = β log π/{did_tables.DID}"}
+    optima = {f"optimum/{label}" for label in (*pmo.GRID, "simpo")}
+    entropies = {f"{k}/{n}" for k in ("did", "policy") for n in ("entropy", "error", "samples")}
+    gradients = {f"gradients/{k}" for k in ("chosen", "rejected", "loss")}
+    (pro,), (stapo,) = (of(Job("", 0, {})) for of in (pro_tables.theorems, stapo_epochs.theorems))
+    theorems = {*pro, *stapo} - {"step"}
+    names = {
+        *study.metrics,
+        *bands,
+        *exact,
+        *optima,
+        *entropies,
+        *gradients,
+        "did/slope",
+    }
+    names |= theorems
+    scores = (sample_scores.WIN, sample_scores.MALFORMED, sample_scores.TOKENS)
+    families = (pro_runs.FIRST, pro_runs.BEGIN, *map(stapo_epochs.epoch, (0, *stapo_epochs.EPOCHS)))
+    samples = [f"{k}/{n}" for k in families for n in ("win", "malformed", "tokens", "entropy")]
+    logits = [f"{stapo_epochs.logits(k)}/{n}" for k in stapo_epochs.LOGIT_EPOCHS
+              for n in ("chosen", "rejected", "z")]  # fmt: skip
+    arrays = ("pairs/chosen", "pairs/rejected", "pairs/entropy", *scores, *samples, *logits,
+              f"worlds/{did_tables.TARGET}", f"worlds/{did_tables.DID}")  # fmt: skip
+    outcomes = []
+    for seed in range(2):
+        for label in (START, *(job.label for job in study.jobs(seed, size))):
+            records = [
+                {
+                    "step": step,
+                    **{name: float(abs(chance.normal())) for name in names},
+                    "did/share": 0.9,
+                }
+                for step in range(0, 12, 2)
+            ]
+            values = {name: chance.normal(size=20).tolist() for name in arrays}
+            values["pairs/p"] = chance.uniform(size=20).tolist()
+            outcomes.append(Outcome(label, seed, records, values))
+    return outcomes
 
 
-def test_divergences_are_those_of_probabilities() -> None:
-    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.5, 0.5])
-    m = (p + q) / 2
-    expected = sum(torch.xlogy(x, x / m).sum() for x in (p, q)) / 2
-    smooth = [(x + 1e-12).log().log_softmax(0) for x in (p, q)]
-    assert did.js(*smooth) == pytest.approx(expected.item(), abs=1e-6)
-    assert did.js(smooth[0], smooth[0]) == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize("name", ["pmo", "did", "pro", "stapo"])
+def test_every_claim_names_its_protocol_and_least_effect(name: str) -> None:
+    for claim in load(name).claims:
+        if claim.untested:
+            continue
+        assert claim.protocol, claim.statement
+        assert claim.kind == "theorem" or claim.effect > 0, claim.statement
 
 
-def test_in_a_table_of_logits_dpo_finds_the_target_and_log_pi_the_did() -> None:
-    for label, metric in (("dpo", did.TARGET), ("r = β log π", did.DID)):
-        job = next(job for job in did.jobs(0, True) if job.label == did.ebm(label))
-        lines = did.world(job)
-        assert lines[0][metric] > 1e-2
-        assert lines[-1][metric] < 1e-6
+@pytest.fixture
+def small_study(monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Two sets of tables and one training."""
+    labels = (*WORLDS, "dpo")
+
+    def jobs(seed: int, size: Size) -> list[Job]:
+        few = [job for job in did.jobs(seed, SIZES["quick"]) if job.label in labels]
+        training = {"steps": 4, "eval_every": None}
+        return [
+            replace(job, measure=None, config=job.config | {"training": training})
+            if job.function is None
+            else replace(job, config={**job.config, "worlds": 3, "steps": 5})
+            for job in few
+        ]
+
+    claims = tuple(
+        claim for claim in did.CLAIMS if claim.statement.startswith(("DPO lowers", "DPO conv"))
+    )
+    study = replace(load("did"), jobs=jobs, claims=claims, draw=lambda seeds: Figure(), sft_steps=4)
+    monkeypatch.setattr(reproduce, "load", lambda name: study)
+    monkeypatch.setitem(SIZES, "quick", TINY)
+    # The workers are processes, which load the study from its module.
+    monkeypatch.setattr(runner, "load", lambda name: study)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InProcess)
+    return study
+
+
+class InProcess:
+    """A pool that works in this process."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def map(self, function: Callable[[Any], Any], items: Any) -> Any:
+        return map(function, items)
 
 
 def test_a_study_leaves_its_numbers_a_page_and_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, display: Display
+    tmp_path: Path, display: Display, small_study: Study
 ) -> None:
-    """One table of logits and one training, in another process."""
-    labels = [did.ebm("dpo"), "dpo"]
-    study = replace(
-        load("did"),
-        jobs=lambda seed, quick: [job for job in did.jobs(seed, quick) if job.label in labels],
-        claims=[claim for claim in did.CLAIMS if claim.statement.startswith("DPO lowers")],
-        draw=lambda seeds: Figure(),
-    )
-    monkeypatch.setattr(reproduce, "load", lambda name: study)
-    monkeypatch.setitem(runner.SIZES, "quick", runner.Size("quick", 16, 1, 128, 60, 1, 1))
     (result,) = reproduce.run("did", display, tmp_path, "quick")
     assert json.loads((tmp_path / "did.json").read_text()) == result
     runs = json.loads((tmp_path / "did-runs.json").read_text())
-    assert [run["label"] for run in runs] == labels
-    change = runs[1]["records"][-2]["logps/chosen_change"]
-    assert result["claims"][0]["values"][0] == pytest.approx(change, rel=1e-4)
+    assert [run["label"] for run in runs] == [START, *WORLDS, "dpo"]
+    start, tables, _, trained = (run["arrays"] for run in runs)
+    assert len(start["pairs/cluster"]) == len(trained["pairs/chosen"]) == 12
+    assert len(tables[f"worlds/{did_tables.TARGET}"]) == 3
+    (converges, lowers) = result["claims"]
+    change = np.mean(trained["pairs/chosen"]) - np.mean(start["pairs/chosen"])
+    assert lowers["value"] == pytest.approx(change, rel=1e-4)
+    assert lowers["standard_error"] > 0
+    assert (converges["n"], lowers["n"]) == (3, 12)
+    assert lowers["verdict"] == converges["verdict"] == "not tested (quick)"
     page = (tmp_path / "did.md").read_text()
-    assert all(f"\n| {label} | " in page for label in labels)
+    assert all(f"\n| {label} | " in page for label in (START, *WORLDS, "dpo"))
+    assert "| **not tested (quick)** |" in page
     assert (tmp_path / "did.png").exists()
 
 
-def test_what_data_does_not_allow_is_not_measured() -> None:
+def test_the_log_probs_are_those_of_the_exported_model(
+    tmp_path: Path, display: Display, small_study: Study
+) -> None:
+    """The start model, scored by `fastpref eval` on the same file."""
+    from fastpref.evaluation.evaluate import evaluate
+
+    reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+    seed = tmp_path / "did" / "seed-0"
+    start = json.loads((seed / START / "outcome.json").read_text())["arrays"]
+    held_out = str(seed / "data" / "pairs-held-out.jsonl")
+    options = {"cache": str(tmp_path / "cache")}
+    metrics = evaluate(
+        str(seed / START / "model"), held_out, display, options=options, device="cpu"
+    )["metrics"]
+    for side in ("chosen", "rejected"):
+        expected = metrics[f"logps/{side}"]["value"]
+        assert np.mean(start[f"pairs/{side}"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_second_call_continues_with_the_runs_that_are_missing(
+    tmp_path: Path, display: Display, small_study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+    seed = tmp_path / "did" / "seed-0"
+    unfinished = seed / "dpo" / "outcome.json"
+    unfinished.unlink()
+    finished = {path: path.stat().st_mtime_ns for path in seed.glob("*/outcome.json")}
+    assert len(finished) == 3
+    (second,) = reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+    assert unfinished.exists()
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    assert first["claims"] == second["claims"]
+    for other in (replace(TINY, hidden=32), replace(TINY, held_out=13)):
+        monkeypatch.setitem(SIZES, "quick", other)
+        with pytest.raises(UserError, match=r"--runs: .*start is a run with other settings; choo"):
+            reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+
+
+def test_runs_on_other_data_are_not_continued(
+    tmp_path: Path, display: Display, small_study: Study
+) -> None:
+    reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+    path = tmp_path / "groups.jsonl"
+    groups = graded.groups(60, seed=7)
+    path.write_text("".join(json.dumps(row) + "\n" for row in groups))
+    with pytest.raises(UserError, match=r"--runs: .*start is a run with other settings; choose"):
+        reproduce.run("did", display, tmp_path / "out", "quick", path, keep_runs=tmp_path)
+
+
+def test_more_seeds_continue_a_run_with_fewer(
+    tmp_path: Path, display: Display, small_study: Study
+) -> None:
+    reproduce.run("did", display, tmp_path / "out", "quick", keep_runs=tmp_path)
+    (result,) = reproduce.run(
+        "did", display, tmp_path / "out", "quick", keep_runs=tmp_path, seeds=2
+    )
+    assert [len(claim["values"]) for claim in result["claims"]] == [2, 2]
+    assert result["command"] == "fastpref reproduce did --size quick --seeds 2"
+
+
+def test_a_pretrained_model_is_the_start(
+    tmp_path: Path, display: Display, small_study: Study, tiny_llama: str
+) -> None:
+    (result,) = reproduce.run(
+        "did", display, tmp_path / "out", "quick", keep_runs=tmp_path, model=Path(tiny_llama)
+    )
+    assert result["model"] == "llama"
+    seed = tmp_path / "did" / "seed-0"
+    assert not (seed / START / "model").exists()
+    config = (seed / "dpo" / "config.yaml").read_text()
+    assert f"path: {tiny_llama}" in config and "lr: 2.0e-05" in config
+
+
+def test_lists_of_a_measurement_are_arrays() -> None:
+    lines: list[dict[str, Any]] = [{"step": 1, "loss": 0.123456}, {"samples/win": [0.0, 1.0]}]
+    outcome = runner._outcome(Job("a", 0, {}), lines)
+    assert outcome.records == [{"step": 1, "loss": 0.12346}]
+    assert outcome.arrays == {"samples/win": [0.0, 1.0]}
+
+
+def test_what_a_run_lacks_is_not_tested_and_says_what() -> None:
     """Samples of a user's groups have no known utilities."""
     study = load("stapo")
-    names = [name for name in (*study.metrics, *_measured()) if not name.startswith("samples/")]
-    lines = [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(3)]
-    outcomes = [Outcome(job.label, 0, lines) for job in study.jobs(0, False)]
-    verdicts = [claim["verdict"] for claim in results.claims(study, outcomes)]
-    assert verdicts.count("not measured") == 2
-    result = {"claims": results.claims(study, outcomes), "table": results.table(study, outcomes)}
-    assert "| – | **not measured** |" in results.page(study, result)
+    outcomes = made_up(study, SIZES["cores"])
+    lacking = [
+        replace(outcome, arrays={k: v for k, v in outcome.arrays.items() if "epoch" not in k})
+        for outcome in outcomes
+    ]
+    records = results.claims(study, lacking)
+    verdicts = [record["verdict"] for record in records]
+    assert "not tested (stapo has no epoch 1/win)" in verdicts
+    result = {"claims": records, "table": results.table(study, lacking)}
+    assert "| **not tested (stapo has no epoch 1/win)** |" in results.page(study, result)
+
+
+def test_a_verdict_is_shown_with_its_sample_its_error_and_its_bound() -> None:
+    claim = Claim(
+        "A beats B", "Table 1", "accuracy, A − B", lambda runs: Measurement(0.0512, 0.004, 1020),
+        above=0.02, protocol="on pairs",
+    )  # fmt: skip
+    study = replace(load("did"), claims=(claim,))
+    outcomes = [Outcome("a", seed, []) for seed in range(3)]
+    (record,) = results.claims(study, outcomes)
+    row = results.verdicts({"claims": [record]}).splitlines()[-1]
+    assert row == (
+        "| A beats B (Table 1) | on pairs | accuracy, A − B | 1,020 | 0.0512 ± 0.0023 | "
+        "above 0.02 | **holds** |"
+    )
+
+
+def test_claims_about_samples_have_enough_of_them() -> None:
+    assert quantities.WIN.family == "samples"
+    assert sample_scores.score_samples.__defaults__ == (1000,)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "groups", "message"),
+    ("name", "options", "message"),
     [
-        ("ppo", "cores", None, "NAME: expected all"),
-        ("pmo", "big", None, "--size: expected one of"),
-        ("pmo", "cores", Path("groups.jsonl"), "--data: pmo is measured on data of its own"),
+        ("ppo", {}, "NAME: expected all"),
+        ("pmo", {"size": "big"}, "--size: expected one of"),
+        ("pmo", {"data": Path("g.jsonl")}, "--data: pmo is measured on data of its own"),
+        (
+            "pmo",
+            {"model": Path("none")},
+            "--model: none is no Hugging Face model: it has no config.json",
+        ),
+        ("pmo", {"seeds": 0}, "--seeds: expected a number >= 1, got 0"),
     ],
 )
 def test_what_there_is_not_is_refused(
-    name: str, size: str, groups: Path | None, message: str, display: Display
+    name: str, options: dict[str, Any], message: str, display: Display
 ) -> None:
     with pytest.raises(UserError, match=message):
-        reproduce.run(name, display, Path("nowhere"), size, groups)
+        reproduce.run(name, display, Path("nowhere"), **options)
