@@ -353,11 +353,14 @@ def one_step(trainer: Trainer, data: DataSplit, nats: float = 0.01) -> dict[str,
     objective: Any = trainer.loss  # pairwise
     parameters: list[Tensor] = [p for p in policy.parameters() if p.requires_grad]
     counts: Counter[str] = Counter()
-    trainer.calibration.before_step(0)
     for index in range(ONE_STEP_PAIRS):
+        trainer.calibration.discard_step()
+        trainer.calibration.before_step(0)
         output = forward(trainer, data, [index], geometry=True)
         before = output.policy
-        loss = objective(trainer.calibration.calibrate(output, BATCH), output.reference).loss.sum()
+        loss = objective(
+            trainer.calibration.calibrate(output, True, accumulated=False), output.reference
+        ).loss.sum()
         d_chosen, d_rejected = torch.autograd.grad(
             loss, (before.chosen, before.rejected), retain_graph=True
         )

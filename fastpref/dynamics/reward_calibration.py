@@ -23,11 +23,11 @@ with r and the scores' cosine rho of the batch, so that its calibrated log-ratio
 pairs have the same A. `fastpref.dynamics.pair_calibration` has another reading, with a factor for
 each pair.
 
-The statistics of a step are complete only after its last micro-batch, when the backward pass of
-the first is already done. So step k is calibrated with the averages, r and rho of the steps before
-it, and the first step is not calibrated; the result does not depend on the number of
-micro-batches. A step of one pair cannot be divided: r and rho are then those of the step itself.
-The paper includes step k in its averages, too.
+The averages are those of the steps before the calibrated one, so the first step is not calibrated;
+the paper includes the step itself. r and rho are those of the step itself if it is known before
+its backward pass. Where a step is accumulated from several micro-batches, it is complete only after
+its last one, when the backward pass of the first is already done; r and rho are then those of the
+last complete step.
 
 Where the mean of an incentive is not positive, or a score is zero, the logarithm does not exist.
 Such a step does not enter the averages, and A is 1 where its statistics would be used. Nothing

@@ -66,7 +66,9 @@ class StepCalibration:
                 **self._head_options,
             )  # fmt: skip
             policy, _, sums = self.method.calibrate(pairs, (d_w, d_l), geometry)
-            self._record(sums)
+            self._add(sums)
+            if self._done == self._calls:
+                self.method.update(*self._reduced())
             return policy
         if scores is None:
             _, scores = ops.linear_logps_and_scores(
@@ -75,33 +77,32 @@ class StepCalibration:
             )  # fmt: skip
         self.method.last = self.method.last.to(hidden.device)
         incentives = torch.stack([d_w.sum(), d_l.sum(), d_w.new_tensor(len(d_w))])
-        one_pair = len(d_w) == 1 and self._calls == 1 and _world_size() == 1
-        statistics = BatchStatistics.of_sums(incentives, scores) if one_pair else None
-        factor, _ = self.method.factor(statistics)
-        self._record(incentives, scores)
+        self._add(incentives, scores)
+        if self._calls == 1:  # the step is known before its backward pass
+            statistics = BatchStatistics.of_sums(*self._reduced())
+            factor, _ = self.method.factor(statistics)
+            self.method.update(statistics)
+            return calibrated(pairs, factor)
+        factor, _ = self.method.factor()
+        if self._done == self._calls:
+            self.method.update(BatchStatistics.of_sums(*self._reduced()))
         return calibrated(pairs, factor)
 
-    def _record(self, *sums: Tensor) -> None:
-        """Add the sums of a call; after the last call of a step, update the method."""
+    def _add(self, *sums: Tensor) -> None:
+        """Add the sums of a call to those of its step."""
         added = self._done > 0
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if added else [*sums]
         self._done += 1
-        if self._done < self._calls:
-            return
-        if _world_size() > 1:
-            for total in self._sums:
+
+    def _reduced(self) -> list[Tensor]:
+        """Sums of a complete step over all ranks; the next call begins another step."""
+        sums, self._sums, self._done = self._sums, [], 0
+        if dist.is_available() and dist.is_initialized():
+            for total in sums:
                 dist.all_reduce(total)
-        if isinstance(self.method, PairCalibration):
-            self.method.update(*self._sums)
-        else:
-            self.method.update(BatchStatistics.of_sums(*self._sums))
-        self._sums, self._done = [], 0
+        return sums
 
 
 def _chosen_tokens(tokens: ScoredTokens) -> int:
     """Number of tokens of the chosen responses; on a GPU this waits for the offsets."""
     return int(tokens.cu_seqlens[len(tokens.cu_seqlens) // 2])
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -20,6 +20,7 @@ from fastpref.losses.pointwise import RunningMean, sum_and_count
 from fastpref.metrics import PAIR_METRICS, sums_and_counts
 from fastpref.ops import IGNORE_INDEX
 
+
 class FusedPreferenceLoss(nn.Module):
     """The mean loss of preference pairs, single responses or groups, without their logits.
 

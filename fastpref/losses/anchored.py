@@ -143,7 +143,9 @@ class APOZero(LogRatioLoss):
                 responses far from the reference have next to no gradient, and a better policy is
                 taught to be worse
 
-    Rewards are beta * t. For a policy that is worse than the chosen responses.
+    Rewards are beta * t. For a policy that is worse than the chosen responses. At beta = 1 this is
+    the KTO of pairs of the Reward Calibration paper, S(-tw) + S(tl), Eq. 31 of arXiv:2604.18239
+    with both weights 1: the loss that `kto_simple` has for the two responses.
     """
 
     name: ClassVar[str] = "apo_zero"

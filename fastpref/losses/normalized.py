@@ -119,7 +119,8 @@ class SLiCHF(PairwiseLoss):
                 chosen response up; a margin of the sums is easier to reach the longer the responses
 
     Rewards are z. The paper takes the likelihood of a fine-tuning target, which preference data
-    lack; as in HALOs, whose defaults these are, the chosen response stands in for it.
+    lack; as in HALOs, whose defaults these are, the chosen response stands in for it. With
+    delta = 0 this is `rrhf` with `average: false`.
     """
 
     name: ClassVar[str] = "slic_hf"
@@ -139,22 +140,26 @@ class SLiCHF(PairwiseLoss):
 class RRHF(PairwiseLoss):
     """Rank responses to align: ranking loss on mean log-probs plus likelihood of chosen.
 
-    loss:       max(0, al - aw) - lam * zw
-    incentives: d_w = [aw < al]/nw + lam, d_l = [aw < al]/nl
-    source:     Yuan et al. 2023, arXiv:2304.05302
+    loss:       max(0, al - aw) - lam * zw; z in place of a if not average
+    incentives: d_w = [aw < al]/nw + lam, d_l = [aw < al]/nl; n = 1 and z for a if not average
+    source:     Yuan et al. 2023, arXiv:2304.05302; of sums: arXiv:2604.18239, Eq. 22
     use:        where the chosen responses are good targets and the ranking is a correction; the
                 likelihood is summed and the ranking averaged, so at lam 1 this is nearly `sft`
 
-    Rewards are a. The authors' code weighs the ranking by 100 against a likelihood that is a mean
-    over tokens, which amounts to lam = 0.01 / nw.
+    Rewards are the log-probs that are ranked, a or z. The RRHF paper ranks means, `average: true`;
+    the Reward Calibration paper, arXiv:2604.18239, gives the name to the ranking of sums,
+    `average: false`, which is `slic_hf` with delta = 0. The likelihood is a sum in both. The
+    authors' code weighs the ranking by 100 against a likelihood that is a mean over tokens, which
+    amounts to lam = 0.01 / nw.
     """
 
     name: ClassVar[str] = "rrhf"
     needs_reference: ClassVar[bool] = False
     lam: float = number(1.0, at_least=0)
+    average: bool = choice(True, False)
 
     def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
-        return mean_logps(logps, lengths)
+        return mean_logps(logps, lengths) if self.average else logps
 
     def hard_loss(self, policy: SequenceLogps, reference: SequenceLogps) -> Tensor:
         return (-self.margin(policy, reference)).relu() - self.lam * policy.chosen
@@ -340,7 +345,8 @@ class SFT(PairwiseLoss):
 
     The average is over the tokens of each response, so every response weighs the same whatever
     its length. Rewards are the log-probs that enter the loss, a or z. With "both" the label does
-    not matter, be it hard or soft.
+    not matter, be it hard or soft. In a config, `loss: sft` also takes rows with one response,
+    which `data.sft_on` describes.
     """
 
     name: ClassVar[str] = "sft"

@@ -34,6 +34,7 @@ class PointwiseOutput:
 
     loss: Tensor
     rewards: Tensor
+    classifies: bool = True  # whether the sign of a reward says what the label is
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ class KTO(LogRatioPointwiseLoss):
 
     Rewards are beta * t. The reference point, in nats, is the mean t of mismatched responses, which
     are those of other prompts: an estimate of the KL divergence from the reference. TRL advises
-    weights that hold w * (number of responses) of the two classes between 1:1 and 4:3.
+    weights that hold w * (number of responses) of the two classes between 1:1 and 4:3. The Reward
+    Calibration paper calls another loss KTO, without a point: `kto_simple`, on pairs `apo_zero`
+    with beta = 1.
     """
 
     name: ClassVar[str] = "kto"

@@ -5,8 +5,9 @@ the step (`ops.linear_logps_and_scores`); those of each pair cost one or two pas
 more. `last_adapter` and `full` take the gradients of the log-probs with respect to trained
 parameters, by two partial backward passes for each micro-batch, or for each pair.
 
-The statistics of a batch are sums over the micro-batches and ranks of an optimizer step. They are
-complete after its last backward pass, and calibrate the next step.
+The statistics of a batch are sums over the micro-batches and ranks of an optimizer step. Those of a
+step with one micro-batch on each rank are complete before its backward pass, and its own band clips
+the factor; otherwise that of the step before does.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ class NoCalibration(StepHook):
         """Scores of the head that the forward passes of the current step must return."""
         return NO_SCORES
 
-    def calibrate(self, logps: MicroBatchLogps, pairs_in_step: int) -> Logps:
-        """Return the policy's log-probs for the objective: equal values, calibrated gradients."""
+    def calibrate(self, logps: MicroBatchLogps, is_real: bool, accumulated: bool) -> Logps:
+        """Return the policy's log-probs for the objective: equal values, calibrated gradients.
+
+        is_real: whether the results of the micro-batch count. accumulated: whether the step has
+            several micro-batches. All ranks call this equally often.
+        """
         return logps.policy
 
 
@@ -70,10 +75,12 @@ class CalibrationStep(NoCalibration):
         momentum = RewardCalibration().momentum if method is None else method.momentum
         self.monitor = BandMonitor(momentum, policy.device)
         zeros = partial(torch.zeros, dtype=torch.float64, device=policy.device)
-        # Sums over the pairs of the step: d_w, d_l, 1; calibrated d_w, d_l; log A, clipped.
-        self._sums = zeros(7)
+        # Sums over the pairs of the step: of d_w, d_l and 1; of calibrated d_w and d_l, log A, and
+        # whether it was clipped.
+        self._incentives, self._applied = zeros(3), zeros(4)
         self._pair_sums = zeros(8)  # of `PairCalibration`
         self._scores: Tensor | None = None
+        self._statistics: BatchStatistics | None = None  # of the step, once they are complete
         wide = policy.compute_dtype == torch.float64
         self._score_dtype = torch.float64 if wide else torch.float32
         self._window = zeros(8 if isinstance(method, PairCalibration) else 4)
@@ -88,34 +95,36 @@ class CalibrationStep(NoCalibration):
             return NO_SCORES
         return ScoreOptions(self._by_batch, self.scope.sketch_rows, self._by_pairs)
 
-    def calibrate(self, logps: MicroBatchLogps, pairs_in_step: int) -> Logps:
+    def calibrate(self, logps: MicroBatchLogps, is_real: bool, accumulated: bool) -> Logps:
         policy: Any = logps.policy
         if not self._by_batch and not self._by_pairs:
             return policy
-        incentives = losses.pair_incentives(self.loss, policy, logps.reference)
-        d_w, d_l = (d.detach().double() for d in incentives[:2])
-        scores, geometry = self._scores_of(logps, incentives[2])
-        factor, log_factor, clipped = d_w.new_ones(()), d_w.new_zeros(()), d_w.new_zeros(())
-        ones = torch.ones_like(d_w)
+        if is_real:
+            incentives = losses.pair_incentives(self.loss, policy, logps.reference)
+            d_w, d_l = (d.detach().double() for d in incentives[:2])
+            scores, geometry = self._scores_of(logps, incentives[2])
+            if scores is not None:
+                self._incentives += torch.stack([d_w.sum(), d_l.sum(), d_w.new_tensor(len(d_w))])
+                self._scores = scores if self._scores is None else self._scores.add_(scores)
+        if isinstance(self.method, RewardCalibration) and not accumulated:
+            self._complete()
+        if not is_real:
+            return policy
+        log_factor = clipped = torch.zeros_like(d_w)
         if isinstance(self.method, RewardCalibration):
-            statistics = None
-            if pairs_in_step == 1:
-                assert scores is not None
-                statistics = BatchStatistics.of_sums(torch.cat([d_w, d_l, ones]), scores)
-            factor, (log_factor, clipped) = self.method.factor(statistics)
+            factor, (log_factor, clipped) = self.method.factor(self._statistics)
             policy = calibrated(policy, factor)
+            d_w, d_l = d_w * factor, d_l / factor
         elif self.method is not None:
             assert geometry is not None
             policy, factor, pair_sums = self.method.calibrate(policy, (d_w, d_l), geometry)
             self._pair_sums += pair_sums
-        applied = d_w * factor, d_l / factor
-        if scores is not None:
-            columns = d_w, d_l, ones, *applied, ones * log_factor, ones * clipped
-            self._sums += torch.stack(columns).sum(1)
-            self._scores = scores if self._scores is None else self._scores.add_(scores)
+            d_w, d_l = d_w * factor, d_l / factor
+        columns = torch.broadcast_tensors(d_w, d_l, log_factor, clipped)
+        self._applied += torch.stack(columns).sum(1)
         if self._by_pairs:
             assert geometry is not None
-            self.monitor.add_pairs(*applied, geometry)
+            self.monitor.add_pairs(d_w, d_l, geometry)
         return policy
 
     def after_step(self) -> None:
@@ -128,9 +137,9 @@ class CalibrationStep(NoCalibration):
         self.discard_step()
 
     def discard_step(self) -> None:
-        self._sums.zero_()
-        self._pair_sums.zero_()
-        self._scores = None
+        for sums in (self._incentives, self._applied, self._pair_sums):
+            sums.zero_()
+        self._scores = self._statistics = None
         self.monitor.discard_step()
 
     def metrics(self) -> dict[str, float]:
@@ -178,17 +187,25 @@ class CalibrationStep(NoCalibration):
         geometry = parameter_geometry(sequences, parameters) if self._by_pairs else None
         return scores, geometry
 
-    def _end_batch(self) -> None:
-        """Reduce the statistics of the step, measure its band, and update the averages."""
+    def _complete(self) -> None:
+        """Reduce the sums of the step over all ranks to its statistics."""
         scores = self._scores
         if scores is None:  # this rank had no pair
-            scores = self._sums.new_zeros(self.scope.shape, dtype=self._score_dtype)
-        distributed.all_reduce_sum_(self._sums)
-        statistics = BatchStatistics.of_sums(self._sums[:3], distributed.all_reduce_sum_(scores))
-        _, _, _, d_w, d_l, log_factor, clipped = self._sums / self._sums[2]
-        self.monitor.add_batch(d_w, d_l, statistics.geometry)
+            scores = self._incentives.new_zeros(self.scope.shape, dtype=self._score_dtype)
+        distributed.all_reduce_sum_(self._incentives)
+        distributed.all_reduce_sum_(scores)
+        self._statistics = BatchStatistics.of_sums(self._incentives, scores)
+
+    def _end_batch(self) -> None:
+        """Measure the band of the step, and update the averages."""
+        if self._statistics is None:
+            self._complete()
+        assert self._statistics is not None
+        pairs = self._incentives[2]
+        d_w, d_l, log_factor, clipped = distributed.all_reduce_sum_(self._applied) / pairs
+        self.monitor.add_batch(d_w, d_l, self._statistics.geometry)
         if isinstance(self.method, RewardCalibration):
-            left_out = self.method.update(statistics)
+            left_out = self.method.update(self._statistics)
             step = torch.stack([torch.ones_like(d_w), left_out.double(), log_factor, clipped])
             self._window += step
 

@@ -94,8 +94,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
     return folder
 
 
-def transcription(home: Path, loss: str, trainer: Trainer) -> tuple[dict[str, Tensor], list[float]]:
-    """Final weights, and the factors of all steps."""
+def transcription(
+    home: Path, loss: str, trainer: Trainer, accumulated: bool
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Final weights, and the factors of all steps.
+
+    accumulated: whether the band of the last step clips, rather than that of the step itself.
+    """
     model = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float64)
     head = model.get_output_embeddings().weight
 
@@ -125,9 +130,10 @@ def transcription(home: Path, loss: str, trainer: Trainer) -> tuple[dict[str, Te
             margin = margin - BETA * (reference[step][0] - reference[step][1])
         dl = BETA * torch.sigmoid(-margin)
         dw = dl + (LAM if loss == "cpo" else 0.0)
+        own = dw.mean().log() - dl.mean().log(), (sw * sl).sum() / sw.norm() / sl.norm()
         alpha = torch.ones((), dtype=torch.float64)
         if ema is not None and last is not None:
-            log_r, rho = last
+            log_r, rho = last if accumulated else own
             target = ema[3] - ema[2]
             log_calibration = target - (ema[0] - ema[1])
             if rho > 0:
@@ -150,7 +156,7 @@ def transcription(home: Path, loss: str, trainer: Trainer) -> tuple[dict[str, Te
                 parameter -= LR * parameter.grad
         new = torch.stack([dw.mean(), dl.mean(), sw.norm(), sl.norm()]).add(1e-12).log()
         ema = new if ema is None else MOMENTUM * ema + (1 - MOMENTUM) * new
-        last = dw.mean().log() - dl.mean().log(), (sw * sl).sum() / sw.norm() / sl.norm()
+        last = own
     return {name: p.detach() for name, p in model.named_parameters()}, factors
 
 
@@ -160,7 +166,7 @@ def test_the_trainer_is_the_algorithm(home: Path, loss: str, accumulation: int) 
     config = config_of(home, loss, accumulation, f"{loss}-{accumulation}-1")
     weights, trainer = train(config)
     assert len(trainer.plan.step(0)) == accumulation
-    expected, factors = transcription(home, loss, trainer)
+    expected, factors = transcription(home, loss, trainer, accumulated=accumulation > 1)
     two_ranks = torch.load(home / f"{loss}-{accumulation}-2.pt")
     for name, exact in expected.items():
         for actual in (weights[name], two_ranks[name]):

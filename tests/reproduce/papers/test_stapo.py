@@ -122,7 +122,8 @@ def test_entropies_move_either_way() -> None:
     runs = Runs(
         {k: trained(k, [0.0], epoch_1_entropy=a, epoch_5_entropy=b) for k, (a, b) in arrays.items()}
     )
-    (claim,) = (c for c in stapo_claims.CLAIMS if "generated text, SimPO" in c.statement)
+    statement = "StaPO keeps the entropy of generated text, SimPO does not"
+    (claim,) = (c for c in stapo_claims.CLAIMS if c.statement == statement)
     assert claim.measure(runs).value == pytest.approx(0.5 - 0.2)
 
 
