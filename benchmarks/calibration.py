@@ -2,6 +2,7 @@
 
     python -m benchmarks.calibration --data PAIRS.jsonl [--out benchmarks/results/calibration.json]
     python -m benchmarks.calibration --data PAIRS.jsonl --overhead
+    python -m benchmarks.calibration --data PAIRS.jsonl --sketch MODEL
 
     python -m benchmarks.calibration --data PAIRS.jsonl --objectives cpo
 
@@ -11,8 +12,8 @@ The result file records the position of the incentives in the Disentanglement Ba
 and the final changes of log-probs, on training pairs and on held-out ones. With the final models of
 the first seed, `one_step` compares the band's prediction with a small step of gradient descent.
 
-`--overhead` measures the cost of calibration instead. Each of the two leaves the other's half of
-the result file unchanged.
+`--overhead` measures the cost of calibration instead, and `--sketch` the error of the sketches of a
+pretrained model's scores. Each leaves the other parts of the result file unchanged.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 METHODS = (None, "batch", "pairs")
 ONE_STEP_PAIRS = 48
 T, D, V = 2048, 512, 32000  # shape of the head whose ops are timed
+SKETCHES, SKETCHED_BATCHES, SKETCHED_PAIRS = (1024, 4096, 16384), 4, 8
 ROUNDS, STEPS_PER_TURN = 7, 4
 SETTING = ("optimizer", "objective", "statistics", "scope")
 BAND_COLUMNS = {  # title: name in the summary, digits
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--add", action="store_true", help="keep the runs of the result file")
     parser.add_argument("--overhead", action="store_true", help="measure the cost instead")
+    parser.add_argument("--sketch", type=Path, help="measure sketches of this model instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -158,6 +161,12 @@ def main() -> None:
         if options.overhead:
             report["overhead"] = {**environment.describe("cpu"), **overhead(Path(folder))}
             print(overhead_table(report["overhead"]))
+        elif options.sketch is not None:
+            report["sketch"] = {
+                "model": options.sketch.name, "data": options.data.name,
+                **sketch_errors(Path(folder), options.sketch),
+            }  # fmt: skip
+            print(sketch_table(report["sketch"]))
         else:
             earlier = report.get("training", {}) if options.add else {}
             results = study(Path(folder), options, earlier)
@@ -483,6 +492,58 @@ def overhead(folder: Path) -> dict[str, Any]:
         "head": {"T": T, "D": D, "V": V, "dtype": "float32"},
         "seconds_of_head": {name: timer.summary(values) for name, values in ops_seconds.items()},
     }
+
+
+def sketch_errors(folder: Path, model: Path) -> dict[str, Any]:
+    """Deviations of sketched norms and cosines of a model's batches from the exact ones."""
+    trainer = make_trainer(
+        folder, 0, "sketch", {"steps": 1, "batch_size": SKETCHED_PAIRS},
+        model={"path": str(model), "dtype": "float32"}, loss=OBJECTIVES["dpo"],
+    )  # fmt: skip
+    split = trainer.run.train
+    errors: dict[int, list[tuple[float, float]]] = {rows: [] for rows in SKETCHES}
+    for number in range(SKETCHED_BATCHES):
+        first = number * SKETCHED_PAIRS
+        indices = list(range(first, first + SKETCHED_PAIRS))
+        log_r_star, cosine = batch_numbers(trainer, split, indices, None)
+        for rows, deviations in errors.items():
+            sketched = batch_numbers(trainer, split, indices, rows)
+            deviations.append((sketched[0] - log_r_star, sketched[1] - cosine))
+    return {
+        "vocabulary": trainer.policy.base.get_output_embeddings().weight.shape[0],
+        "batches": SKETCHED_BATCHES,
+        "pairs": SKETCHED_PAIRS,
+        "rms_deviation": {
+            str(rows): {
+                name: statistics.fmean(value**2 for value in column) ** 0.5
+                for name, column in zip(
+                    ("log_r_star", "cosine"), zip(*values, strict=True), strict=True
+                )
+            }
+            for rows, values in errors.items()
+        },
+    }
+
+
+@torch.no_grad()
+def batch_numbers(
+    trainer: Trainer, split: DataSplit, indices: list[int], rows: int | None
+) -> tuple[float, float]:
+    """log r* and the cosine of a batch's scores."""
+    batches = trainer.policy.batches(split.groups, indices)
+    output = trainer.forward(batches, split.reference, scores=ScoreOptions(sums=True, rows=rows))
+    assert output.score_sums is not None
+    chosen, rejected, cosine = ops.batch_geometry(output.score_sums, len(indices))
+    return (rejected.log() - chosen.log()).item(), cosine.item()
+
+
+def sketch_table(sketch: dict[str, Any]) -> str:
+    """Markdown table: root mean square deviations by the rows of the sketch."""
+    rows = {
+        f"{int(rows):,}": [f"{value['log_r_star']:.4f}", f"{value['cosine']:.4f}"]
+        for rows, value in sketch["rms_deviation"].items()
+    }
+    return markdown.table(["rows", "log r*", "cosine"], ([k, *v] for k, v in rows.items()))
 
 
 def take_steps(trainer: Trainer) -> None:

@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration-outcome": lambda result: calibration.tables(result["training"])[1],
     "calibration-one-step": lambda result: calibration.tables(result["training"])[2],
     "calibration-overhead": lambda result: calibration.overhead_table(result["overhead"]),
+    "calibration-sketch": lambda result: calibration.sketch_table(result["sketch"]),
     **{f"reproduce-{name}-claims": results.verdicts for name in reproduce.NAMES},
     **{f"reproduce-{name}-runs": partial(results.numbers, load(name)) for name in reproduce.NAMES},
 }

@@ -138,3 +138,12 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("FASTPREF_DATA names no folder of real preference data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """Folder of a real chat model with its tokenizer, where the environment names one."""
+    folder = os.environ.get("FASTPREF_MODEL")
+    if not folder or not (Path(folder) / "config.json").is_file():
+        pytest.skip("FASTPREF_MODEL names no folder of a Hugging Face model")
+    return folder

@@ -212,7 +212,7 @@ class Calibration(Section):
     sketch_rows: PositiveInt | None = Field(
         4096,
         description="Rows to which the vocabulary is folded for the norms of the batch's scores of "
-        "the head; deviations of log r* are about 0.003 with the default. `null`: exact, for "
+        "the head; with the default log r* deviates by about 0.006. `null`: exact, for "
         "another matrix product with the head's weight and twice its memory in float32.",
     )
 

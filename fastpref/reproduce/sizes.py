@@ -52,8 +52,8 @@ class Size:
         }
 
     def starting_from(self, model: Path) -> Size:
-        """The same data, with a pretrained model: one run at a time, on all cores."""
-        return replace(self, model=model, workers=1, lr_scale=1.0)
+        """The same data, with a pretrained model and learning rates of its own."""
+        return replace(self, model=model, lr_scale=1.0)
 
 
 SIZES = {

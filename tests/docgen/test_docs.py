@@ -18,6 +18,7 @@ from mkdocs.config import load_config
 
 from benchmarks.plans import by_hardware
 from fastpref import cli, config, losses
+from fastpref.data import sft
 from fastpref.data.formats import to_groups
 from tests.helpers.data import rows, write_jsonl
 
@@ -69,6 +70,9 @@ def fenced(page: str, language: str = "") -> list[str]:
 @pytest.mark.parametrize("line", fenced("quick-start.md", "json"))
 def test_the_rows_of_the_quick_start_are_data(line: str) -> None:
     row = json.loads(line)
+    if "messages" in row:
+        assert len(sft.to_group(row).responses) == 1
+        return
     column = next(name for name in ("completions", "completion", "chosen") if name in row)
     kinds = {"completions": "groupwise", "completion": "pointwise", "chosen": "pairwise"}
     (group,) = to_groups(row, kinds[column])
@@ -87,15 +91,15 @@ def test_the_quick_start_works(
         write_jsonl(Path(f"runs/demo/data/{name}.jsonl"), rows(24, soft=True))
     (text,) = fenced("quick-start.md", "yaml")
     Path("first.yaml").write_text(text.replace("steps: 20", "steps: 3"))
-    commands = "".join(fenced("quick-start.md")).splitlines()
+    commands = "".join(fenced("quick-start.md")).replace("--step 20", "--step 3").splitlines()
     lines = [line for line in commands if line.startswith("fastpref ")]
-    assert len(lines) == 7 and text.startswith("# first.yaml") and "steps: 20" in text
+    assert len(lines) == 8 and text.startswith("# first.yaml") and "steps: 20" in text
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code in (None, 0), line
-    for output in ("compare/report.html", "eval.json", "drawn.jsonl"):
+    for output in ("compare/report.html", "eval.json", "drawn.jsonl", "at-20/model.safetensors"):
         assert Path(output).stat().st_size > 100
     Path("load.py").write_text(*fenced("quick-start.md", "python"))
     runpy.run_path("load.py")

@@ -169,6 +169,22 @@ def test_bco_pair_with_beta_one_is_dil_bce():
     assert_close(bco, outputs(DILBCE(), policy, reference), 1e-12)
 
 
+def test_apo_zero_with_beta_one_is_kto_of_pairs_in_the_reward_calibration_paper():
+    """Eqs. 31 and 32 of arXiv:2604.18239, with both weights 1, as they stand there."""
+    policy, reference = batch(spread=1.0)
+
+    def slope(u):
+        return u.sigmoid() * (1 - u.sigmoid())
+
+    loss = (reference.chosen - policy.chosen).sigmoid()
+    loss += (policy.rejected - reference.rejected).sigmoid()
+    d_w = slope(reference.chosen - policy.chosen)
+    d_l = slope(policy.rejected - reference.rejected)
+    theirs = torch.stack([loss, d_w, d_l], dim=1)
+    assert_close(outputs(APOZero(beta=1.0), policy, reference), theirs, 1e-12)
+    assert not torch.allclose(outputs(APOZero(), policy, reference), theirs)
+
+
 def test_the_unit_target_of_nca_pair_is_log_two():
     before, at, beyond = (incentives_at(NCAPair(beta=0.1), t, 0)[0] for t in (6.9, 6.931472, 7))
     assert before > 0 > beyond and abs(at) < 1e-8  # 10 log 2 = 6.9314718

@@ -300,7 +300,7 @@ def test_defaults():
         "dpo_norm": {"beta": 5.0},
         "simpo": {"beta": 2.0, "gamma": 1.0},
         "slic_hf": {"delta": 1.0, "lam": 0.1},
-        "rrhf": {"lam": 1.0},
+        "rrhf": {"lam": 1.0, "average": True},
         "cpo": {"beta": 0.1, "lam": 1.0},
         "cpo_simpo": {"beta": 0.1, "gamma": 0.5, "lam": 1.0},
         "orpo": {"lam": 0.1},

@@ -62,6 +62,7 @@ CASES = [
     SLiCHF(delta=20.0, lam=0.0),
     RRHF(),
     RRHF(lam=0.01),
+    RRHF(lam=0.3, average=False),
     CPO(),
     CPO(beta=0.4, lam=0.0),
     CPOSimPO(),
@@ -107,6 +108,8 @@ def closed_form(o, zw, zl, rw, rl, nw, nl):
             gap = o.delta - (zw - zl)
             return max(0.0, gap) - o.lam * zw, (gap > 0) + o.lam, float(gap > 0)
         case "rrhf":
+            if not o.average:
+                return max(0.0, zl - zw) - o.lam * zw, (zw < zl) + o.lam, float(zw < zl)
             loss = max(0.0, al - aw) - o.lam * zw
             return loss, per(float(aw < al), nw) + o.lam, per(float(aw < al), nl)
         case "cpo":
@@ -253,6 +256,23 @@ def test_rrhf_and_slic_hf_keep_only_likelihood_once_ordered():
     assert outputs(SLiCHF(delta=2, lam=0), reversed_pair)[0].tolist() == pytest.approx([17, 1, 1])
 
 
+@hard_and_soft
+def test_rrhf_of_sums_is_slic_hf_without_its_margin_and_rrhf_of_means_is_not(soft):
+    policy, _ = batch(soft=soft)
+    theirs = SLiCHF(delta=0, lam=0.3)
+    assert torch.equal(outputs(RRHF(lam=0.3, average=False), policy), outputs(theirs, policy))
+    assert not torch.allclose(outputs(RRHF(lam=0.3), policy), outputs(theirs, policy))
+    of_means = outputs(RRHF(lam=0), policy)[:, 0]
+    assert torch.equal(of_means, SLiCHF(delta=0, lam=0)(averaged(policy)).loss)
+
+
+def test_sums_and_means_rank_a_long_good_response_differently():
+    """Means of -1 and -2 nats in sums of -30 and -10: only the sums are in the wrong order."""
+    pair = pairs_of(-30, -10, nw=30, nl=5)
+    assert outputs(RRHF(lam=0), pair)[0].tolist() == [0, 0, 0]
+    assert outputs(RRHF(lam=0, average=False), pair)[0].tolist() == [20, 1, 1]
+
+
 def test_sft_on_both_responses_does_not_look_at_the_label():
     hard, soft = batch()[0], batch(soft=True)[0]
     objective = SFT(responses="both")
@@ -291,6 +311,7 @@ def test_stapo_rests_between_its_margins(make):
         (SimPO(beta=2.5), lambda z, r, n: 2.5 * z / n),
         (SLiCHF(), lambda z, r, n: z),
         (RRHF(), lambda z, r, n: z / n),
+        (RRHF(average=False), lambda z, r, n: z),
         (CPO(beta=0.3), lambda z, r, n: 0.3 * z),
         (CPOSimPO(beta=2.5), lambda z, r, n: 2.5 * z / n),
         (ORPO(), lambda z, r, n: z / n),

@@ -69,7 +69,7 @@ OTHERS: dict[str, list[dict]] = {
     "dpo_norm": [{"beta": 0.3}],
     "simpo": [{"beta": 10.0, "gamma": -3.0}],
     "slic_hf": [{"delta": 10.0, "lam": 0.7}, {"delta": 0.0, "lam": 0.0}],
-    "rrhf": [{"lam": 0.01}],
+    "rrhf": [{"lam": 0.01}, {"lam": 0.3, "average": False}],
     "cpo": [{"beta": 0.4, "lam": 0.0}],
     "cpo_simpo": [{"beta": 2.0, "gamma": -0.3, "lam": 0.2}],
     "orpo": [{"lam": 2.0}],
@@ -208,6 +208,14 @@ def test_extreme_pairs(objective) -> None:
         )
     single = fused(objective, moved(policy, torch.float32), moved(reference, torch.float32))
     assert all(x.isfinite().all() for x in single)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_rrhf_of_sums_has_the_kernel_of_slic_hf_without_its_margin(soft) -> None:
+    policy = moved(batch(130, soft=soft)[0])
+    rrhf = fused(losses.build("rrhf", lam=0.3, average=False), policy, None)
+    slic_hf = fused(losses.build("slic_hf", delta=0.0, lam=0.3), policy, None)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rrhf, slic_hf, strict=True))
 
 
 def test_the_extremes_cover_the_grid() -> None:

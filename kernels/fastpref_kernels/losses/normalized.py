@@ -65,12 +65,15 @@ def slic_hf(zw, zl, rw, rl, nw, nl, delta, lam):
 
 
 @triton.jit
-def rrhf(zw, zl, rw, rl, nw, nl, lam):
-    """max(0, al - aw) - lam * zw"""
-    chosen, rejected = per_token(zw, nw), per_token(zl, nl)
-    gap = rejected - chosen
-    d = indicator(gap > 0, gap)
-    return relu(gap) - lam * zw, per_token(d, nw) + lam, per_token(d, nl), chosen, rejected
+def rrhf(zw, zl, rw, rl, nw, nl, lam, average: tl.constexpr):
+    """max(0, al - aw) - lam * zw; z in place of a if not average"""
+    if average:
+        chosen, rejected = per_token(zw, nw), per_token(zl, nl)
+        gap = rejected - chosen
+        d = indicator(gap > 0, gap)
+        return relu(gap) - lam * zw, per_token(d, nw) + lam, per_token(d, nl), chosen, rejected
+    else:
+        return slic_hf(zw, zl, rw, rl, nw, nl, tl.zeros_like(zw), lam)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ PAIR_OBJECTIVES: dict[str, Objective] = {
     "dpo_norm": Objective(normalized.dpo_norm),
     "simpo": Objective(normalized.simpo, reference=False),
     "slic_hf": Objective(normalized.slic_hf, reference=False),
-    "rrhf": Objective(normalized.rrhf, reference=False),
+    "rrhf": Objective(normalized.rrhf, reference=False, choices=((True, False),)),
     "cpo": Objective(normalized.cpo, reference=False),
     "cpo_simpo": Objective(normalized.cpo_simpo, reference=False),
     "orpo": Objective(normalized.orpo, reference=False),

@@ -127,6 +127,17 @@ def test_entropies_move_either_way() -> None:
     assert claim.measure(runs).value == pytest.approx(0.5 - 0.2)
 
 
+def test_what_was_learned_is_the_gain_over_the_start_which_another_run_holds() -> None:
+    runs = Runs(
+        {
+            "stapo": trained("stapo", [0.0], epoch_0_win=[0.4, 0.6]),
+            stapo_claims.TUNED: trained(stapo_claims.TUNED, [0.0], epoch_5_win=[0.7, 0.6]),
+        }
+    )
+    (claim,) = (c for c in stapo_claims.CLAIMS if c.statement == "and it has learned something")
+    assert claim.measure(runs).value == pytest.approx(0.15)
+
+
 def test_the_grid_is_that_of_table_2() -> None:
     assert {(g["left_margin"], g["right_margin"]) for g in stapo_claims.GRID.values()} == {
         (0.2, 0.4), (0.4, 0.6), (0.8, 1.0), (0.4, 0.8), (0.4, 1.0), (0.6, 1.0), (0.6, 1.2)

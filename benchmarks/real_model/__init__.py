@@ -1,0 +1,1 @@
+"""The benchmark on a real chat model: `python -m benchmarks.real_model`."""
