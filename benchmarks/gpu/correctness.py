@@ -144,6 +144,14 @@ def score_geometry(x: Inputs, case: Case, impl: str) -> Results:
     return {"grad of the scores": torch.stack(geometry)}
 
 
+def score_sums(x: Inputs, case: Case, impl: str) -> Results:
+    _, sums = ops.linear_logps_and_scores(
+        x["hidden"], x["weight"], x["labels"], int(x["cu_seqlens"][1]), rows=None, impl=impl,
+        **_options(case),
+    )  # fmt: skip
+    return {"grad of the sums": sums}
+
+
 OPS: dict[str, Callable[[Inputs, Case, str], Results]] = {
     "linear_logps, frozen": logps_frozen,
     "linear_logps, trained": logps,
@@ -151,7 +159,9 @@ OPS: dict[str, Callable[[Inputs, Case, str], Results]] = {
     "token_stats": token_stats,
     "linear_kl": linear_kl,
     "score_geometry": score_geometry,
+    "score_sums": score_sums,
 }
+WITHOUT_BIAS = ("linear_logps, frozen", "linear_kl", "score_geometry", "score_sums")
 
 
 def checks(device: str, dry: bool) -> Iterator[Check]:
@@ -210,7 +220,9 @@ def _plain(op: str, x: Inputs, case: Case) -> Results:
     """Gradients (or scores) of PyTorch in the dtype of the inputs."""
     if op == "token_stats":
         return {}
-    bias = None if op in ("linear_logps, frozen", "linear_kl", "score_geometry") else x.get("bias")
+    if op == "score_sums":
+        x = x.cast(torch.float32)  # these sums are not rounded to the dtype of the inputs
+    bias = None if op in WITHOUT_BIAS else x.get("bias")
     logp = _plain_logits(x["hidden"], x["weight"], bias, case).float().log_softmax(1)
     if op == "linear_kl":
         with torch.no_grad():
@@ -218,13 +230,15 @@ def _plain(op: str, x: Inputs, case: Case) -> Results:
         return _gradients((logq.exp() * (logq - logp)).sum(1), x, ("hidden", "weight"))
     labels = x["labels"]
     tokens = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels < 0, 0.0)
-    if op != "score_geometry":
+    if not op.startswith("score"):
         return _gradients(tokens, x, ("hidden", "weight", "bias"))
     middle = int(x["cu_seqlens"][1])
     chosen, rejected = (
         torch.autograd.grad(part.sum(), x["weight"], retain_graph=True)[0].double()
         for part in (tokens[:middle], tokens[middle:])
     )
+    if op == "score_sums":
+        return {"grad of the sums": torch.stack([chosen, rejected])}
     norms = chosen.norm(), rejected.norm()
     cosine = (chosen * rejected).sum() / (norms[0] * norms[1]).clamp(min=1e-30)
     return {"grad of the scores": torch.stack([*norms, cosine])}

@@ -209,9 +209,15 @@ def _ours(impl: str) -> list[Implementation]:
     statistics: dict[str, Function] = {
         "forward": lambda x: ops.token_stats(x.hidden, x.weight, x.labels, impl=impl).logps
     }
+    score_sums: dict[str, Function] = {
+        "linear_logps": lambda x: ops.linear_logps_and_scores(
+            x.hidden, x.weight, x.labels, len(x.labels) // 2, impl=impl
+        )[0]
+    }
     implementations = [
         Implementation(f"fastpref {impl}", "fastpref", functions),
         Implementation(f"fastpref {impl}, all statistics", "fastpref", statistics),
+        Implementation(f"fastpref {impl}, score sums", "fastpref", score_sums),
     ]
     alone = {"linear_logps": functions["linear_logps"]}
     no_cache = (_CACHES.get(impl, ""), "CACHE_BYTES", 0)

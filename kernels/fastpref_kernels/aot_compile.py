@@ -30,6 +30,7 @@ from fastpref_kernels.common.configs import (
     MERGE,
     MERGE_KL,
     MERGE_PANELS,
+    SCORE_FOLD,
     SHARED_MEMORY_LIMIT,
     GemmConfig,
     RowConfig,
@@ -42,6 +43,7 @@ from fastpref_kernels.losses.inputs import LOSSES
 from fastpref_kernels.losses.pair import pair_losses_kernel
 from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
 from fastpref_kernels.losses.response import response_losses_kernel
+from fastpref_kernels.score_sketch import fold_kernel
 from fastpref_kernels.softmax_stats import linear_softmax_fwd_kernel, merge_fwd_kernel
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
@@ -50,12 +52,12 @@ ARGUMENT_TYPES = {
     **dict.fromkeys(("top1", "redo_mask", "desirable"), "*u8"),
     "metrics": "*fp64",
     **dict.fromkeys(("p0", "p1", "p2", "p3"), "fp64"),
-    **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first"), "i32"),
+    **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first", "rows"), "i32"),
     **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
 }
 # Pointers in the dtype under test; other pointers are fp32.
 INPUTS = frozenset(
-    "hidden weight ref_hidden ref_weight bias exp_logits dlogits".split()  # noqa: SIM905
+    "hidden weight ref_hidden ref_weight bias exp_logits dlogits folded".split()  # noqa: SIM905
 )
 
 
@@ -161,13 +163,19 @@ ROW_KERNELS = {
     "label_logits": Kernel(
         label_logits_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
     ),
+    "fold": Kernel(fold_kernel, {"plain": without()}),
 }
 LOSS_KERNELS = {
     "pair_losses": Kernel(pair_losses_kernel, loss_variants(PAIR_OBJECTIVES)),
     "response_losses": Kernel(response_losses_kernel, loss_variants(RESPONSE_OBJECTIVES)),
 }
 KERNELS = {**GEMM_KERNELS, **ROW_KERNELS, **LOSS_KERNELS}
-ROW_CONFIGS = {"merge_fwd": MERGE, "merge_kl": MERGE_KL, "label_logits": LABEL_LOGITS}
+ROW_CONFIGS = {
+    "merge_fwd": MERGE,
+    "merge_kl": MERGE_KL,
+    "label_logits": LABEL_LOGITS,
+    "fold": SCORE_FOLD,
+}
 CONFIGS = {"linear_kl_fwd": pair_configs, "kl_dlogits": pair_configs}
 
 

@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.common.configs import FP_FUSION, IGNORE_INDEX
+from fastpref_kernels.common.configs import FP_FUSION, IGNORE_INDEX, SCORE_FOLD
 
 if TYPE_CHECKING:
     from fastpref.ops.backend import ScoreSketch
-
-BLOCK = 1024  # columns of a program: 2 KB of a row of bf16
 
 
 @triton.jit
@@ -53,15 +51,15 @@ def fold(
     T, V = dlogits.shape
     rows = signs.shape[1]
     folded = dlogits.new_empty(T, rows)
-    fold_kernel[(T, triton.cdiv(rows, BLOCK))](
+    fold_kernel[(T, triton.cdiv(rows, SCORE_FOLD.block_t))](
         dlogits=dlogits,
         signs=signs,
         folded=folded,
         V=V,
         rows=rows,
         stride_dlogits=dlogits.stride(0),
-        BLOCK=BLOCK,
-        num_warps=4,
+        BLOCK=SCORE_FOLD.block_t,
+        num_warps=SCORE_FOLD.num_warps,
         enable_fp_fusion=FP_FUSION,
     )
     return folded

@@ -16,7 +16,15 @@ from fastpref import reproduce
 from fastpref.data.synthetic import graded
 from fastpref.reproduce import quantities, results, runner, sample_scores
 from fastpref.reproduce.claims import Claim, Measurement
-from fastpref.reproduce.papers import did, did_tables, pmo, pro_runs, pro_tables, stapo_epochs
+from fastpref.reproduce.papers import (
+    did,
+    did_tables,
+    pmo,
+    pro_runs,
+    pro_tables,
+    rc_bands,
+    stapo_epochs,
+)
 from fastpref.reproduce.sizes import SIZES, Size
 from fastpref.reproduce.study import START, Job, Outcome, Study, load, spread
 from fastpref.utils.errors import UserError
@@ -49,8 +57,8 @@ def test_the_claims_and_columns_of_a_study_speak_of_its_runs(name: str, size: st
 def made_up(study: Study, size: Size) -> list[Outcome]:
     """Outcomes of two seeds with random numbers under every name."""
     chance = np.random.default_rng(0)
-    bands = {f"bands/{k}_{side}" for k in ("center", "width")
-             for side in ("head", "full", "correlation")}  # fmt: skip
+    bands = [f"bands/{k}" for k in ("overlap", "head", "all")]
+    steps = [f"steps/{k}" for k in rc_bands.STEPS]
     exact = {f"exact/dpo/{did_tables.TARGET}", f"exact/r = β log π/{did_tables.DID}"}
     optima = {f"optimum/{label}" for label in (*pmo.GRID, "simpo")}
     entropies = {f"{k}/{n}" for k in ("did", "policy") for n in ("entropy", "error", "samples")}
@@ -59,7 +67,6 @@ def made_up(study: Study, size: Size) -> list[Outcome]:
     theorems = {*pro, *stapo} - {"step"}
     names = {
         *study.metrics,
-        *bands,
         *exact,
         *optima,
         *entropies,
@@ -73,6 +80,7 @@ def made_up(study: Study, size: Size) -> list[Outcome]:
     logits = [f"{stapo_epochs.logits(k)}/{n}" for k in stapo_epochs.LOGIT_EPOCHS
               for n in ("chosen", "rejected", "z")]  # fmt: skip
     arrays = ("pairs/chosen", "pairs/rejected", "pairs/entropy", *scores, *samples, *logits,
+              *bands, *steps,
               f"worlds/{did_tables.TARGET}", f"worlds/{did_tables.DID}")  # fmt: skip
     outcomes = []
     for seed in range(2):

@@ -82,6 +82,7 @@ MERGE_PANELS = 64  # partials of a row that are read at once
 REDO_PANELS = 16  # panels that one program of REDO walks; nearly all of them have no row to redo
 MERGE_KL = RowConfig(128, 4)
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
+SCORE_FOLD = RowConfig(1024, 4)  # columns of one row
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a thread block may use
 
