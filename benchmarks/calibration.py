@@ -186,7 +186,8 @@ def study(folder: Path, options: argparse.Namespace, earlier: dict[str, Any]) ->
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
         sft = list(pool.map(partial(sft_warm_up, folder), range(options.seeds)))
-        if earlier and (earlier["settings"], earlier["sft"]) != (settings, sft):
+        start = json.loads(result_json.dumps({"settings": settings, "sft": sft}))  # rounded
+        if earlier and {name: earlier[name] for name in start} != start:
             raise SystemExit("--add: the runs of the result file have other settings; leave it out")
         done = {json.dumps(_job(run)): run for run in earlier.get("runs", [])}
         all_jobs = jobs(options.seeds, options.objectives)
