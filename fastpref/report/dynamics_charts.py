@@ -29,6 +29,7 @@ _PAIR_PATHWAYS = {
 }
 _SHADE = {"alpha": 0.22, "linewidth": 0}
 _CENTER: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1.2}
+_STEP: dict[str, Any] = {"alpha": 0.5, "linewidth": 0.9}
 _BEFORE: dict[str, Any] = {"linestyle": (0, (4, 1.5)), "linewidth": 1.2}
 _SPANS = 12  # most segments of a run with a pathway each; shorter segments are noise
 
@@ -135,6 +136,8 @@ def band(runs: Sequence[Run]) -> Chart | None:
     axes[-1].margins(x=0.02)
     figure.supylabel("log of d_w / d_l (no unit)", fontsize="medium")
     entries = [("log r", LINE), ("band", _patch(INK)), ("its center log r*", _CENTER)]
+    if any(len(run.series("band/log_r_average").steps) for _, run in measured):
+        entries[:1] = [("log r", _STEP), ("its moving average", LINE)]
     if any(len(run.series("calibration/log_r").steps) for _, run in measured):
         entries.append(("log r without RC", _BEFORE))
     legend(figure, entries)
@@ -151,7 +154,7 @@ def _draw_band(axis: Any, run: Run, ink: str) -> None:
     axis.plot(before.steps, before.values, color=ink, **_BEFORE)
     average = run.series("band/log_r_average").thinned()
     if len(average.steps):  # of older runs there is none
-        axis.plot(log_r.steps, log_r.values, color=ink, alpha=0.3, linewidth=0.8)
+        axis.plot(log_r.steps, log_r.values, color=ink, **_STEP)
     line = average if len(average.steps) else log_r
     axis.plot(line.steps, line.values, color=ink, **LINE)
     # Early in training the scores are nearly orthogonal and the band can be 100 times as wide.
