@@ -135,6 +135,15 @@ def band_metrics(names: Sequence[str], sums: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, totals / counts, strict=True))
 
 
+def moving_average(average: Tensor, new: Tensor, momentum: float) -> Tensor:
+    """momentum * average + (1 - momentum) * new, entry by entry.
+
+    The first value replaces NaN; a new value that is not finite changes nothing.
+    """
+    moved = torch.where(average.isnan(), new, average.lerp(new, 1 - momentum))
+    return torch.where(new.isfinite(), moved, average)
+
+
 def _sums_and_counts(*columns: Tensor) -> Tensor:
     values = torch.stack(torch.broadcast_tensors(*columns)).view(len(columns), -1)
     finite = values.isfinite()

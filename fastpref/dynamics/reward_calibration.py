@@ -42,7 +42,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastpref.dynamics.band import half_band
+from fastpref.dynamics.band import half_band, moving_average
 from fastpref.logps import SequenceLogps, TokenLogps, segment_positions
 from fastpref.ops import ScoreGeometry, batch_geometry
 
@@ -113,9 +113,7 @@ class LogAverages:
 
     def _average(self, new: Tensor) -> None:
         """Add logarithms (4,) to the averages, unless they are NaN; the first initialize them."""
-        moved = self.averages.lerp(new, 1 - self.momentum)
-        moved = torch.where(self.averages.isnan(), new, moved)
-        self.averages = torch.where(new.isnan(), self.averages, moved)
+        self.averages = moving_average(self.averages, new, self.momentum)
 
     def _vector(self, state: dict[str, Tensor], name: str, size: int) -> Tensor:
         vector = state.get(name)

@@ -19,6 +19,7 @@ from fastpref.dynamics.band import (
     band,
     band_metrics,
     band_sums,
+    moving_average,
     pair_band_sums,
 )
 from fastpref.ops import ScoreGeometry
@@ -48,9 +49,7 @@ class BandMonitor:
         batch = band(d_w, d_l, geometry)
         self._batches += band_sums(batch)
         new = torch.stack([batch.log_r, batch.log_r_star])
-        moved = self._averages.lerp(new, 1 - self._momentum)
-        moved = torch.where(self._averages.isnan(), new, moved)
-        self._averages = torch.where(new.isfinite(), moved, self._averages)
+        self._averages = moving_average(self._averages, new, self._momentum)
 
     def add_pairs(self, d_w: Tensor, d_l: Tensor, geometry: ScoreGeometry) -> None:
         """Add the pairs (B,) of a micro-batch."""

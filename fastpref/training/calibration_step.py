@@ -29,6 +29,7 @@ from fastpref.logps import TokenLogps
 from fastpref.losses import Logps, Objective, PairwiseLoss, TokenLevelLoss
 from fastpref.model.policy import NO_SCORES, Policy, ScoreOptions
 from fastpref.ops import SKETCH_ROWS, ScoreGeometry
+from fastpref.ops.score_sketch import sketch_rows
 from fastpref.training.band_monitor import BandMonitor
 from fastpref.training.forward import MicroBatchLogps
 from fastpref.training.step_hook import StepHook
@@ -227,10 +228,9 @@ def make_calibration(
     return CalibrationStep(loss, method, monitor.band_every, scope, policy)
 
 
-def _head_scope(policy: Policy, sketch_rows: int | None) -> Scope:
+def _head_scope(policy: Policy, rows: int | None) -> Scope:
     vocabulary, width = policy.base.get_output_embeddings().weight.shape
-    rows = vocabulary if sketch_rows is None else min(sketch_rows, vocabulary)
-    return Scope(None, sketch_rows, (2, rows, width))
+    return Scope(None, rows, (2, sketch_rows(vocabulary, rows), width))
 
 
 def _scope(policy: Policy, calibration: Calibration) -> Scope:

@@ -47,6 +47,7 @@ class MicroBatch(NamedTuple):
 
     groups: list[int]  # indices into the data set; none if it is not real
     batches: list[Batch]
+    accumulated: bool  # whether the step has several micro-batches on each rank
 
     @property
     def is_real(self) -> bool:
@@ -68,10 +69,11 @@ class DataView:
         The ranks of a sharded model gather its weights together, so a rank without groups computes
         the shortest group, whose results do not count.
         """
-        for indices in self.plan.step(step):
+        parts = self.plan.step(step)
+        for indices in parts:
             with part("batch"):
                 batches = policy.batches(self.groups, indices or [self.plan.shortest])
-            yield MicroBatch(indices, batches)
+            yield MicroBatch(indices, batches, accumulated=len(parts) > 1)
 
 
 @dataclass(frozen=True)

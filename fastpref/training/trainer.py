@@ -182,12 +182,13 @@ class Trainer:
             parameter_group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         metric_sums = MetricSums(self.loss, self.margins, self.policy.device)
-        accumulated = len(self.plan.step(self.step)) > 1
         for micro_batch in data.micro_batches(self.policy, self.step):
             with part("forward and loss"):
                 scores = self.calibration.scores()
                 logps = self.forward(micro_batch.batches, data.reference, with_entropy, scores)
-                policy = self.calibration.calibrate(logps, micro_batch.is_real, accumulated)
+                policy = self.calibration.calibrate(
+                    logps, micro_batch.is_real, micro_batch.accumulated
+                )
                 output = losses.evaluate(self.loss, policy, logps.reference, reference_point)
             with part("backward"):
                 scale = micro_batch.is_real / len(groups_in_step)  # the only normalization
