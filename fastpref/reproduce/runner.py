@@ -210,6 +210,11 @@ def _finish(folder: Path, key: str, outcome: Outcome) -> Outcome:
 
 def make_trainer(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -> Trainer:
     """Build a trainer on the files of a job; its run directory is `folder / seed-N / label`."""
+    return Trainer(config_of(folder, size, job, sections), Display(Console(quiet=True)))
+
+
+def config_of(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -> configs.Config:
+    """Config of a job: its sections, its files, and what all runs have in common."""
     paths = data.files(folder / f"seed-{job.seed}" / "data", job.data)
     shared = {
         "data": {
@@ -226,7 +231,7 @@ def make_trainer(folder: Path, size: Size, job: Job, sections: dict[str, Any]) -
             "output_dir": str(_run_folder(folder, job)),
         },
     }
-    return Trainer(configs.parse(merged(shared, sections)), Display(Console(quiet=True)))
+    return configs.parse(merged(shared, sections))
 
 
 def merged(*configs: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,22 @@ def made_up(study: Study, size: Size) -> list[Outcome]:
     return outcomes
 
 
+@pytest.mark.parametrize("name", reproduce.NAMES)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_config_of_every_job_is_valid(name: str, size: str, tmp_path: Path) -> None:
+    """Among those of the full sizes, which only long runs reach."""
+    study, full = load(name), SIZES[size]
+    model = runner.start_model(tmp_path, full, 0)
+    configs = [
+        runner.config_of(
+            tmp_path, full, job, runner.merged({"model": model}, study.training, job.config)
+        )
+        for job in study.jobs(0, full)
+        if job.function is None
+    ]
+    assert configs
+
+
 @pytest.mark.parametrize("name", ["pmo", "did", "pro", "stapo"])
 def test_every_claim_names_its_protocol_and_least_effect(name: str) -> None:
     for claim in load(name).claims:

@@ -77,7 +77,7 @@ def jobs(seed: int, size: Size) -> list[Job]:
         all_jobs.append(Job(calibrated(label), seed, config, measure=steps))
     if size.quick or size.model is not None:
         return all_jobs
-    training = {"steps": LONG, "epochs": None, "log_every": LONG}
+    training = {"steps": LONG, "log_every": LONG}
     for momentum in MOMENTA:
         config = {
             "loss": OBJECTIVES["dpo"],
