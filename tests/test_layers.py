@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "fastpref"
 LAYERS = (
     {"utils"},
     {"logps"},
-    {"ops", "distributed"},
+    {"ops", "attention", "distributed"},
+    {"trunk"},
     {"losses"},
     {"dynamics", "metrics"},
     {"config"},

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu import attention
 from benchmarks.gpu.ablation import candidates, with_candidate
 from fastpref import ops
 from fastpref.bench.contestants import setting
@@ -171,6 +172,7 @@ def checks(device: str, dry: bool) -> Iterator[Check]:
             for op in OPS:
                 row = {"op": op, "dtype": str(dtype).removeprefix("torch."), **asdict(case)}
                 yield row, partial(check, op, case, dtype, device)
+    yield from attention.checks(device, dry)
     yield from _candidates(device, dry)
     yield from _losses(device)
 

@@ -226,7 +226,7 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
     swept = rows.sweeps("cuda", quick=False)[0]
     few, many = (extra(T=swept.T, D=swept.D, V=V) for V in (swept.V, 8 * swept.V))
     exact = [row["met"] for row in checks if row.get("dtype") == "bfloat16" and "met" in row]
-    padded = "dpo_padded frozen"
+    padded, attention = "dpo_padded frozen", "packed_attention frozen"
     table = [
         ("head frozen: time over its 2 products", over(logps), "<=", 1.20),
         ("head frozen: extra memory, MB", extra(), "<=", 600),
@@ -242,6 +242,8 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
         ("forward only: time over its product", over("forward frozen"), "<=", 1.20),
         ("score geometry: share of the head's forward and backward",
          _ratio(seconds("score_geometry frozen"), seconds(logps)), "<=", 0.05),
+        ("packed attention: FlexAttention's time over ours",
+         _ratio(seconds(attention, "torch FlexAttention"), seconds(attention)), ">=", 1.3),
         ("memory at V 256k over V 32k", _ratio(many, few), "<=", 1.3),
         ("bf16 checks that keep to the error rule", _ratio(sum(exact), len(exact)), ">=", 1),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 Log-probs are compared for every token. Gradients are compared for SAMPLE tokens and for as many
 evenly spaced rows of the head, half of them rows of labels: a full fp64 gradient of the head would
 take twice the memory of the head again. KL is compared for SAMPLE tokens, score geometry for the
-first pair.
+first pair, attention for the first group.
 
     dlogp_dhidden_t = weight[y_t] - softmax_t @ weight
     dweight[rows]   = (onehot - softmax)[:, rows].T @ (grad_logps * hidden)
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastpref.bench import attention
 from fastpref.bench.contestants import completions, dpo
 from fastpref.bench.problems import Inputs, Problem
 from fastpref.ops import reference
@@ -37,6 +38,8 @@ def error_function(problem: Problem, inputs: Inputs) -> ErrorFunction:
         return _kl(inputs)
     if problem.op == "score_geometry":
         return _geometry(problem, inputs)
+    if problem.op == "packed_attention":
+        return attention.error_function(inputs)
     if problem.op == "dpo_padded":
         return _padded(inputs)
     return _logps(problem, inputs)

@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastpref import ops
-from fastpref.bench.problems import Inputs, Problem, make_inputs, small
+from fastpref.bench import attention
+from fastpref.bench.problems import (
+    Inputs,
+    Problem,
+    make_inputs,
+    packed_segments,
+    small,
+    visible_pairs,
+)
 from fastpref.ops import reference
 from fastpref.ops.reference import IGNORE_INDEX
 from fastpref.utils.environment import package_version
@@ -34,7 +42,13 @@ BETA = 0.1  # of DPO
 LEAST_CHUNK = 4 << 20
 # Modules with a CACHE_BYTES.
 _CACHES = {"cpu": "fastpref.ops.cpu", "triton": "fastpref_kernels.linear_logps"}
-PACKAGES = {"torch": "torch", "liger": "liger-kernel", "cce": "cut-cross-entropy", "trl": "trl"}
+PACKAGES = {
+    "torch": "torch",
+    "liger": "liger-kernel",
+    "cce": "cut-cross-entropy",
+    "trl": "trl",
+    "flash": "flash-attn",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ def implementations(device: str, families: tuple[str, ...]) -> list[Implementati
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         names.insert(0, "triton")
     ours = [implementation for name in names for implementation in _ours(name)]
+    by_segment = {"packed_attention": attention.ours("by_segment")}
+    ours.append(Implementation("fastpref by_segment", "fastpref", by_segment))
     return ours + [peer for peer in _peers(device) if peer.family in families]
 
 
@@ -98,7 +114,7 @@ def prepare(
                 budgets.enter_context(setting(*budget))
             result = function(inputs)
             if problem.differentiable:
-                _scalar(result, inputs).backward()
+                _backward(result, inputs)
         return result.detach()
 
     return run
@@ -126,6 +142,8 @@ def reason(error: Exception) -> str:
 def gemm_baseline(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], None]:
     """A callable that runs the GEMMs named by `letters`, on full matrices allocated in advance."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    if problem.op == "packed_attention":
+        return _score_gemms(problem, inputs, letters)
     logits = hidden.new_empty(problem.T, problem.V)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -162,8 +180,27 @@ def setting(module: str, name: str, value: int | None) -> Iterator[None]:
         setattr(owner, name, previous)
 
 
-def _scalar(result: Tensor, inputs: Inputs) -> Tensor:
-    return result.to(inputs.grad_logps.dtype) @ inputs.grad_logps if result.dim() else result
+def _score_gemms(problem: Problem, inputs: Inputs, letters: str) -> Callable[[], None]:
+    """GEMMs of the FLOPs of attention: every query by the mean number of keys that it sees."""
+    keys = -(-visible_pairs(packed_segments(problem.T)) // problem.T)
+    weight = inputs.ref_hidden.new_ones(keys, problem.D)
+    scores = inputs.ref_hidden.new_empty(problem.T, keys)
+
+    def run() -> None:
+        for _ in letters:
+            torch.mm(inputs.ref_hidden, weight.T, out=scores)
+
+    return run
+
+
+def _backward(result: Tensor, inputs: Inputs) -> None:
+    """Backward pass with an uneven upstream gradient, if the result is more than a number."""
+    if result.dim() == 2:
+        result.backward(inputs.ref_hidden)
+    elif result.dim() == 1:
+        (result.to(inputs.grad_logps.dtype) @ inputs.grad_logps).backward()
+    else:
+        result.backward()
 
 
 def _with_logps(logps: Logps) -> dict[str, Function]:
@@ -206,6 +243,8 @@ def _ours(impl: str) -> list[Implementation]:
         ),
         "score_geometry": geometry,
     }
+    if impl == "triton":
+        functions["packed_attention"] = attention.ours(impl)
     statistics: dict[str, Function] = {
         "forward": lambda x: ops.token_stats(x.hidden, x.weight, x.labels, impl=impl).logps
     }
@@ -246,6 +285,17 @@ def _peers(device: str) -> list[Implementation]:
         Implementation("cce", "cce", _with_logps(_cce("auto"))),
         Implementation("cce, no filter", "cce", _with_logps(_cce(None))),
         Implementation("trl chunked log-prob", "trl", _with_logps(_trl)),
+        Implementation(
+            "torch sdpa by sequence", "torch", {"packed_attention": attention.sdpa_by_sequence}
+        ),
+        *(_attention_on_gpus() if device == "cuda" else []),
+    ]
+
+
+def _attention_on_gpus() -> list[Implementation]:
+    return [
+        Implementation("torch FlexAttention", "torch", {"packed_attention": attention.flex}),
+        Implementation("flash-attn", "flash", {"packed_attention": attention.ours("flash")}),
     ]
 
 
@@ -271,6 +321,7 @@ _FULL: dict[str, Function] = {
     "dpo_padded": _full_padded,
     "linear_kl": lambda x: reference.linear_kl(x.hidden, x.weight, x.ref_hidden, x.weight.detach()),
     "score_geometry": _full_geometry,
+    "packed_attention": attention.dense,
 }
 
 

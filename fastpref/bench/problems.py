@@ -8,8 +8,10 @@
     dpo             DPO of equally long pairs, its gradient to hidden      L H
     dpo_padded      the same for a padded batch with prompts               L H
     score_geometry  norms and cosine of each pair's scores                 L and the Gram matrices
+    packed_attention  attention over a packed row, forward and backward    7 A
 
     L: hidden @ weight.T      H: dlogits @ weight    W: dlogits.T @ hidden,   2 T D V FLOPs each
+    A: scores of all visible pairs of a query and a key, 2 D FLOPs each; V does not matter
 
 Every token belongs to a completion: rows of prompts and padding are removed before they reach a
 head, so these numbers leave out the time that other libraries spend on them. Only `dpo_padded`
@@ -21,11 +23,13 @@ the reference log-probs are zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref.attention import Segments
 from fastpref.ops.reference import IGNORE_INDEX
 
 GEMMS = {
@@ -37,6 +41,8 @@ GEMMS = {
     ("dpo_padded", "frozen"): "LH",
     # The geometry is compared with the head's forward and backward, which it accompanies.
     ("score_geometry", "frozen"): "LH",
+    # Scores and output; then scores, their gradient, and the gradients of query, key and value.
+    ("packed_attention", "frozen"): 7 * "A",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in GEMMS))
 PAIR_TOKENS = 2048  # of both responses together
@@ -72,6 +78,8 @@ class Problem:
     @property
     def flops(self) -> float:
         """FLOPs that an exact method needs at least, if it computes the logits once."""
+        if self.op == "packed_attention":
+            return 2.0 * self.D * visible_pairs(packed_segments(self.T)) * len(self.gemms)
         one = 2 * self.T * self.D * self.V
         if self.op != "score_geometry":
             return one * len(self.gemms)
@@ -83,7 +91,7 @@ class Problem:
 class Inputs(NamedTuple):
     """Tensors of one problem."""
 
-    hidden: Tensor  # (T, D)
+    hidden: Tensor  # (T, D); of packed_attention query, key and value, (T, D + 2 D')
     weight: Tensor  # (V, D)
     labels: Tensor  # (T,); -100 for rows of a prompt or padding
     grad_logps: Tensor  # (T,) fp32, uneven
@@ -108,11 +116,15 @@ def make_inputs(problem: Problem, device: str) -> Inputs:
         empty = torch.empty(shape, dtype=dtype, device=device)
         return empty.normal_(std=std, generator=generator)
 
+    width = D
+    if problem.op == "packed_attention":
+        heads, key_heads, size = attention_heads(D)
+        width = (heads + 2 * key_heads) * size
     labels = torch.randint(V, (T,), generator=generator, device=device)
     if problem.op == "dpo_padded":
         labels = labels.masked_fill(_no_completion(2 * problem.pairs, T).to(device), IGNORE_INDEX)
     return Inputs(
-        hidden=normal(T, D).requires_grad_(problem.differentiable),
+        hidden=normal(T, width).requires_grad_(problem.differentiable),
         weight=normal(V, D, std=D**-0.5).requires_grad_(problem.head == "trained"),
         labels=labels,
         grad_logps=normal(T, dtype=torch.float32),
@@ -136,6 +148,35 @@ def _no_completion(sequences: int, T: int) -> Tensor:
     row = torch.arange(length)
     inside = (row >= prompt[:, None]) & (row < (prompt + response)[:, None])
     return ~inside.flatten()
+
+
+@cache
+def packed_segments(tokens: int) -> Segments:
+    """A packed row of groups with two responses; the last group is shortened to fill the row."""
+    generator = torch.Generator().manual_seed(0)
+    medians, spreads = torch.tensor([PROMPT, RESPONSE, RESPONSE]).T
+    groups, left = [], tokens
+    while left >= 3:
+        sizes = (medians * (spreads * torch.randn(3, generator=generator)).exp()).long() + 1
+        if sizes.sum() > left:
+            sizes = 1 + (sizes * (left - 3)) // sizes.sum()
+            sizes[2] = left - sizes[:2].sum()
+        groups.append(tuple(sizes.tolist()))
+        left -= int(sizes.sum())
+    return Segments((*groups, *[(1,)] * left))
+
+
+def visible_pairs(segments: Segments) -> int:
+    """Number of pairs of a query and a key that it sees."""
+    return int((segments.positions + 1).sum())
+
+
+def attention_heads(width: int) -> tuple[int, int, int]:
+    """Query heads, key heads and head size of a row: 4 queries to a key where that divides."""
+    sizes = [size for size in (128, 64, 32, 16, 8, 4, 2, 1) if width % size == 0]
+    size = next(size for size in sizes if size <= 16 or width >= 4 * size)
+    heads = width // size
+    return heads, heads // next(share for share in (4, 2, 1) if heads % share == 0), size
 
 
 def small(problem: Problem) -> Problem:
@@ -169,18 +210,20 @@ def problems(device: str, quick: bool) -> list[Problem]:
     forward = Problem("forward", "frozen", *CPU_SHAPES[0], DTYPE[device])
     dpo = shape_problems(CPU_SHAPES, device, ("dpo", "dpo_padded"))
     others = shape_problems(((256, 128, 8192),), device, ("linear_kl", "score_geometry"))
-    return [*heads, forward, *dpo, *others, *sweeps(device, quick)]
+    attention = shape_problems(CPU_SHAPES[:1], device, ("packed_attention",))
+    return [*heads, forward, *dpo, *others, *attention, *sweeps(device, quick)]
 
 
 def shape_problems(
     shapes: tuple[tuple[int, int, int], ...], device: str, ops: tuple[str, ...] = OPS
 ) -> list[Problem]:
-    """Every op, head by head, at each shape."""
+    """Every op, head by head, at each shape; attention once for shapes that differ in V only."""
+    first = {shape[:2]: shape for shape in reversed(shapes)}
     return [
         Problem(op, head, *shape, DTYPE[device])
         for shape in shapes
         for op, head in GEMMS
-        if op in ops
+        if op in ops and (op != "packed_attention" or first[shape[:2]] == shape)
     ]
 
 

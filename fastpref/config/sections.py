@@ -45,11 +45,13 @@ class Model(Section):
         "auto",
         description="Attention code of transformers; `auto`: sdpa where the model supports it.",
     )
-    kernels: Literal["auto", "liger", "torch"] = Field(
+    kernels: Literal["auto", "fused", "liger", "torch"] = Field(
         "auto",
-        description="RMSNorm, rotary embedding and gated MLP of the layers: `liger` uses the "
-        "kernels of liger-kernel, on CUDA; `auto`: liger where it is installed and supports the "
-        "model, except with float64.",
+        description="Code of the decoder layers. `fused`: explicit forward and backward passes, "
+        "with LoRA inside the matrix products and only what the backward pass needs in memory; "
+        "`liger`: RMSNorm, rotary embedding and gated MLP of liger-kernel, on CUDA; `torch`: the "
+        "layers of transformers. `auto`: fused where every part of the layers is known, else liger "
+        "where it is installed and supports the model, except with float64.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 

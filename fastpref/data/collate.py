@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpref.attention import Segments
 from fastpref.data.batch_plan import Layout
 from fastpref.data.dataset import Ids, TokenGroup
-from fastpref.data.packing import Packing, pack_groups
+from fastpref.data.packing import pack_groups
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import Kind, Logps
 
@@ -41,7 +42,7 @@ class Batch:
     tokens: int  # unpadded tokens of all sequences
     chosen_tokens: int  # of pairs: completion tokens of the chosen responses, which come first
     position_ids: Tensor | None = None  # (1, L) int64, positions in the sequences of a packed row
-    packing: Packing | None = None  # segments of a packed row
+    segments: Segments | None = None  # segments of a packed row
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":

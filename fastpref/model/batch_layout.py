@@ -9,9 +9,6 @@ from fastpref.model import packed_attention
 from fastpref.model.policy import Policy
 from fastpref.utils.progress import Display
 
-# Largest relative error of packed hidden states that is explained by rounding.
-_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
-
 
 def choose_layout(
     policy: Policy, training: Training, attn_implementation: str, groups: Groups, display: Display
@@ -38,6 +35,9 @@ def choose_layout(
         display.note(f"note: {name} cannot share prompts; each response has its own row")
         layout = "padded"
     use_layout(policy, layout)
+    if policy.not_fused and attn_implementation == "auto":
+        library = "liger-kernel" if policy.kernels == "liger" else "transformers"
+        display.note(f"note: the layers are those of {library}, not fused: {policy.not_fused}")
     if layout != "padded":
         display.note(_savings(groups, layout))
 
@@ -61,10 +61,12 @@ def use_layout(policy: Policy, layout: Layout) -> None:
 def _can_share(policy: Policy, groups: Groups) -> bool:
     """Whether packing leaves the hidden states of the two longest groups unchanged."""
     longest = tokens_of(groups, "prefix_shared").argsort(kind="stable")[-2:]
-    # The check runs without autocast, in the dtype of the weights.
-    dtype = policy.compute_dtype if policy.sharded else policy.base.dtype
-    error = policy.packing_error([groups[int(index)] for index in longest])
-    return error <= _TOLERANCE[str(dtype).removeprefix("torch.")]
+    members = [groups[int(index)] for index in longest]
+    error = policy.packing_error(members)
+    if policy.trunk is not None and not error <= policy.rounding:
+        policy.use_transformers(f"its layers differ from transformers' by {error:.2g} on long rows")
+        error = policy.packing_error(members)
+    return error <= policy.rounding
 
 
 def _savings(groups: Groups, layout: Layout) -> str:

@@ -35,6 +35,7 @@ from fastpref import config as configs
 from fastpref import distributed
 from fastpref.config import ConfigError
 from fastpref.model.policy import Policy
+from fastpref.trunk.model import BLOCK_METHOD
 from fastpref.utils.errors import ModelError
 
 
@@ -74,13 +75,15 @@ def shard(policy: Policy, mesh: DeviceMesh, options: configs.Parallel) -> None:
     }
     for block in policy.blocks():
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **fsdp_options)
+        if policy.trunk is not None:
+            register_fsdp_forward_method(block, BLOCK_METHOD)
     fully_shard(policy, **fsdp_options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     # These methods run forward passes of the root too.
-    for method in ("check_head", "packing_error"):
+    for method in ("check_head", "check_trunk", "packing_error"):
         register_fsdp_forward_method(policy, method)
     policy.sharded = True
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from fastpref.config import Adapter, Model, Parallel, Training
 from fastpref.model import fsdp
-from fastpref.model.liger import use_liger
+from fastpref.model.layer_kernels import use_kernels
 from fastpref.model.lora import add_adapter, initialize
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import check_quantization, load_in_4bit, reload_in_4bit
@@ -64,13 +64,12 @@ def load_policy(
         model, tokenizer, stored_dtype, mesh is not None, device if in_4bit else None
     )
     _check_vocabulary(causal_lm, tokenizer)
-    uses_liger = use_liger(causal_lm, model.kernels, device)
     wrapped: nn.Module = causal_lm
     if adapter is not None:
         causal_lm.requires_grad_(False)
         wrapped = add_adapter(causal_lm, adapter, keep_initial_adapter, sharded=mesh is not None)
     policy = Policy(wrapped, compute_dtype)
-    policy.kernels = "liger" if uses_liger else "torch"
+    use_kernels(policy, model, training, device)
     checkpoint_activations(policy, training.activation_checkpointing)
     if training.compile:
         for block in policy.blocks():
@@ -86,6 +85,7 @@ def load_policy(
         initialize(policy, adapter, training.seed)
     try:
         policy.check_head()
+        policy.check_trunk()
     except UserError:
         raise
     # For example, a width that is no multiple of the number of attention heads.

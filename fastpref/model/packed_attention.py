@@ -1,26 +1,26 @@
 """Attention over packed rows, for any model that calls transformers' attention interface.
 
-The model passes the `Packing` of a row to every layer as the keyword argument `packing`, so it is
-also available when activation checkpointing recomputes a layer. On CUDA, one FlexAttention block
-mask serves all layers with the same window. On other devices each prompt and each response is one
-call of `scaled_dot_product_attention`, so the cost grows with the square of the sequence lengths
-and not of the row length.
+The model passes the `Segments` of a row to every layer as the keyword argument `segments`, so they
+are also available when activation checkpointing recomputes a layer. `fastpref.attention` computes
+it; on CUDA, where neither its kernel nor flash-attn can run, FlexAttention with one block mask for
+all layers with the same window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 
+from fastpref import attention
+from fastpref.attention import Segments
 from fastpref.data.dataset import TokenGroup
-from fastpref.data.packing import PackedRow, Packing, pack_groups
+from fastpref.data.packing import PackedRow, pack_groups
 
 NAME = "fastpref_packed"
 
@@ -28,7 +28,7 @@ NAME = "fastpref_packed"
 def register() -> str:
     """Register the attention with transformers; return its name for `attn_implementation`.
 
-    No mask function is registered, so transformers builds no mask: the packing replaces it.
+    No mask function is registered, so transformers builds no mask: the segments replace it.
     """
     from transformers import AttentionInterface
 
@@ -38,20 +38,20 @@ def register() -> str:
 
 def packed_attention(
     module: nn.Module,
-    query: Tensor,  # (N, H, P, D)
-    key: Tensor,  # (N, H', P, D), H a multiple of H'
-    value: Tensor,  # (N, H', P, D)
+    query: Tensor,  # (N, H, L, D)
+    key: Tensor,  # (N, H', L, D), H a multiple of H'
+    value: Tensor,  # (N, H', L, D)
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    packing: Packing | None = None,
+    segments: Segments | None = None,
     **_: Any,
 ) -> tuple[Tensor, Any]:
-    """Causal attention (N, P, H, D) of each token to its response and that response's prompt.
+    """Causal attention (N, L, H, D) of each token to its response and that response's prompt.
 
-    Without `packing` every row is one sequence, padded on the right if at all. A window counts
+    Without `segments` every row is one sequence, padded on the right if at all. A window counts
     positions within the unpacked sequence. Raises ValueError for a mask and for dropout.
     """
     if attention_mask is not None or dropout:
@@ -60,80 +60,46 @@ def packed_attention(
             f"{'a mask' if attention_mask is not None else f'dropout {dropout}'}; pad on the "
             "right, and set the model's attention dropout to 0"
         )
-    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
-    if packing is None:
-        output = causal_attention(query, key, value, window=sliding_window, **options)
-    elif query.device.type == "cuda":
-        from transformers import AttentionInterface
-
-        mask = block_mask(packing, sliding_window, query.device)
-        return AttentionInterface()["flex_attention"](module, query, key, value, mask, **options)
-    else:
-        output = _by_segment(packing, query, key, value, window=sliding_window, **options)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _by_segment(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, **options: Any
-) -> Tensor:
-    """Attention (1, H, P, D) of a packed row, one call per prompt and per response."""
-    sizes = packing.sizes.tolist()
-    segments = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = []
-    for _, *responses in packing.groups:
-        q, *prompt = next(segments)
-        outputs.append(causal_attention(q, prompt[0], prompt[1], **options))
-        for _ in responses:
-            q, *response = next(segments)
-            k, v = (torch.cat(pair, dim=2) for pair in zip(prompt, response, strict=True))
-            outputs.append(causal_attention(q, k, v, **options))
-    return torch.cat(outputs, dim=2)
+    # Under autocast a rotary embedding may leave queries and keys wider than the values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    count, length = query.shape[0], query.shape[2]
+    segments = attention.rows(count, length) if segments is None else segments
+    options: dict[str, Any] = {"window": sliding_window, "softcap": softcap}
+    if query.is_cuda and attention.implementation(query, **options) == "by_segment":
+        return _flex(module, query, key, value, segments, scaling, **options)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    output = attention.packed_attention(q, k, v, segments, scale=scaling, **options)
+    return output.unflatten(0, (count, length)), None
 
 
-def causal_attention(
+def _flex(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Causal attention (N, H, Q, D) of the last Q tokens of sequences of K tokens.
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Any]:
+    """FlexAttention over rows that are joined to one, (1, H, P, D)."""
+    from transformers import AttentionInterface
 
-    Softmax of `softcap·tanh(s / softcap)`, s = scaling · qᵀk, over the last `window` positions.
-    """
-    offset = key.shape[2] - query.shape[2]
-    has_window = window is not None and window < key.shape[2]
-    if softcap is None and not has_window and offset < query.shape[2]:
-        # Padding the queries allows is_causal, which needs no (Q, K) mask and skips half of the
-        # work; this saves more than the padded queries cost.
-        padded = pad(query, (0, 0, offset, 0))
-        return scaled_dot_product_attention(
-            padded, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )[:, :, offset:]
-    mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(offset)
-    if window is not None:
-        mask = mask.triu(offset - window + 1)
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-        )
-    heads_per_key = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(heads_per_key, dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=dtype)
-    return weights.to(value.dtype) @ value
+    joined = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    mask = block_mask(segments, window, query.device)
+    output, _ = AttentionInterface()["flex_attention"](
+        module, *joined, mask, scaling=scaling, softcap=softcap
+    )
+    return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
 
 
-def block_mask(packing: Packing, window: int | None, device: torch.device) -> Any:
+def block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
     """FlexAttention block mask of a packed row, built once for all layers with the same window."""
-    if (window, device) not in packing.masks:
+    if (window, device) not in segments.cache:
         columns = (
-            np.arange(len(packing.sizes)).repeat(packing.sizes),
-            packing.prompts.repeat(packing.sizes),
-            packing.positions,
+            np.arange(len(segments.sizes)).repeat(segments.sizes),
+            segments.prompts.repeat(segments.sizes),
+            segments.positions,
         )
         segment_ids, prompt_ids, positions = (
             torch.from_numpy(column).to(device) for column in columns
@@ -146,8 +112,8 @@ def block_mask(packing: Packing, window: int | None, device: torch.device) -> An
 
         size = len(positions)
         create = _create_block_mask(device.type)
-        packing.masks[window, device] = create(mask_mod, None, None, size, size, device)
-    return packing.masks[window, device]
+        segments.cache[window, device] = create(mask_mod, None, None, size, size, device)
+    return segments.cache[window, device]
 
 
 @cache
@@ -160,13 +126,20 @@ def _create_block_mask(device_type: str) -> Any:
 
 
 @torch.no_grad()
-def packing_error(model: Any, groups: Sequence[TokenGroup]) -> float:
+def packing_error(
+    model: Any,
+    groups: Sequence[TokenGroup],
+    packed_hidden: Callable[[PackedRow], Tensor] | None = None,
+) -> float:
     """Largest relative error of the hidden states that predict labels, packed against unpacked.
 
     `max_t ‖h_t − h'_t‖ / ‖h'_t‖`, where h' is computed from each sequence alone with the attention
     implementation of the Hugging Face model, which is restored; inf if the model cannot take a
     packed row. Errors that begin at some length, such as a window that the layers do not pass on,
     show only in groups of that length.
+
+    packed_hidden: function from a row to its hidden states (P, D); None for the model with
+        `packed_attention`.
     """
     trunk, original = model.base_model, model.config._attn_implementation
     sequences = [(g, k) for g, group in enumerate(groups) for k in range(len(group.responses))]
@@ -181,14 +154,17 @@ def packing_error(model: Any, groups: Sequence[TokenGroup]) -> float:
     expected = torch.cat(
         [hidden_states(pack_groups(groups, [sequence], share=False)) for sequence in sequences]
     )
-    model.set_attn_implementation(register())
+    row = pack_groups(groups, sequences)
     try:
-        if model.config._attn_implementation != NAME:
-            return math.inf
-        row = pack_groups(groups, sequences)
-        difference = hidden_states(row, packing=row.packing) - expected
+        if packed_hidden is not None:
+            difference = packed_hidden(row)[row.predictor_positions.to(model.device)] - expected
+        else:
+            model.set_attn_implementation(register())
+            if model.config._attn_implementation != NAME:
+                return math.inf
+            difference = hidden_states(row, segments=row.segments) - expected
         return (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    # The model's forward does not accept `packing`, or builds a mask.
+    # The model's forward does not accept `segments`, or builds a mask.
     except (TypeError, ValueError):
         return math.inf
     finally:

@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastpref import ops
+from fastpref import attention, ops
 from fastpref.data.batch_plan import Layout
 from fastpref.data.collate import Batch, collate
 from fastpref.data.dataset import Groups, TokenGroup
+from fastpref.data.packing import PackedRow, varlen_arguments
 from fastpref.model.packed_attention import packing_error
+from fastpref.trunk import Trunk
 from fastpref.utils.errors import ModelError
 
 
@@ -87,7 +90,9 @@ class Policy(nn.Module):
         self.layout: Layout = "padded"  # see `fastpref.model.batch_layout`
         self.batch_invariant = True  # see `batches`
         self.sharded = False  # see `fastpref.model.fsdp`
-        self.kernels = "torch"  # "torch" or "liger" layers; see `fastpref.model.liger`
+        self.kernels = "torch"  # "fused", "liger" or "torch"; see `fastpref.model.layer_kernels`
+        self.trunk: Trunk | None = None  # of "fused" kernels
+        self.not_fused = ""  # reason why "auto" did not choose them
         self.fresh_adapter = True  # False for an adapter that was loaded
         base = self.base
         self.logit_scale, self.softcap = _head_options(base.config)
@@ -195,15 +200,17 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
         """Last hidden states (R·L, D) of all positions; `embeddings` (R, L, D) replace the ids."""
+        if self.trunk is not None:
+            return self._explicit(batch.input_ids, batch.position_ids, batch.segments, embeddings)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if embeddings is not None:
             inputs = {"inputs_embeds": embeddings}
-        if batch.packing is not None:
+        if batch.segments is not None:
             inputs["position_ids"] = batch.position_ids
             if self.layout == "packed":
-                inputs |= batch.packing.varlen_arguments(self.device)
+                inputs |= varlen_arguments(batch.segments, self.device)
             else:
-                inputs["packing"] = batch.packing
+                inputs["segments"] = batch.segments
         return self._hidden(**inputs).flatten(0, 1)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -216,6 +223,23 @@ class Policy(nn.Module):
         with self._autocast():
             hidden = self.base.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.compute_dtype)
+
+    def _explicit(
+        self,
+        input_ids: Tensor,  # (R, L)
+        position_ids: Tensor | None = None,
+        segments: attention.Segments | None = None,
+        embeddings: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Last hidden states (R·L, D) by the explicit blocks; rows are sequences by default."""
+        assert self.trunk is not None
+        rows, length = input_ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device).expand(rows, length)
+        segments = segments or attention.rows(rows, length)
+        dtype = dtype or self.compute_dtype
+        return self.trunk(input_ids, position_ids, segments, dtype, embeddings)
 
     def _autocast(self) -> torch.autocast:
         half = self.compute_dtype == torch.bfloat16
@@ -230,8 +254,40 @@ class Policy(nn.Module):
         return {"logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def packing_error(self, groups: Sequence[TokenGroup]) -> float:
-        """Apply `packed_attention.packing_error` to the base model."""
-        return packing_error(self.base, groups)
+        """Apply `packed_attention.packing_error` to the base model, or to the explicit blocks."""
+        if self.trunk is None:
+            return packing_error(self.base, groups)
+        return packing_error(self.base, groups, self._explicit_row)
+
+    def _explicit_row(self, row: PackedRow) -> Tensor:
+        # Without autocast the model computes in the dtype of its weights, or of its shards.
+        dtype = self.compute_dtype if self.sharded else self.base.dtype
+        ids, positions = row.input_ids.to(self.device), row.position_ids.to(self.device)
+        return self._explicit(ids, positions, row.segments, dtype=dtype)
+
+    def use_transformers(self, reason: str) -> None:
+        """Compute the layers by transformers' code from now on, for a reason to tell the user."""
+        self.trunk, self.kernels, self.not_fused = None, "torch", reason
+
+    @torch.no_grad()
+    def check_trunk(self) -> None:
+        """Compare the explicit blocks with transformers' layers on a few tokens.
+
+        Where they differ by more than rounding, transformers' layers are used.
+        """
+        if self.trunk is None:
+            return
+        ids = np.arange(1, 33, dtype=np.int32) % self.head()[0].shape[0]
+        error = self.packing_error([TokenGroup(0, 0, ids[:11], (ids[11:20], ids[20:]))])
+        if not error <= self.rounding:
+            self.use_transformers(f"its layers differ from transformers' by {error:.2g}")
+
+    @property
+    def rounding(self) -> float:
+        """Largest relative error of hidden states that rounding explains."""
+        # The comparison runs without autocast, in the dtype of the weights.
+        dtype = self.compute_dtype if self.sharded else self.base.dtype
+        return 0.1 if dtype == torch.bfloat16 else 1e-3
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -67,7 +67,7 @@ def trace(policy: Policy, group: Sequence[int], layout: Layout, one_kernel: bool
     values.
     """
     if policy.base.config._attn_implementation != "eager":
-        # Packed attention saves as much as flash attention, with a packing or without; the code of
+        # Packed attention saves as much as flash attention, with segments or without; the code of
         # transformers would build masks, which needs values.
         use_layout(policy, "prefix_shared")
     try:
@@ -110,7 +110,7 @@ def _fit(policy: Policy, batches: list[Batch]) -> Trace:
 def _batch(lengths: Sequence[int], layout: Layout, one_kernel: bool) -> Batch:
     prompt, *responses = (np.zeros(length, dtype=np.int32) for length in lengths)
     batch = collate([TokenGroup(0, 1, prompt, tuple(responses))], "groupwise", layout)
-    return replace(batch, packing=None) if one_kernel else batch
+    return replace(batch, segments=None) if one_kernel else batch
 
 
 def _run(policy: Policy, batch: Batch) -> _Run:
@@ -122,7 +122,8 @@ def _run(policy: Policy, batch: Batch) -> _Run:
         for p in policy.parameters()
         if p.requires_grad
     ]
-    with FlopCounterMode(display=False) as flops, _LiveBytes(policy.parameters()) as live:
+    counter = FlopCounterMode(display=False, custom_mapping=_IN_PLACE)
+    with counter as flops, _LiveBytes(policy.parameters()) as live:
         inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
         root = policy.hidden_states(batch, inputs).sum()
         saved, forward, forward_flops = live.now, live.peak, flops.get_total_flops()
@@ -132,6 +133,14 @@ def _run(policy: Policy, batch: Batch) -> _Run:
     for hook in hooks:
         hook.remove()
     return _Run(saved, forward - saved, live.peak - saved, forward_flops, total - forward_flops)
+
+
+def _addmm_flops(_: Any, a: Sequence[int], b: Sequence[int], *__: Any, **___: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# Torch's counter does not know the product that is added in place.
+_IN_PLACE: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flops}
 
 
 def _drop_gradient(parameter: Tensor) -> None:

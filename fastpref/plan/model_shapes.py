@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from fastpref.config import Adapter, Model
+from fastpref.model.layer_kernels import fuse
 from fastpref.model.load import (
     build_empty,
     checkpoint_activations,
@@ -89,6 +90,8 @@ def empty_policy(
         with init_empty_weights(include_buffers=False):
             wrapped = add_adapter(causal_lm, adapter, False, sharded=sharded)
     policy = Policy(wrapped, compute_dtype)
+    if model.kernels in ("auto", "fused"):
+        fuse(policy, model, compiled=False)
     checkpoint_activations(policy, activation_checkpointing)
     return policy.train()
 

@@ -234,6 +234,8 @@ def _references(
     if mode == "frozen":
         copy = load_copy()
         use_layout(copy, policy.layout)
+        if policy.trunk is None:
+            copy.use_transformers(policy.not_fused)
         reference = FrozenReference(copy)
     return lambda groups, plan: reference
 

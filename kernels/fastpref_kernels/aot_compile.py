@@ -1,6 +1,7 @@
 """Compile every kernel in every configuration ahead of time, on a machine without a GPU.
 
     python -m fastpref_kernels.aot_compile [--arch 80,90,100] [--only NAME] [--out FILE]
+                                           [--thorough]
 
 One row per kernel, variant, dtype and tile shape: registers a thread, bytes of spills and of
 shared memory, and the matrix instruction that the code uses. The exit status is 1 when a row
@@ -23,49 +24,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastpref_kernels.aot_kernels import (
+    ARGUMENT_TYPES,
+    ATTENTION_KERNELS,
+    CONFIGS,
+    GEMM_KERNELS,
+    INPUTS,
+    KERNELS,
+    LOSS_KERNELS,
+    ROW_CONFIGS,
+    ROW_KERNELS,
+    is_usual,
+)
 from fastpref_kernels.common.configs import (
     FP_FUSION,
     GROUP_T,
-    LABEL_LOGITS,
-    MERGE,
-    MERGE_KL,
     MERGE_PANELS,
-    SCORE_FOLD,
     SHARED_MEMORY_LIMIT,
+    AttentionConfig,
     GemmConfig,
     RowConfig,
+    attention_configs,
     gemm_configs,
-    pair_configs,
 )
-from fastpref_kernels.dlogits import label_logits_kernel, linear_dlogits_kernel
-from fastpref_kernels.linear_kl import kl_dlogits_kernel, linear_kl_fwd_kernel, merge_kl_kernel
 from fastpref_kernels.losses.inputs import LOSSES
-from fastpref_kernels.losses.pair import pair_losses_kernel
-from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
-from fastpref_kernels.losses.response import response_losses_kernel
-from fastpref_kernels.score_sketch import fold_kernel
-from fastpref_kernels.softmax_stats import linear_softmax_fwd_kernel, merge_fwd_kernel
 
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-ARGUMENT_TYPES = {
-    **dict.fromkeys(("labels", "lengths", "chosen_lengths", "rejected_lengths"), "*i64"),
-    **dict.fromkeys(("top1", "redo_mask", "desirable"), "*u8"),
-    "metrics": "*fp64",
-    **dict.fromkeys(("p0", "p1", "p2", "p3"), "fp64"),
-    **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first", "rows"), "i32"),
-    **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
-}
-# Pointers in the dtype under test; other pointers are fp32.
-INPUTS = frozenset(
-    "hidden weight ref_hidden ref_weight bias exp_logits dlogits folded".split()  # noqa: SIM905
-)
-
-
-class Kernel(NamedTuple):
-    """A kernel and, by variant, the arguments that its launcher passes as constants."""
-
-    function: Any
-    variants: dict[str, dict[str, Any]]
 
 
 class Job(NamedTuple):
@@ -74,7 +58,7 @@ class Job(NamedTuple):
     kernel: str
     variant: str
     dtype: str
-    config: GemmConfig | RowConfig
+    config: GemmConfig | RowConfig | AttentionConfig
     arch: int
 
 
@@ -100,87 +84,11 @@ class Row(NamedTuple):
         return reasons
 
 
-def without(*names: str) -> dict[str, Any]:
-    """Arguments that are None."""
-    return dict.fromkeys(names)
+def jobs(arches: list[int], only: str | None, thorough: bool = False) -> Iterator[Job]:
+    """Every compilation of the given architectures, or of a single kernel.
 
-
-def loss_variants(table: dict[str, Objective]) -> dict[str, dict[str, Any]]:
-    """Every objective with all its inputs, soft labels included, and all its choices."""
-    variants = {}
-    for name, objective in table.items():
-        for choices in itertools.product(*objective.choices):
-            fixed = dict(zip(("c0", "c1"), (*choices, None, None), strict=False))
-            fixed["OBJECTIVE"] = objective.function
-            fixed["NUMBERS"] = len(objective.arguments) - len(choices)
-            fixed["CHOICES"] = len(choices)
-            if objective.reference is False:
-                fixed |= without("ref_chosen", "ref_rejected")
-            if not objective.point:
-                fixed |= without("reference_point")
-            variants[" ".join((name, *map(str, choices)))] = fixed
-    return variants
-
-
-GEMM_KERNELS = {
-    "linear_softmax_fwd": Kernel(
-        linear_softmax_fwd_kernel,
-        {
-            "stats": without("bias", "softcap", "exp_logits", "shift", "redo_mask"),
-            "stats,bias": without("softcap", "exp_logits", "shift", "redo_mask"),
-            "stats,softcap": without("bias", "exp_logits", "shift", "redo_mask"),
-            "train": without("bias", "softcap", "panel_dot", "redo_mask"),
-            "train,bias": without("softcap", "panel_dot", "redo_mask"),
-            "train,softcap": without("bias", "panel_dot", "redo_mask"),
-            "redo": without("bias", "softcap", "panel_dot"),
-            "redo,bias": without("softcap", "panel_dot"),
-            "redo,softcap": without("bias", "panel_dot"),
-        },
-    ),
-    "linear_kl_fwd": Kernel(
-        linear_kl_fwd_kernel, {"plain": without("softcap"), "softcap": without()}
-    ),
-    "kl_dlogits": Kernel(kl_dlogits_kernel, {"plain": without("softcap"), "softcap": without()}),
-    "linear_dlogits": Kernel(
-        linear_dlogits_kernel,
-        {
-            "plain": without("bias", "softcap"),
-            "bias": without("softcap"),
-            "softcap": without("bias"),
-        },
-    ),
-}
-ROW_KERNELS = {
-    "merge_fwd": Kernel(
-        merge_fwd_kernel,
-        {
-            "stats": without("exp_logits", "shift", "redo_mask", "row_scale", "softcap"),
-            "train": without("panel_dot", "entropy", "top1", "softcap"),
-            "train,softcap": without("panel_dot", "entropy", "top1"),
-        },
-    ),
-    "merge_kl": Kernel(merge_kl_kernel, {"plain": without()}),
-    "label_logits": Kernel(
-        label_logits_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
-    ),
-    "fold": Kernel(fold_kernel, {"plain": without()}),
-}
-LOSS_KERNELS = {
-    "pair_losses": Kernel(pair_losses_kernel, loss_variants(PAIR_OBJECTIVES)),
-    "response_losses": Kernel(response_losses_kernel, loss_variants(RESPONSE_OBJECTIVES)),
-}
-KERNELS = {**GEMM_KERNELS, **ROW_KERNELS, **LOSS_KERNELS}
-ROW_CONFIGS = {
-    "merge_fwd": MERGE,
-    "merge_kl": MERGE_KL,
-    "label_logits": LABEL_LOGITS,
-    "fold": SCORE_FOLD,
-}
-CONFIGS = {"linear_kl_fwd": pair_configs, "kl_dlogits": pair_configs}
-
-
-def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
-    """Every compilation of the given architectures, or of a single kernel."""
+    thorough: attention at every head size with every option, not only `is_usual` ones.
+    """
     for arch in arches:
         for name, kernel in GEMM_KERNELS.items():
             if only not in (None, name):
@@ -198,6 +106,22 @@ def jobs(arches: list[int], only: str | None) -> Iterator[Job]:
                 continue
             for variant in kernel.variants:
                 yield Job(name, variant, "fp32", LOSSES, arch)
+        for name, (kernel, field) in ATTENTION_KERNELS.items():
+            if only not in (None, name):
+                continue
+            for variant, dtype in itertools.product(kernel.variants, ("bf16", "fp32")):
+                constants = kernel.variants[variant]
+                configs = attention_configs(
+                    arch, 4 if dtype == "fp32" else 2, constants["SIZE"], "softcap" not in constants
+                )
+                tiles = getattr(configs, field)
+                if "values alone" in variant:
+                    tiles = configs.dv
+                is_apart = field == "dkv" and configs.dv is not None
+                is_launched = tiles is not None and is_apart == ("alone" in variant)
+                is_chosen = thorough and (dtype == "bf16" or constants["SIZE"] in (64, 128))
+                if is_launched and (is_chosen or is_usual(variant, dtype)):
+                    yield Job(name, variant, dtype, tiles, arch)
 
 
 def source(job: Job) -> ASTSource:
@@ -206,8 +130,11 @@ def source(job: Job) -> ASTSource:
     names = kernel.function.arg_names
     config = job.config
     constants = dict(kernel.variants[job.variant])
-    constants["BLOCK_T"] = constants["BLOCK"] = config.block_t
     constants["BLOCK_P"] = MERGE_PANELS
+    if isinstance(config, AttentionConfig):
+        constants |= {"BLOCK_Q": config.block_q, "BLOCK_K": config.block_k}
+    else:
+        constants |= dict.fromkeys(("BLOCK_T", "BLOCK", "BLOCK_Q"), config.block_t)
     if isinstance(config, GemmConfig):
         constants |= {
             "BLOCK_V": config.block_v,
@@ -249,7 +176,7 @@ def compile_job(job: Job) -> Row:
     """Compile for the job's architecture and read the resources from the machine code."""
     options: dict[str, Any] = {"num_warps": job.config.num_warps}
     options["enable_fp_fusion"] = FP_FUSION
-    if isinstance(job.config, GemmConfig):
+    if not isinstance(job.config, RowConfig):
         options["num_stages"] = job.config.num_stages
     try:
         target = GPUTarget("cuda", job.arch, 32)
@@ -258,7 +185,7 @@ def compile_job(job: Job) -> Row:
         return Row(job, 0, 0, 0, None, " ".join(f"{type(error).__name__}: {error}".split())[:80])
     registers, spills = resources(binary.asm["cubin"])
     instruction = None
-    if job.kernel in GEMM_KERNELS:
+    if job.kernel in GEMM_KERNELS or (job.kernel in ATTENTION_KERNELS and job.dtype == "bf16"):
         instruction = MATRIX_INSTRUCTION[job.arch] in binary.asm["ptx"]
     return Row(job, registers, spills, binary.metadata.shared, instruction)
 
@@ -274,20 +201,22 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack
 
 
+def tile(c: GemmConfig | AttentionConfig) -> str:
+    """The shape of a tile, warps and stages."""
+    blocks = (c.block_t, c.block_v, c.block_d) if isinstance(c, GemmConfig) else c[:2]
+    return f"{'x'.join(map(str, blocks))}, {c.num_warps}, {c.num_stages}"
+
+
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| arch | kernel | variant | dtype | t x v x d, warps, stages "
+        "| arch | kernel | variant | dtype | t x v x d or q x k, warps, stages "
         "| registers | spills | shared | matrix instruction | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         job, c = row.job, row.job.config
-        shape = (
-            f"{c.block_t}x{c.block_v}x{c.block_d}, {c.num_warps}, {c.num_stages}"
-            if isinstance(c, GemmConfig)
-            else f"{c.block_t}, {c.num_warps}"
-        )
+        shape = f"{c.block_t}, {c.num_warps}" if isinstance(c, RowConfig) else tile(c)
         instruction = {None: "", True: MATRIX_INSTRUCTION[job.arch], False: "none"}[row.instruction]
         lines.append(
             f"| {job.arch} | {job.kernel} | {job.variant} | {job.dtype} | {shape} "
@@ -304,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", default="80,90,100", help="comma-separated, of 80, 90, 100")
     parser.add_argument("--only", help="a single kernel, by name")
+    parser.add_argument(
+        "--thorough", action="store_true", help="attention at every head size with every option"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args(argv)
@@ -312,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     arches = arguments.arch.split(",")
     if unknown := set(arches) - {str(arch) for arch in MATRIX_INSTRUCTION}:
         parser.error(f"--arch must name some of 80, 90, 100, got {', '.join(sorted(unknown))}")
-    todo = list(jobs([int(arch) for arch in arches], arguments.only))
+    todo = list(jobs([int(arch) for arch in arches], arguments.only, arguments.thorough))
     if not todo:
         parser.error(f"--only must be one of {', '.join(KERNELS)}, got {arguments.only}")
     with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -235,7 +235,7 @@ VALUES = [
     _fields("model.dtype: must be 'bfloat16', 'float32' or 'float64', got 'fp8'",
             model={"dtype": "fp8"}),
     _fields("model.path: must be text, got 3", model={"path": 3}),
-    _fields("model.kernels: must be 'auto', 'liger' or 'torch', got 'triton'",
+    _fields("model.kernels: must be 'auto', 'fused', 'liger' or 'torch', got 'triton'",
             model={"kernels": "triton"}),
     _fields("adapter.quantize: must be 'nf4', got 'int8'", adapter={**LORA, "quantize": "int8"}),
     _fields("adapter.name: must be 'lora', got 'ia3'", adapter="ia3"),

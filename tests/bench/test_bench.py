@@ -47,7 +47,7 @@ def test_rows_are_well_formed(device: str, quick: bool) -> None:
     assert len(set(problems)) == len(problems)
     for problem in problems:
         assert problem.T % (2 * problem.pairs) == 0  # equally long responses
-        assert problem.flops > 0 and problem.gemms.strip("LHW") == ""
+        assert problem.flops > 0 and problem.gemms.strip("LHWA") == ""
         assert getattr(torch, problem.dtype).is_floating_point
         assert any(x.serves(problem) for x in contestants.implementations(device, ()))
 
@@ -67,6 +67,27 @@ def test_necessary_flops() -> None:
     geometry = Problem("score_geometry", "frozen", 4096, 8192, 50000, "float32")
     gram = 2 * 6 * 1024**2 * (50000 + 8192)
     assert geometry.flops == pytest.approx(2 * 4096 * 8192 * 50000 + gram)
+
+
+def test_a_packed_row_and_its_flops() -> None:
+    segments = rows.packed_segments(8192)
+    assert segments.tokens == 8192 and {len(group) for group in segments.groups} == {3}
+    assert 400 < 8192 / len(segments.groups) < 1000
+    assert [rows.packed_segments(size).groups for size in (1, 4, 12)] == [
+        ((1,),),
+        ((1, 1, 2),),
+        ((6, 3, 3),),
+    ]
+    # The prompt sees 1 + 2 + ... + 6 keys, each response 7 + 8 + 9.
+    assert rows.visible_pairs(rows.packed_segments(12)) == 69
+    assert replace(FROZEN, op="packed_attention").flops == 7 * 2 * 8 * 69
+    assert rows.attention_heads(4096) == (32, 8, 128)
+    assert [rows.attention_heads(width) for width in (512, 64, 16, 12)] == [
+        (4, 1, 128),
+        (4, 1, 16),
+        (1, 1, 16),
+        (3, 3, 4),
+    ]
 
 
 def test_inputs_are_the_same_each_time_and_uneven() -> None:

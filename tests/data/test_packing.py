@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastpref.attention import Segments
 from fastpref.data.collate import collate
 from fastpref.data.dataset import TokenGroup
-from fastpref.data.packing import Packing, pack_groups
+from fastpref.data.packing import pack_groups, varlen_arguments
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def test_a_row_of_pairs() -> None:
     row = pack_groups(PAIRS, MEMBERS)
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
     assert row.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 3, 1]]
-    assert row.packing.groups == ((2, 1, 2), (1, 3, 1))
+    assert row.segments.groups == ((2, 1, 2), (1, 3, 1))
     assert row.label_positions.tolist() == [2, 6, 7, 8, 3, 4, 9]
     assert row.predictor_positions.tolist() == [1, 5, 6, 7, 1, 3, 5]
 
@@ -35,10 +36,10 @@ def test_without_sharing_every_member_has_its_own_prompt() -> None:
     row = pack_groups(PAIRS, MEMBERS, share=False)
     assert row.input_ids.tolist() == [[1, 2, 3, 6, 7, 8, 9, 1, 2, 4, 5, 6, 10]]
     assert row.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
-    assert row.packing.groups == ((2, 1), (1, 3), (2, 2), (1, 1))
+    assert row.segments.groups == ((2, 1), (1, 3), (2, 2), (1, 1))
     assert row.label_positions.tolist() == [2, 4, 5, 6, 9, 10, 12]
     assert torch.equal(row.predictor_positions, row.label_positions - 1)
-    arguments = row.packing.varlen_arguments(CPU)
+    arguments = varlen_arguments(row.segments, CPU)
     assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 7, 11, 13]
     assert arguments["cu_seq_lens_q"].dtype == torch.int32
     assert arguments["cu_seq_lens_k"].tolist() == [0, 3, 7, 11, 13]
@@ -68,9 +69,9 @@ def test_labels_are_those_of_the_padded_batch(kind: str, share: bool) -> None:
 @pytest.mark.parametrize("groups", [(), ((),), ((3, 0),), ((2, 1), (0, 4))])
 def test_an_empty_part_is_refused(groups: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="groups: expected the tokens of a prompt"):
-        Packing(groups)
+        Segments(groups)
 
 
 def test_varlen_attention_cannot_share_a_prompt() -> None:
     with pytest.raises(ValueError, match=r"one response for each prompt, got 2; .*share=False"):
-        pack_groups(PAIRS, MEMBERS).packing.varlen_arguments(CPU)
+        varlen_arguments(pack_groups(PAIRS, MEMBERS).segments, CPU)

@@ -34,7 +34,7 @@ def test_prompts_are_shared_where_nothing_else_is_asked_for(make_config: MakeCon
     assert trainer.policy.layout == "prefix_shared"
     assert "saved by leaving out padding" in said and "by sharing prompts" in said
     (batch,) = trainer.policy.batches(trainer.run.train.groups, [3])
-    assert batch.input_ids.shape[0] == 1 and batch.packing is not None
+    assert batch.input_ids.shape[0] == 1 and batch.segments is not None
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_liger_by_name_is_had_or_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_of_a_run(
     make_config: Callable[..., Config], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert policy_of(make_config(), tokenizer, CPU).kernels == "torch"
+    assert policy_of(make_config(), tokenizer, CPU).kernels == "fused"
+    assert policy_of(make_config(model__kernels="torch"), tokenizer, CPU).kernels == "torch"
     with pytest.raises(ModelError, match=r"model\.kernels: liger runs on CUDA"):
         policy_of(make_config(model__kernels="liger"), tokenizer, CPU)
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastpref.attention import Segments
 from fastpref.data.dataset import TokenGroup
-from fastpref.data.packing import PackedRow, Packing, pack_groups
-from fastpref.model import packed_attention as attention
+from fastpref.data.packing import PackedRow, pack_groups
 from fastpref.model.packed_attention import (
     block_mask,
-    causal_attention,
     packed_attention,
     packing_error,
     register,
@@ -102,7 +99,7 @@ def packed_logps(model: Any, groups: list[TokenGroup], row: PackedRow) -> Tensor
         input_ids=row.input_ids,
         position_ids=row.position_ids,
         use_cache=False,
-        packing=row.packing,
+        segments=row.segments,
     )
     labels = row.input_ids[0, row.label_positions, None]
     logps = output.logits[0, row.predictor_positions].log_softmax(-1).gather(-1, labels)[:, 0]
@@ -162,17 +159,17 @@ def test_without_sharing(name: str) -> None:
         ((9,), (14,), (11,), *SIZES[1:]),  # responses do not see their prompt
     ],
 )
-def test_another_packing_is_noticed(parts: tuple[tuple[int, ...], ...]) -> None:
+def test_other_segments_are_noticed(parts: tuple[tuple[int, ...], ...]) -> None:
     """Each leak changes a log-prob by far more than rounding, so the comparison detects it."""
     model, groups = build("gpt_neox"), make_groups()
     expected = plain_logps(model, groups)
     model.set_attn_implementation(register())
-    row = pack_groups(groups, members(groups))._replace(packing=Packing(parts))
+    row = pack_groups(groups, members(groups))._replace(segments=Segments(parts))
     assert (packed_logps(model, groups, row) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma2", "gpt_neox"])
-def test_without_a_packing_rows_are_padded_sequences(name: str) -> None:
+def test_without_segments_rows_are_padded_sequences(name: str) -> None:
     model = build(name)
     ids = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=ids, use_cache=False).logits
@@ -188,59 +185,26 @@ def random_heads(rows: int, tokens: int) -> list[Tensor]:
     return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 7, 50])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("queries", [1, 3, 5, 7])
-def test_causal_attention(queries: int, softcap: float | None, window: int | None) -> None:
-    """Compare with softmax attention computed token by token and head by head."""
-    query, key, value = random_heads(2, 7)
-    ours = causal_attention(query[:, :, -queries:], key, value, 0.3, softcap, window)
-    for row, head, t in itertools.product(range(2), range(6), range(7 - queries, 7)):
-        seen = slice(max(0, t + 1 - (window or 7)), t + 1)
-        scores = 0.3 * key[row, head // 3, seen] @ query[row, head, t]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        expected = scores.softmax(0) @ value[row, head // 3, seen]
-        torch.testing.assert_close(ours[row, head, t - 7 + queries], expected, rtol=0, atol=1e-12)
-
-
-def test_a_response_that_is_longer_than_its_prompt_takes_no_mask(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A mask would grow with the square of the response length."""
-    has_mask: list[bool] = []
-
-    def noting(*heads: Tensor, **options: Any) -> Tensor:
-        has_mask.append("attn_mask" in options)
-        return functional.scaled_dot_product_attention(*heads, **options)
-
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
-    query, key, value = random_heads(1, 9)
-    for queries in (4, 5):
-        causal_attention(query[:, :, -queries:], key, value)
-    assert has_mask == [True, False]
-
-
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("sizes", [SIZES, [(70, 90, 40), (130, 5)]])
 def test_the_block_mask_is_the_attention_by_sequences(
     sizes: list[tuple[int, ...]], window: int | None
 ) -> None:
     """FlexAttention, here in plain PyTorch, over a row of one block and over one of several."""
-    packing = Packing(tuple(sizes))
+    segments = Segments(tuple(sizes))
     inputs = random_heads(1, sum(map(sum, sizes)))
-    mask = block_mask(packing, window, CPU)
+    mask = block_mask(segments, window, CPU)
     flex = flex_attention(*inputs, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
     ours, _ = packed_attention(
-        torch.nn.Module(), *inputs, None, scaling=0.3, sliding_window=window, packing=packing
+        torch.nn.Module(), *inputs, None, scaling=0.3, sliding_window=window, segments=segments
     )
     torch.testing.assert_close(ours, flex, rtol=0, atol=1e-12)
 
 
 def test_a_block_mask_is_made_once() -> None:
-    packing = Packing(((3, 2, 2),))
-    assert block_mask(packing, None, CPU) is block_mask(packing, None, CPU)
-    assert block_mask(packing, None, CPU) is not block_mask(packing, 2, CPU)
+    segments = Segments(((3, 2, 2),))
+    assert block_mask(segments, None, CPU) is block_mask(segments, None, CPU)
+    assert block_mask(segments, None, CPU) is not block_mask(segments, 2, CPU)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +229,7 @@ def test_packing_error_of_a_model_that_can(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "reason"),
     [
-        ("stablelm", GROUPED, "its layers do not pass the packing on"),
+        ("stablelm", GROUPED, "its layers do not pass the segments on"),
         ("mamba", COMMON, "it has no attention"),
         ("falcon", COMMON, "its attention cannot be set"),
         ("doge", GROUPED, "it builds its own mask"),

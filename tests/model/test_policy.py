@@ -20,6 +20,7 @@ from fastpref.model import policy as module
 from fastpref.model.policy import ForwardOptions, Policy
 from fastpref.utils.errors import ModelError
 from tests.helpers.data import LLAMA
+from tests.helpers.exact import ExactlyInFp64
 from tests.helpers.policies import policy_of
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def plain_logps(causal_lm: nn.Module, pair: TokenGroup) -> list[float]:
     values = []
     for response in pair.responses:
         ids = torch.from_numpy(np.concatenate([pair.prompt, response]).astype(np.int64))
-        with torch.no_grad():
+        with torch.no_grad(), ExactlyInFp64():
             logits = causal_lm(input_ids=ids[None]).logits[0].double()
         logps = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
         values.append(logps[len(pair.prompt) - 1 :].sum().item())
@@ -106,7 +107,7 @@ def test_architectures(
     if policy.base.get_output_embeddings().bias is not None:
         nn.init.normal_(policy.base.get_output_embeddings().bias)
     pairs = hand_made(384)
-    with torch.no_grad():
+    with torch.no_grad(), ExactlyInFp64():
         ours = policy(collate(pairs)).logps.view(2, -1).T
     plain = [plain_logps(policy.causal_lm, pair) for pair in pairs]
     expected = torch.tensor(plain, dtype=torch.float64)
@@ -134,9 +135,10 @@ def test_gradients_equal_those_of_plain_logits(
     (policy(batch).logps * coefficients).sum().backward()
     ours = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
-    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[
-        batch.predictor_positions
-    ]
+    policy.eval()  # transformers would recompute its blocks in fp32
+    with ExactlyInFp64():
+        logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)
+    logits = logits[batch.predictor_positions]
     logps = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
     (logps * coefficients.repeat_interleave(batch.lengths)).sum().backward()
     for name, parameter in policy.named_parameters():
@@ -161,9 +163,9 @@ def test_entropy(make_config: Callable[..., Config], tokenizer: PreTrainedTokeni
     policy = policy_of(config, tokenizer, CPU)
     batch = collate(hand_made(384))
     total, count = policy(batch, ForwardOptions(entropy=True)).entropy.tolist()
-    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[
-        batch.predictor_positions
-    ]
+    with ExactlyInFp64():
+        logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)
+    logits = logits[batch.predictor_positions]
     expected = torch.distributions.Categorical(logits=logits).entropy().sum().item()
     assert count == len(batch.labels)
     assert total == pytest.approx(expected, abs=1e-9)

@@ -20,6 +20,7 @@ from fastpref.data.readers import DataError
 from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
+from tests.helpers.exact import ExactlyInFp64
 from tests.helpers.training_runs import records, run, weights
 
 MakeConfig = Callable[..., Config]
@@ -75,7 +76,8 @@ class Plain:
     def logits(self, group: TokenGroup, k: int, embeddings: Tensor | None = None) -> Tensor:
         ids = self.ids(group, k)
         options = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
-        return self.model(**options).logits[0]
+        with ExactlyInFp64():
+            return self.model(**options).logits[0]
 
     def ids(self, group: TokenGroup, k: int) -> Tensor:
         return torch.tensor([[*group.prompt.tolist(), *group.responses[k].tolist()]])

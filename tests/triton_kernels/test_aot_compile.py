@@ -12,7 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from fastpref_kernels import aot_compile as command
-from fastpref_kernels.common.configs import SHARED_MEMORY_LIMIT, gemm_configs
+from fastpref_kernels.aot_kernels import is_usual
+from fastpref_kernels.common.configs import (
+    SHARED_MEMORY_LIMIT,
+    AttentionConfig,
+    attention_configs,
+    gemm_configs,
+)
+from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +47,8 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path) -> None:
     for arch, kernel, _, dtype, _, registers, spills, shared, instruction, *_ in rows:
         assert 0 < int(registers) <= 255 and spills == "0"
         assert int(shared) <= SHARED_MEMORY_LIMIT[int(arch)]
-        if arch == "90" and dtype == "bf16" and kernel in command.GEMM_KERNELS:
+        products = {**command.GEMM_KERNELS, **command.ATTENTION_KERNELS}
+        if arch == "90" and dtype == "bf16" and kernel in products:
             assert instruction == "wgmma"
 
 
@@ -118,8 +126,30 @@ def test_every_kernel_of_the_package_is_compiled() -> None:
     assert kernels == {kernel.function.fn.__name__ for kernel in command.KERNELS.values()}
 
 
+def test_attention_is_compiled_at_every_head_size() -> None:
+    """With all options where they need most registers; --thorough has every combination."""
+    usual = [job.variant for job in command.jobs([90], "packed_attention_fwd")]
+    assert usual == ["64", "80", "96", "128", "128", "128 window,softcap", "256 window,softcap"]
+    thorough = list(command.jobs([90], "packed_attention_dkv", thorough=True))
+    assert {job.config for job in thorough} >= set(tiles(90))
+    # Gradients of keys and of values are apart at a head size of 256, as they are launched.
+    assert [job.variant for job in thorough if is_usual(job.variant, job.dtype)][-2:] == [
+        "256 window,softcap keys alone",
+        "256 window,softcap values alone",
+    ]
+
+
+def tiles(arch: int) -> list[AttentionConfig]:
+    """Tiles of the gradients of keys and values in half precision."""
+    return [
+        attention_configs(arch, 2, size, softcap).dkv
+        for size in (64, 80, 96, 128, 256)
+        for softcap in (False, True)
+    ]
+
+
 def test_every_objective_is_compiled_with_all_its_choices() -> None:
     variants = command.LOSS_KERNELS["pair_losses"].variants
-    assert {variant.split()[0] for variant in variants} == set(command.PAIR_OBJECTIVES)
+    assert {variant.split()[0] for variant in variants} == set(PAIR_OBJECTIVES)
     assert {"f_dpo reverse_kl", "f_dpo js", "sft both False", "sft chosen True"} <= set(variants)
-    assert set(command.LOSS_KERNELS["response_losses"].variants) == set(command.RESPONSE_OBJECTIVES)
+    assert set(command.LOSS_KERNELS["response_losses"].variants) == set(RESPONSE_OBJECTIVES)

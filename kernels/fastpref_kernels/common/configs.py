@@ -47,6 +47,32 @@ class RowConfig(NamedTuple):
     num_warps: int
 
 
+class AttentionConfig(NamedTuple):
+    """Tiles of one kernel of attention: block_q queries by block_k keys.
+
+    A program owns a tile of queries and walks blocks of keys, or the reverse for gradients of keys.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class AttentionConfigs(NamedTuple):
+    """Tiles of the kernels of attention for one head size.
+
+    dv: tiles of a launch for the gradients of values alone, where sums for keys and values do not
+        fit into the registers together; dkv is then for those of keys. The scores are computed once
+        more.
+    """
+
+    fwd: AttentionConfig
+    dq: AttentionConfig
+    dkv: AttentionConfig
+    dv: AttentionConfig | None = None
+
+
 IGNORE_INDEX = -100
 # FMA contraction is off: the compiler may contract one variant of a kernel and not another, which
 # changes the last bit.
@@ -84,6 +110,80 @@ MERGE_KL = RowConfig(128, 4)
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 SCORE_FOLD = RowConfig(1024, 4)  # columns of one row
 
+# By the largest head size that a row serves. A tile of 64 rows wastes less of a short segment than
+# one of 128, and several programs share a multiprocessor, so one multiplies while another computes
+# exponentials.
+HALF_ATTENTION: dict[int, dict[int, AttentionConfigs]] = {
+    80: {
+        64: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(32, 64, 4, 2),
+        ),
+        128: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2),
+            AttentionConfig(32, 64, 4, 2),
+        ),
+        256: AttentionConfigs(
+            AttentionConfig(64, 64, 8, 1), AttentionConfig(64, 32, 8, 1),
+            AttentionConfig(32, 32, 8, 2),
+        ),
+    },
+    90: {
+        64: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(64, 64, 4, 2),
+        ),
+        128: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(32, 64, 4, 2),
+        ),
+        256: AttentionConfigs(
+            AttentionConfig(128, 32, 8, 2), AttentionConfig(64, 32, 8, 2),
+            AttentionConfig(32, 64, 8, 2), AttentionConfig(32, 64, 8, 2),
+        ),
+    },
+    100: {
+        64: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 3), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(64, 64, 8, 2),
+        ),
+        96: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(32, 64, 8, 2),
+        ),
+        128: AttentionConfigs(
+            AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 64, 4, 2),
+            AttentionConfig(64, 64, 8, 2),
+        ),
+        256: AttentionConfigs(
+            AttentionConfig(64, 64, 8, 2), AttentionConfig(64, 32, 8, 2),
+            AttentionConfig(16, 64, 8, 1), AttentionConfig(32, 64, 8, 1),
+        ),
+    },
+}  # fmt: skip
+# Instead of the above with a soft cap, whose slope takes registers.
+SOFTCAP_ATTENTION: dict[int, dict[int, AttentionConfigs]] = {
+    80: {128: HALF_ATTENTION[80][128]._replace(dkv=AttentionConfig(32, 64, 8, 2))},
+    90: {
+        128: HALF_ATTENTION[90][128]._replace(
+            dq=AttentionConfig(64, 32, 4, 2), dkv=AttentionConfig(32, 128, 8, 2)
+        ),
+    },
+    100: {128: HALF_ATTENTION[100][128]._replace(dq=AttentionConfig(64, 32, 4, 2))},
+}
+FLOAT_ATTENTION = {
+    64: AttentionConfigs(
+        AttentionConfig(32, 32, 4, 1), AttentionConfig(16, 32, 4, 1), AttentionConfig(32, 16, 4, 1)
+    ),
+    256: AttentionConfigs(
+        AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, 4, 1)
+    ),
+}
+INTERPRETER_ATTENTION = AttentionConfigs(
+    AttentionConfig(16, 16, 1, 1), AttentionConfig(16, 16, 1, 1), AttentionConfig(16, 16, 1, 1)
+)
+ATTENTION_DELTA = RowConfig(64, 4)
+
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a thread block may use
 
 
@@ -100,3 +200,14 @@ def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
 def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
     """The candidates for kernels with two accumulators; the first is used."""
     return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]
+
+
+def attention_configs(
+    arch: int, element_size: int, head_size: int, softcap: bool
+) -> AttentionConfigs:
+    """The tiles of attention for one architecture, input size in bytes and head size."""
+    table = FLOAT_ATTENTION if element_size == 4 else HALF_ATTENTION[arch]
+    size = min(size for size in table if size >= head_size)
+    if softcap and element_size != 4:
+        return SOFTCAP_ATTENTION.get(arch, {}).get(size, table[size])
+    return table[size]

@@ -1,0 +1,118 @@
+"""The trunk of a model: embeddings, decoder blocks, last norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastpref.attention import Segments
+from fastpref.trunk.block import Block, NormModule, Positions
+from fastpref.trunk.families import UnknownLayer, family_of, read_block, read_norm
+from fastpref.trunk.linear import copy_adapters
+from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
+
+# Name under which a layer runs its block: a method of the module, so that FSDP2 can gather the
+# layer's weights around it.
+BLOCK_METHOD = "explicit_block"
+
+
+class Trunk:
+    """Hidden states of a Hugging Face model, by explicit blocks on its parameters.
+
+    blocks: of the model's layers; `gradient_checkpointing` of a layer says whether its block is
+        recomputed in the backward pass.
+    """
+
+    def __init__(self, model: Any, blocks: Sequence[Block], norm: NormModule) -> None:
+        self.model = model
+        self.blocks = {block.module: block for block in blocks}
+        self.norm = norm
+        self.by_kind = hasattr(model.rotary_emb, "layer_types")
+        for layer, block in self.blocks.items():
+            setattr(layer, BLOCK_METHOD, _Method(block))
+
+    def __call__(
+        self,
+        input_ids: Tensor | None,  # (1, P) or (R, L)
+        position_ids: Tensor,  # the same shape
+        segments: Segments,
+        dtype: torch.dtype,
+        embeddings: Tensor | None = None,  # (1, P, D) or (R, L, D), instead of ids
+    ) -> Tensor:
+        """Hidden states (P, D) after the last norm; all computation is in `dtype`."""
+        if embeddings is None:
+            embeddings = self.model.embed_tokens(input_ids)
+        # The angles of all rows; Hugging Face computes them in the dtype of the hidden states.
+        angles = self._angles(embeddings.to(dtype), position_ids)
+        copy_adapters([g for layer in self.model.layers for g in self.blocks[layer].groups], dtype)
+        hidden = embeddings.to(dtype).flatten(0, -2)
+        for layer in self.model.layers:
+            cos, sin = angles[self.blocks[layer].kind if self.by_kind else None]
+            hidden = getattr(layer, BLOCK_METHOD)(hidden, Positions(segments, cos, sin))
+        weight = self.norm.module.weight
+        output: Tensor = _LastNorm.apply(hidden, weight, self.norm.norm)
+        return output
+
+    def _angles(
+        self, embeddings: Tensor, position_ids: Tensor
+    ) -> dict[str | None, tuple[Tensor, Tensor]]:
+        rotary = self.model.rotary_emb
+        kinds = rotary.layer_types if self.by_kind else [None]
+        angles = {}
+        for kind in kinds:
+            arguments = (position_ids,) if kind is None else (position_ids, kind)
+            cos, sin = rotary(embeddings, *arguments)
+            rows = cos.expand(*position_ids.shape, -1), sin.expand(*position_ids.shape, -1)
+            angles[kind] = rows[0].flatten(0, 1), rows[1].flatten(0, 1)
+        return angles
+
+
+def build_trunk(model: Any) -> Trunk:
+    """Read the trunk of a Hugging Face model (without its head), possibly with LoRA adapters.
+
+    Raises UnknownLayer if a part of it is not known.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not layers:
+        raise UnknownLayer(f"{type(model).__name__} has no list of decoder layers")
+    family = family_of(layers[0])
+    children = {name for name, _ in model.named_children()}
+    if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        part = min(children ^ {"embed_tokens", "layers", "norm", "rotary_emb"})
+        raise UnknownLayer(f"{type(model).__name__} with or without a part {part} is not known")
+    return Trunk(model, [read_block(layer) for layer in layers], read_norm(model.norm, family))
+
+
+class _Method:
+    """Runs a block, recomputed in the backward pass if its module says so."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __call__(self, hidden: Tensor, positions: Positions) -> Tensor:
+        module: Any = self.block.module
+        if module.training and torch.is_grad_enabled() and module.gradient_checkpointing:
+            output: Tensor = checkpoint(
+                self.block, hidden, positions, use_reentrant=False, preserve_rng_state=False
+            )
+            return output
+        return self.block(hidden, positions)
+
+
+class _LastNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.norm = norm
+        return rms_norm(hidden, weight, norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        return *rms_norm_backward(grad, hidden, weight, ctx.norm, needs_weight), None

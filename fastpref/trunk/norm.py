@@ -1,0 +1,61 @@
+"""RMSNorm: y = x / rms(x) * (offset + weight), rms(x) = sqrt(mean(x²) + eps) over the last axis.
+
+Computed in fp32 for half-precision inputs, and rounded once. Nothing is saved for the backward
+pass but x:
+
+    x̂ = x / rms(x)      ĝ = grad_y * (offset + weight)
+    grad_x = (ĝ - x̂ mean(ĝ x̂)) / rms(x)        grad_weight = sum over tokens of grad_y x̂
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """Constants of an RMSNorm."""
+
+    eps: float
+    offset: float  # 1 where the module stores weight - 1, as Gemma's do
+
+
+def rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """Normalized x, in its dtype."""
+    wide = _wide(x)
+    inverse_rms = wide.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    return (wide * inverse_rms).mul_(_scale(weight, norm, wide)).to(x.dtype)
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    needs_weight: bool,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight; `residual` is added to that of x."""
+    wide, grad = _wide(x), _wide(grad)
+    inverse_rms = wide.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    unit = wide * inverse_rms
+    grad_weight = None
+    if needs_weight:
+        grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_unit = grad * _scale(weight, norm, wide)
+    projection = (grad_unit * unit).mean(-1, keepdim=True)
+    grad_x = grad_unit.sub_(unit.mul_(projection)).mul_(inverse_rms)
+    if residual is not None:
+        grad_x += residual
+    return grad_x.to(x.dtype), grad_weight
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scale(weight: Tensor, norm: Norm, like: Tensor) -> Tensor:
+    scale = weight.to(like.dtype)
+    return scale + norm.offset if norm.offset else scale
