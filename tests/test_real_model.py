@@ -20,6 +20,7 @@ from fastpref.data.dataset import load_groups
 from fastpref.data.synthetic import pure_semantic
 from fastpref.model.batch_layout import use_layout
 from fastpref.model.policy import Policy
+from fastpref.trunk import build_trunk
 from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
 
@@ -105,13 +106,15 @@ def test_conversations_are_rendered_by_the_template_of_the_tokenizer(
     assert ours == sequences
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["transformers' layers", "explicit blocks"])
 @pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
 def test_log_probs_are_those_of_transformers(
-    layout: Layout, data: Data, model: Any, tokenizer: Any, expected: Tensor
+    layout: Layout, fused: bool, data: Data, model: Any, tokenizer: Any, expected: Tensor
 ) -> None:
     """Packed rows run under transformers' own mask of position ids, for lack of flash-attention."""
     groups = load_groups(data.train, tokenizer, data)
     policy = Policy(model, torch.float32)
+    policy.trunk = build_trunk(model.base_model) if fused else None
     implementation = model.config._attn_implementation
     use_layout(policy, layout)
     try:

@@ -11,12 +11,16 @@ from benchmarks.real_model.bench import Bench, Values
 from fastpref.data.batch_plan import Layout
 from fastpref.model.batch_layout import use_layout
 from fastpref.model.policy import Policy
+from fastpref.trunk import build_trunk
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "prefix_shared")
 
 
 def compare_logps(bench: Bench) -> Values:
-    """Largest relative error of summed log-probs against transformers' logits, by layout."""
+    """Largest relative error of summed log-probs against transformers' logits.
+
+    By code of the layers (`model.kernels`) and layout.
+    """
     groups = bench.groups("hh-train")
     model = bench.causal_lm().eval()
     pairs = range(bench.setting.compared)
@@ -30,13 +34,19 @@ def compare_logps(bench: Bench) -> Values:
     policy = Policy(model, torch.float32)
     implementation = model.config._attn_implementation
     errors = {}
-    for layout in LAYOUTS:
-        # Packed rows run under transformers' mask of position ids, for lack of flash-attention.
-        model.set_attn_implementation(implementation)
-        use_layout(policy, layout)
-        with torch.no_grad():
-            logps = [policy(batch).logps for k in pairs for batch in policy.batches(groups, [k])]
-        errors[layout] = ((torch.cat(logps).double() - expected) / expected).abs().max().item()
+    for kernels, trunk in (("torch", None), ("fused", build_trunk(model.base_model))):
+        policy.trunk = trunk
+        for layout in LAYOUTS:
+            # With "torch", packed rows run under transformers' mask of position ids, for lack of
+            # flash-attention.
+            model.set_attn_implementation(implementation)
+            use_layout(policy, layout)
+            with torch.no_grad():
+                logps = torch.cat(
+                    [policy(batch).logps for k in pairs for batch in policy.batches(groups, [k])]
+                )
+            error = ((logps.double() - expected) / expected).abs().max().item()
+            errors[f"{kernels}, {layout}"] = error
     return {"pairs": len(pairs), "largest_relative_error": errors}
 
 
