@@ -20,8 +20,8 @@ from fastpref.data.dataset import load_groups
 from fastpref.data.synthetic import pure_semantic
 from fastpref.model.batch_layout import use_layout
 from fastpref.model.policy import Policy
-from fastpref.trunk import build_trunk
 from fastpref.training.trainer import Trainer
+from fastpref.trunk import build_trunk
 from fastpref.utils.progress import Display
 
 PAIRS, TOKENS = 16, 80
