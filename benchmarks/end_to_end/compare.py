@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "kernels"))  # runs without an installation, too
 
 import torch  # noqa: E402
 
+from benchmarks.end_to_end.floor import measure  # noqa: E402
 from benchmarks.end_to_end.presets import (  # noqa: E402
     CONTESTANTS,
     PRESETS,
@@ -64,7 +65,7 @@ WHEN_OVER = "out of time"
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="default: cpu; --dry-run: all")
-    parser.add_argument("--data", type=Path, help="JSONL of pairs, for the preset cpu")
+    parser.add_argument("--data", type=Path, help="JSONL of pairs, for the presets of a CPU")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/end-to-end-*.json")
     parser.add_argument("--steps", type=int, help="of every contestant; fewer for a quick look")
     parser.add_argument("--only", help="contestants by name, or all whose names begin so; with ;")
@@ -74,7 +75,9 @@ def main() -> None:
     if options.dry_run:
         chosen = [tiny(p) for p in (chosen if options.preset else PRESETS.values())]
     elif chosen[0].lengths is None and options.data is None:
-        parser.error("--data: the preset cpu needs a JSONL file of prompt, chosen, rejected")
+        parser.error(
+            f"--data: the preset {chosen[0].name} needs a JSONL file of prompt, chosen, rejected"
+        )
     elif chosen[0].device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--preset {chosen[0].name}: there is no CUDA device; --dry-run works without")
     if options.steps:
@@ -135,7 +138,7 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
     rows = list(synthetic(preset)) if data is None else real(data, preset.pairs)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     size = preset.model["vocab_size"]
-    if preset.name == "cpu":
+    if preset.name.startswith("cpu"):
         texts = rows if data is None else real(data, sys.maxsize)
         tokenizer = bpe.train((text for row in texts for text in row.values()), size)
     else:
@@ -154,13 +157,29 @@ def prepare(preset: Preset, data: Path | None, folder: Path, context: Any) -> Va
     device = find_device(name, getattr(torch, preset.dtype))
     setup = Setup(parse(config), GroupLengths.of(groups), 1)
     predicted = Predictor(device, len(tokenizer))(setup)
+    tokens = [sum(len(g.prompt) + sum(map(len, g.responses)) for g in step) for step in steps]
+    labels = [sum(len(r) for g in step for r in g.responses) for step in steps]
     return {
         "vocabulary": len(tokenizer),
         "predicted": {"peak_bytes": predicted.parts.total, "step_seconds": predicted.seconds},
+        "floor": products(context, preset, len(tokenizer), tokens, labels),
         "pairs": [sorted(pair_id(g.prompt, *g.responses) for g in step) for step in steps],
-        "response_tokens": [sum(len(r) for g in step for r in g.responses) for step in steps],
+        "response_tokens": labels,
         "prompt_tokens": [sum(len(g.prompt) for g in step) for step in steps],
     }
+
+
+def products(
+    context: Any, preset: Preset, vocabulary: int, tokens: list[int], labels: list[int]
+) -> Values:
+    """Measure the matrix products of a mean step, in a process of its own."""
+    ours, theirs = context.Pipe()
+    model = {**preset.model, "vocab_size": vocabulary}
+    means = (sum(counts) // len(counts) for counts in (tokens, labels))
+    arguments = (model, preset.device, preset.dtype, *means, preset.adapter is None)
+    run(context, measure, theirs, *arguments)
+    floor: Values = ours.recv()
+    return floor
 
 
 def run(context: BaseContext, function: Any, *arguments: Any) -> None:

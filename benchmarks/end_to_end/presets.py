@@ -80,6 +80,7 @@ class Contestant:
     trainer: str  # fastpref, trl, or trl with fastpref's loss
     options: Values = field(default_factory=dict)  # of fastpref's `training`, or of DPOConfig
     curve: bool = False
+    model: Values = field(default_factory=dict)  # fields of fastpref's `model`
 
 
 OURS, PEER = "fastpref", "TRL"
@@ -93,6 +94,7 @@ CONTESTANTS = (
         {"micro_batch_tokens": 16384, "activation_checkpointing": "full"},
     ),
     Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": "off"}),
+    Contestant("fastpref, transformers' layers", "fastpref", model={"kernels": "torch"}),
     Contestant("TRL, reference precomputed", "trl", {"precompute_ref_log_probs": True}),
     Contestant("TRL, liger's layers", "trl", {"use_liger_kernel": True}),
     Contestant("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
@@ -131,6 +133,18 @@ _CPU = Preset(
     lr=1e-5,
     # A CPU computes pair by pair, so recomputation saves nothing for one or two pairs.
     ours={"micro_batch_tokens": 2048, "activation_checkpointing": "off"},
+)
+_CPU_LORA = replace(
+    _CPU,
+    name="cpu-lora",
+    # SmolLM2-135M
+    model=_llama(576, 1536, 30, (9, 3), vocab_size=49152, tie_word_embeddings=True),
+    max_length=512,
+    steps=4,
+    curve_steps=6,
+    block=1,
+    minutes=40,
+    adapter={"name": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"},
 )
 _LORA = Preset(
     "lora-8b",
@@ -173,11 +187,24 @@ def _long(preset: Preset) -> Preset:
     )
 
 
+# Pairs of 32k tokens, the longest that a run on one GPU is likely to meet.
+_LORA_32K = replace(
+    _LORA,
+    name="lora-8b-32k",
+    lengths=Lengths((24000, 0.1), (3000, 0.3)),
+    max_length=32768,
+    batch_size=2,
+    micro_batch=1,
+    steps=5,
+    curve_steps=5,
+    block=5,
+    ours={"micro_batch_tokens": 65536},
+)
 PRESETS = {
     preset.name: preset
     for short in (_LORA, _QLORA, _FULL)
     for preset in (short, _long(short))
-} | {preset.name: preset for preset in (_SMALL, _CPU)}  # fmt: skip
+} | {preset.name: preset for preset in (_SMALL, _CPU, _CPU_LORA, _LORA_32K)}  # fmt: skip
 
 
 def tiny(preset: Preset) -> Preset:
@@ -244,7 +271,7 @@ def fastpref_config(preset: Preset, contestant: Contestant, folder: Path, steps:
     training = {"batch_size": preset.batch_size, "steps": steps, "seed": 0, "device": preset.device}
     training |= {"checkpoint_every": None, "output_dir": str(folder / contestant.name)}
     config: Values = {
-        "model": {"path": str(folder / "model"), "dtype": preset.dtype},
+        "model": {"path": str(folder / "model"), "dtype": preset.dtype, **contestant.model},
         "data": {
             "train": str(folder / "pairs.jsonl"),
             "max_length": preset.max_length,

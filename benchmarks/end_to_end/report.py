@@ -87,6 +87,10 @@ def table(report: Values) -> list[str]:
             f"{s['pairs_per_second']:9.2f}{s['response_tokens_per_second']:10,.0f}"
             f"{s.get('times', float('nan')):7.2f}{s['peak_mib']:9,.0f}{s['net_mib']:9,.0f}"
         )
+    if floor := report.get("floor"):
+        least, most = (floor[f"{what}_recomputed_seconds"] for what in ("nothing", "everything"))
+        title = "matrix products of a step"
+        lines.append(f"{title:28}{f'{least:.2f}':>22}   everything recomputed {most:.2f}")
     for name, value in report.get("against_trl", {}).items():
         lines.append(f"{name}: {value}")
     return lines
