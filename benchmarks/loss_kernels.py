@@ -34,7 +34,8 @@ from fastpref_kernels.losses import pair, response
 LOSSES = ("dpo", "simpo", "kto")
 # Operations that run no kernel on a GPU.
 _FREE = {"alias", "detach", "empty", "expand", "new_empty", "select", "slice", "t", "unbind"}
-_FREE |= {"_unsafe_view", "as_strided", "empty_like", "split", "unsqueeze", "view"}
+_FREE |= {"_unsafe_view", "as_strided", "empty_like", "permute", "split", "transpose", "unsqueeze"}
+_FREE |= {"view"}
 
 
 class Launches(TorchDispatchMode):

@@ -8,8 +8,9 @@ take turns, and the least time counts. The GEMMs are the matrix products of the 
 same shapes and as many as a step needs.
 
 Launches: operations of one layer that launch a kernel on a GPU, in bf16 with adapters in fp32, as
-in training; attention counts as one launch forward and three backward. Transformers' layers run
-under autocast.
+in training; attention counts as one launch forward and three backward, and a product with fp32
+results as one. Transformers' layers run under autocast. "Explicit blocks, kernels" are those with
+the Triton kernels for elementwise operations, of which each launch counts, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +32,7 @@ from benchmarks.loss_kernels import Launches
 from fastpref.attention import Segments, api
 from fastpref.docgen import markdown
 from fastpref.model import packed_attention
-from fastpref.trunk import build_trunk
+from fastpref.trunk import build_trunk, gated, linear, norm, rotary
 from fastpref.utils import environment, result_json
 
 SHAPES: dict[str, Any] = {  # SmolLM2-135M
@@ -46,6 +47,7 @@ TINY = {**SHAPES, "hidden_size": 72, "intermediate_size": 64}
 ROW = Segments(((200, 212, 212), (100, 150, 150)))
 SHORT = Segments(((3, 2, 2),))
 OURS, PEER, FLOOR = "explicit blocks", "transformers' layers", "GEMMs of the base"
+WITH_KERNELS = "explicit blocks, kernels"
 LORA, FULL = "LoRA", "all weights"
 Run = Callable[[], Tensor]
 Numbers = dict[str, float]
@@ -81,7 +83,7 @@ def measure(mode: str, layers: int, repeats: int) -> dict[str, Numbers]:
     for name, seconds in _seconds(runs, model, mode, layers, repeats).items():
         numbers.setdefault(name, {}).update(seconds)
     for name, counts in launches(mode).items():
-        numbers[name].update(counts)
+        numbers.setdefault(name, {}).update(counts)
     return numbers
 
 
@@ -107,19 +109,20 @@ def contestants(model: Any, segments: Segments, dtype: torch.dtype) -> tuple[Run
 
 def launches(mode: str) -> dict[str, Numbers]:
     """Launches of one layer: the difference between models of three layers and of two."""
-    counts: dict[str, list[tuple[int, int]]] = {OURS: [], PEER: []}
+    counts: dict[str, list[tuple[int, int]]] = {OURS: [], WITH_KERNELS: [], PEER: []}
     for layers in (2, 3):
         model = _model(mode, {**TINY, "num_hidden_layers": layers})
         for name, parameter in model.named_parameters():
             if not name.endswith(("lora_A.default.weight", "lora_B.default.weight")):
                 parameter.data = parameter.data.bfloat16()
-        runs = contestants(model, SHORT, torch.bfloat16)
-        for name, run in zip((OURS, PEER), runs, strict=True):
-            with _one_launch_of_attention():
+        explicit, transformers = contestants(model, SHORT, torch.bfloat16)
+        for name, run in {OURS: explicit, WITH_KERNELS: explicit, PEER: transformers}.items():
+            with _stand_ins(name == WITH_KERNELS):
                 with Launches() as forward:
                     hidden = run()
                 with Launches() as backward:
                     hidden.sum().backward()
+            model.zero_grad()
             counts[name].append((forward.counts.total(), backward.counts.total()))
     return {
         name: {"launches_forward": b[0] - a[0], "launches_backward": b[1] - a[1]}
@@ -139,17 +142,22 @@ def table(result: Any) -> str:
     rows = []
     for mode, numbers in result["modes"].items():
         for name, values in numbers.items():
-            saved = values.get("bytes_per_token_and_layer")
             rows.append(
                 [
                     f"{mode}: {name}",
-                    f"{values['forward_seconds']:.2f}",
-                    f"{values['backward_seconds']:.2f}",
-                    "" if saved is None else f"{saved / 1000:.1f}",
-                    *(str(values.get(f"launches_{way}", "")) for way in ("forward", "backward")),
+                    _number(values, "forward_seconds", 2),
+                    _number(values, "backward_seconds", 2),
+                    _number(values, "bytes_per_token_and_layer", 1, unit=1000),
+                    _number(values, "launches_forward", 0),
+                    _number(values, "launches_backward", 0),
                 ]
             )
     return markdown.table(columns, rows)
+
+
+def _number(values: Mapping[str, float], key: str, digits: int, unit: float = 1) -> str:
+    """A cell of the table, empty for a number that a contestant does not have."""
+    return f"{values[key] / unit:.{digits}f}" if key in values else ""
 
 
 def _model(mode: str, shapes: Mapping[str, Any]) -> Any:
@@ -234,9 +242,49 @@ class _Attention:
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(key)
 
 
+class _Kernels:
+    """The elementwise kernels, each of which computes nothing and counts as its launches."""
+
+    MAX_WIDTH = 2**14
+
+    @staticmethod
+    def rms_norm(x: Tensor, *_: Any) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def rms_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, _: Any, needs_weight: bool, *residual: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return x.sin(), weight.sin() if needs_weight else None
+
+    @staticmethod
+    def rotate(query: Tensor, *_: Any) -> None:
+        query.sin()
+
+    rotate_backward = rotate
+
+    @staticmethod
+    def gated(gate: Tensor, *_: Any) -> Tensor:
+        return gate.sin()
+
+    @staticmethod
+    def gated_backward(grad: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return gate.sin(), grad
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product of one launch, whose results are of the dtype without a cast."""
+    return a.new_empty(len(a), b.shape[1], dtype=dtype).sin()
+
+
 @contextmanager
-def _one_launch_of_attention() -> Iterator[None]:
-    with patch.object(api, "backend_for", lambda *_: _Attention):
+def _stand_ins(kernels: bool) -> Iterator[None]:
+    """Operations that launch on a GPU what the stand-ins count; elementwise kernels on request."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(api, "backend_for", lambda *_: _Attention))
+        stack.enter_context(patch.object(linear, "_product", _product))
+        for module in (norm, rotary, gated) if kernels else ():
+            stack.enter_context(patch.object(module, "kernels_for", lambda _: _Kernels))
         yield
 
 

@@ -60,6 +60,7 @@ def test_losses_import_only_logps_and_their_base() -> None:
             "fastpref.cli": ("torch", "transformers", "triton", "datasets"),
             "fastpref.losses": ("transformers", "triton", "pydantic"),
             "fastpref.ops": ("transformers", "triton", "fastpref_kernels"),
+            "fastpref.trunk": ("transformers", "triton", "fastpref_kernels"),
             "fastpref.fused": ("transformers", "triton", "trl", "liger_kernel"),
             "fastpref.config": ("transformers", "triton", "datasets"),
             "fastpref.bench.runner": ("fastpref_kernels", "matplotlib", "trl", "liger_kernel"),

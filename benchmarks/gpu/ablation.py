@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.gpu import elementwise
 from fastpref.bench import contestants, problems, timer
 from fastpref.bench.problems import Inputs, Problem
 
@@ -27,7 +28,8 @@ T = TypeVar("T")
 
 
 def ablation(device: str, dry: bool) -> Iterator[Check]:
-    """Kernels of an op, tile shapes and rows a chunk, each next to the plain cuBLAS GEMMs."""
+    """Elementwise kernels; kernels of an op, tile shapes and rows a chunk, next to cuBLAS GEMMs."""
+    yield from elementwise.timings(device, dry)
     dtype = "float32" if dry else problems.DTYPE[device]
     shapes = (DRY_SHAPE,) if dry else (SHAPE, *OTHER_SHAPES)
     frozen, trained, forward, kl = (

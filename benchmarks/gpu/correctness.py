@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu import attention
+from benchmarks.gpu import attention, elementwise
 from benchmarks.gpu.ablation import candidates, with_candidate
 from fastpref import ops
 from fastpref.bench.contestants import setting
@@ -173,6 +173,7 @@ def checks(device: str, dry: bool) -> Iterator[Check]:
                 row = {"op": op, "dtype": str(dtype).removeprefix("torch."), **asdict(case)}
                 yield row, partial(check, op, case, dtype, device)
     yield from attention.checks(device, dry)
+    yield from elementwise.checks(device, dry)
     yield from _candidates(device, dry)
     yield from _losses(device)
 

@@ -5,7 +5,7 @@
 
     correctness    every Triton op, bf16, fp16 and fp32, at odd shapes, against fp64
     targets        the rows of `fastpref bench --device cuda`, with all installed libraries
-    ablation       tile shapes, chunk sizes, and cuBLAS alone
+    ablation       the trunk's elementwise kernels, tile shapes, chunk sizes, and cuBLAS alone
 
 Needs torch and triton; fastpref itself need not be installed. Each section runs in a process of its
 own, since an illegal memory access ends a CUDA process; the checks run in several processes, since
@@ -301,8 +301,9 @@ def failure(row: Row) -> str:
 def tuning(row: Row) -> list[str]:
     """Lines for a row of the ablation."""
     lines = [f"  {name[:76]:76} {ms:8.3f}" for name, ms in row.get("kernels", {}).items()]
+    key, unit = ("tflops", "TFLOP/s") if "tflops" in row else ("gigabytes", "GB/s")
     lines += [
-        f"  {name:44} {seconds['median'] * 1000:8.2f} ms {row['tflops'][name]:7.1f} TFLOP/s"
+        f"  {name:44} {seconds['median'] * 1000:8.3f} ms {row[key][name]:7.1f} {unit}"
         for name, seconds in row.get("seconds", {}).items()
     ]
     return [row["part"], *lines] if lines else []

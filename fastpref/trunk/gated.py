@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from fastpref.trunk.dispatch import kernels_for
+
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -20,6 +22,9 @@ def gated(
     activation: Activation,
 ) -> Tensor:  # (P, I)
     """Product of the activated gate and `up`."""
+    if (kernels := kernels_for(gate)) is not None:
+        product: Tensor = kernels.gated(gate, up, activation)
+        return product
     return _activate(gate, activation).mul_(up)
 
 
@@ -27,6 +32,9 @@ def gated_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up; overwrites `grad`."""
+    if (kernels := kernels_for(gate)) is not None:
+        grads: tuple[Tensor, Tensor] = kernels.gated_backward(grad, gate, up, activation)
+        return grads
     grad_up = _activate(gate, activation).mul_(grad)
     grad_activated = grad.mul_(up)
     if activation == "silu":

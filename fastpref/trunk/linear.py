@@ -4,12 +4,12 @@
                 y_i = x W_i^T + b_i + u_i (s_i B_i)^T
     backward    g_i = grad_i (s_i B_i)             (P, R) for all
                 grad_x = sum_i grad_i W_i + g A
-                grad_A = g^T x      grad_B_i = s_i grad_i^T u_i
+                grad_A = g^T x      grad_B_i = grad_i^T (s_i u_i)
                 grad_W_i = grad_i^T x      grad_b_i = sum over tokens of grad_i
 
 Trained adapters are fp32; A and s B are copied to the compute dtype once per forward pass of the
-model (`copy_adapters`). The backward pass recomputes u. With B = 0, y is that of the base to the
-bit.
+model (`copy_adapters`), and their gradients are fp32. The backward pass recomputes u. With B = 0, y
+is that of the base to the bit.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Copies(NamedTuple):
     scaled_b: dict[str, Tensor]  # (O, r) by layer, times the scale
     columns: dict[str, slice]  # of each layer's part of u
     scales: dict[str, float]
+    master_dtype: torch.dtype
 
 
 class LinearGroup:
@@ -92,6 +93,7 @@ class LinearGroup:
                 {adapter.name: torch.empty_like(adapter.b, dtype=dtype) for adapter in adapters},
                 columns,
                 {adapter.name: adapter.scale for adapter in adapters},
+                first.dtype,
             )
         return self._copies[key]
 
@@ -137,14 +139,13 @@ class LinearGroup:
         if grad_x is not None:
             grad_x.addmm_(grad_update, copies.stacked_a)
         if any(needs[f"{name}.lora_a"] for name in copies.columns):
-            update = x @ copies.stacked_a.T
-            grad_a = grad_update.T @ x
+            update = _scaled_update(x, copies)
+            grad_a = _product(grad_update.T, x, copies.master_dtype)
             for name, columns in copies.columns.items():
                 result[f"{name}.lora_a"] = grad_a[columns]
-                result[f"{name}.lora_b"] = torch.addmm(
-                    x.new_empty(1), by_name[name].T, update[:, columns],
-                    beta=0, alpha=copies.scales[name],
-                )  # fmt: skip
+                result[f"{name}.lora_b"] = _product(
+                    by_name[name].T, update[:, columns], copies.master_dtype
+                )
         return grad_x, result
 
     def _weight(self, name: str, tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -172,6 +173,27 @@ def active_adapter(name: str, layer: Any) -> Adapter | None:
         return None
     a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     return Adapter(name, a, b, float(layer.scaling[active[0]]))
+
+
+def _scaled_update(x: Tensor, copies: Copies) -> Tensor:
+    """Updates u (P, R), each times its adapter's scale; one launch if the scales are equal."""
+    scales = set(copies.scales.values())
+    if len(scales) == 1:
+        none = x.new_empty(1)
+        return torch.addmm(none, x, copies.stacked_a.T, beta=0, alpha=scales.pop())
+    update = x @ copies.stacked_a.T
+    for name, columns in copies.columns.items():
+        update[:, columns] *= copies.scales[name]
+    return update
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b; if fp32 is wanted of half precision, without a rounding to it."""
+    if dtype != torch.float32 or a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 @torch.no_grad()

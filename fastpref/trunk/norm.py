@@ -9,10 +9,12 @@ pass but x:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastpref.trunk.dispatch import kernels_for
 
 
 class Norm(NamedTuple):
@@ -24,8 +26,11 @@ class Norm(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
     """Normalized x, in its dtype."""
+    if (kernels := _kernels(x)) is not None:
+        result: Tensor = kernels.rms_norm(x, weight, norm)
+        return result
     wide = _wide(x)
-    inverse_rms = wide.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    inverse_rms = _inverse_rms(wide, norm)
     return (wide * inverse_rms).mul_(_scale(weight, norm, wide)).to(x.dtype)
 
 
@@ -38,8 +43,13 @@ def rms_norm_backward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight; `residual` is added to that of x."""
+    if (kernels := _kernels(x)) is not None:
+        grads: tuple[Tensor, Tensor | None] = kernels.rms_norm_backward(
+            grad, x, weight, norm, needs_weight, residual
+        )
+        return grads
     wide, grad = _wide(x), _wide(grad)
-    inverse_rms = wide.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    inverse_rms = _inverse_rms(wide, norm)
     unit = wide * inverse_rms
     grad_weight = None
     if needs_weight:
@@ -50,6 +60,17 @@ def rms_norm_backward(
     if residual is not None:
         grad_x += residual
     return grad_x.to(x.dtype), grad_weight
+
+
+def _kernels(x: Tensor) -> Any | None:
+    kernels = kernels_for(x)
+    return None if kernels is None or x.shape[-1] > kernels.MAX_WIDTH else kernels
+
+
+def _inverse_rms(x: Tensor, norm: Norm) -> Tensor:
+    # The norm makes one pass, without a tensor of squares.
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return squares.div_(x.shape[-1]).add_(norm.eps).rsqrt_()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpref.trunk.dispatch import kernels_for
+
 
 def rotate(
     query: Tensor,  # (P, H, D)
@@ -20,12 +22,18 @@ def rotate(
     sin: Tensor,  # (P, R)
 ) -> None:
     """Rotate queries and keys in place."""
+    if (kernels := kernels_for(query)) is not None:
+        kernels.rotate(query, key, cos, sin)
+        return
     for x in (query, key):
         _rotate(x, cos, sin, 1)
 
 
 def rotate_backward(grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn the gradients of `rotate`'s results into those of its inputs, in place."""
+    if (kernels := kernels_for(grad_query)) is not None:
+        kernels.rotate_backward(grad_query, grad_key, cos, sin)
+        return
     for grad in (grad_query, grad_key):
         _rotate(grad, cos, sin, -1)
 
@@ -33,6 +41,13 @@ def rotate_backward(grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tens
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> None:
     dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), cos.dtype)
     half = cos.shape[-1] // 2
-    a, b = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype)
-    c, s = cos[:, None, :half].to(dtype), sign * sin[:, None, :half].to(dtype)
-    x[..., :half], x[..., half : 2 * half] = a * c - b * s, b * c + a * s
+    a, b = x[..., :half], x[..., half : 2 * half]
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    c, s = cos[:, None, :half].to(dtype), sin[:, None, :half].to(dtype)
+    # In place, in fewer passes than new tensors would need.
+    a_sin = wide_a * s
+    wide_a.mul_(c).addcmul_(wide_b, s, value=-sign)
+    wide_b.mul_(c).add_(a_sin, alpha=sign)
+    if dtype != x.dtype:
+        a.copy_(wide_a)
+        b.copy_(wide_b)

@@ -32,9 +32,9 @@ from fastpref_kernels.aot_kernels import (
     INPUTS,
     KERNELS,
     LOSS_KERNELS,
-    ROW_CONFIGS,
     ROW_KERNELS,
     is_usual,
+    row_config,
 )
 from fastpref_kernels.common.configs import (
     FP_FUSION,
@@ -100,7 +100,7 @@ def jobs(arches: list[int], only: str | None, thorough: bool = False) -> Iterato
             if only not in (None, name):
                 continue
             for variant in kernel.variants:
-                yield Job(name, variant, "bf16", ROW_CONFIGS[name], arch)
+                yield Job(name, variant, "bf16", row_config(name, variant), arch)
         for name, kernel in LOSS_KERNELS.items():
             if only not in (None, name):
                 continue

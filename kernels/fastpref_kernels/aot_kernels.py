@@ -6,13 +6,20 @@ from typing import Any, NamedTuple
 from fastpref_kernels.common.attention_tile import head_parts
 from fastpref_kernels.common.configs import (
     ATTENTION_DELTA,
+    COLUMN_SUMS,
+    GATED,
     LABEL_LOGITS,
     MERGE,
     MERGE_KL,
+    NORM,
+    ROTARY,
     SCORE_FOLD,
+    SUMMED_COLUMNS,
+    RowConfig,
     pair_configs,
 )
 from fastpref_kernels.dlogits import label_logits_kernel, linear_dlogits_kernel
+from fastpref_kernels.gated_mlp import gated_bwd_kernel, gated_fwd_kernel
 from fastpref_kernels.linear_kl import kl_dlogits_kernel, linear_kl_fwd_kernel, merge_kl_kernel
 from fastpref_kernels.losses.pair import pair_losses_kernel
 from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
@@ -23,6 +30,13 @@ from fastpref_kernels.packed_attention_bwd import (
     packed_attention_dq_kernel,
 )
 from fastpref_kernels.packed_attention_fwd import packed_attention_fwd_kernel
+from fastpref_kernels.rms_norm import (
+    MAX_WIDTH,
+    column_sums_kernel,
+    rms_norm_bwd_kernel,
+    rms_norm_fwd_kernel,
+)
+from fastpref_kernels.rotary import rotary_kernel
 from fastpref_kernels.score_sketch import fold_kernel
 from fastpref_kernels.softmax_stats import linear_softmax_fwd_kernel, merge_fwd_kernel
 
@@ -34,12 +48,13 @@ ARGUMENT_TYPES = {
     **dict.fromkeys(("T", "V", "D", "D_REF", "B", "S", "panels", "first", "rows"), "i32"),
     **dict.fromkeys(("H", "K", "P", "window"), "i32"),
     **dict.fromkeys(("tiles", "starts"), "*i32"),
-    **dict.fromkeys(("logit_scale", "softcap", "scale"), "fp32"),
+    **dict.fromkeys(("logit_scale", "softcap", "scale", "eps", "offset"), "fp32"),
 }
 # Pointers in the dtype under test; other pointers are fp32.
 INPUTS = {
     *("hidden", "weight", "ref_hidden", "ref_weight", "bias", "exp_logits", "dlogits", "folded"),
     *("query", "key", "value", "out", "grad", "dquery", "dkey", "dvalue"),
+    *("x", "residual", "grad_x", "cos", "sin", "gate", "up", "product", "grad_gate"),
 }
 
 
@@ -51,6 +66,10 @@ ATTENTION_OPTIONS = {
     "softcap": ("window",),
     "window,softcap": (),
 }
+
+
+NORM_WIDTHS = (128, 4096, 8192, 16384)  # heads of 128 numbers, and rows
+ACTIVATIONS: dict[str, dict[str, Any]] = {"silu": {"GELU": False}, "gelu": {"GELU": True}}
 
 
 class Kernel(NamedTuple):
@@ -86,6 +105,18 @@ def head_constants(size: int) -> dict[str, Any]:
     """Constants of attention with one head size."""
     first, second = head_parts(size)
     return {"SIZE": size, "FIRST": first, "SECOND": second}
+
+
+def norm_constants(width: int) -> dict[str, Any]:
+    """Constants of a norm over the last axis; rows of heads have a second axis."""
+    return {"BLOCK_D": width, **({} if width <= 256 else {"H": 1})}
+
+
+def norm_outputs(width: int) -> dict[str, tuple[str, ...]]:
+    """Launches of a norm's backward pass: the arguments that are None, by name."""
+    if width > MAX_WIDTH // 2:
+        return {"": ("partials",), " weight alone": ("residual", "grad_x")}
+    return {"": ("partials",), " with weight": ()}
 
 
 def attention_variants(outputs: dict[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
@@ -156,6 +187,27 @@ ROW_KERNELS = {
     "attention_delta": Kernel(
         attention_delta_kernel, {str(size): head_constants(size) for size in HEAD_SIZES}
     ),
+    "rms_norm_fwd": Kernel(
+        rms_norm_fwd_kernel, {str(width): norm_constants(width) for width in NORM_WIDTHS}
+    ),
+    "rms_norm_bwd": Kernel(
+        rms_norm_bwd_kernel,
+        {
+            f"{width}{name}": {**without(*absent), **norm_constants(width)}
+            for width in NORM_WIDTHS
+            for name, absent in norm_outputs(width).items()
+        },
+    ),
+    "column_sums": Kernel(column_sums_kernel, {"plain": {"BLOCK_D": SUMMED_COLUMNS}}),
+    "rotary": Kernel(
+        rotary_kernel,
+        {
+            str(size): {"HALF": size // 2, "BLOCK_D": size // 2, "BACKWARD": True}
+            for size in (64, 256)
+        },
+    ),
+    "gated_fwd": Kernel(gated_fwd_kernel, ACTIVATIONS),
+    "gated_bwd": Kernel(gated_bwd_kernel, ACTIVATIONS),
 }
 LOSS_KERNELS = {
     "pair_losses": Kernel(pair_losses_kernel, loss_variants(PAIR_OBJECTIVES)),
@@ -181,11 +233,24 @@ KERNELS = {
     **LOSS_KERNELS,
     **{name: kernel for name, (kernel, _) in ATTENTION_KERNELS.items()},
 }
-ROW_CONFIGS = {
+ROW_CONFIGS: dict[str, RowConfig] = {
     "merge_fwd": MERGE,
     "merge_kl": MERGE_KL,
     "label_logits": LABEL_LOGITS,
     "fold": SCORE_FOLD,
     "attention_delta": ATTENTION_DELTA,
+    "column_sums": COLUMN_SUMS,
+    "rotary": ROTARY,
+    "gated_fwd": GATED,
+    "gated_bwd": GATED,
 }
+
+
+def row_config(name: str, variant: str) -> RowConfig:
+    """Rows of a program of one of ROW_KERNELS; those of a norm depend on the width."""
+    if name.startswith("rms_norm"):
+        return NORM[int(variant.partition(" ")[0])]
+    return ROW_CONFIGS[name]
+
+
 CONFIGS = {"linear_kl_fwd": pair_configs, "kl_dlogits": pair_configs}

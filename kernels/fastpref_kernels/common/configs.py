@@ -110,6 +110,25 @@ MERGE_KL = RowConfig(128, 4)
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 SCORE_FOLD = RowConfig(1024, 4)  # columns of one row
 
+# Rows of a norm in one program, by the largest width that a row of the table serves. A program's
+# columns are the width's next power of two, so a thread holds up to 32 numbers of each operand.
+NORM = {
+    64: RowConfig(32, 4),
+    128: RowConfig(16, 4),
+    256: RowConfig(8, 4),
+    512: RowConfig(4, 4),
+    1024: RowConfig(2, 4),
+    2048: RowConfig(1, 4),
+    4096: RowConfig(1, 8),
+    8192: RowConfig(1, 16),
+    16384: RowConfig(1, 16),
+}
+NORM_PROGRAMS = 256  # rows of partial sums of a weight's gradient
+COLUMN_SUMS = RowConfig(32, 4)
+SUMMED_COLUMNS = 128  # columns of one program that adds partial sums
+ROTARY = RowConfig(16, 4)  # heads of one token
+GATED = RowConfig(1024, 4)  # columns of one row
+
 # By the largest head size that a row serves. A tile of 64 rows wastes less of a short segment than
 # one of 128, and several programs share a multiprocessor, so one multiplies while another computes
 # exponentials.
