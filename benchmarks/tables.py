@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import calibration
+from benchmarks import calibration, trunk
 from benchmarks.plans import examples
+from benchmarks.real_model.tables import objectives_table, trl_table
 from fastpref import reproduce
 from fastpref.docgen import markdown
 from fastpref.plan.devices import Device
@@ -235,6 +236,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "h100-suite": gpu_suite,
     "load": load_figures,
     "faults": faults,
+    "trunk": trunk.table,
+    "real-model-objectives": objectives_table,
+    "real-model-trl": trl_table,
     "calibration-band": lambda result: calibration.tables(result["training"])[0],
     "calibration-outcome": lambda result: calibration.tables(result["training"])[1],
     "calibration-one-step": lambda result: calibration.tables(result["training"])[2],
