@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastpref import distributed, ops
+from fastpref import attention, distributed, ops
 from fastpref.data.batch_plan import Layout, Plan
 from fastpref.data.collate import Batch
 from fastpref.data.dataset import Groups
@@ -35,7 +35,7 @@ from fastpref.utils.progress import Display
 
 SAVES = 20  # number of partial saves per pass
 # Raise it when the log-probs of the same weights and tokens change, or the format of the file.
-_VERSION = "3"
+_VERSION = "4"
 Progress = Callable[[int], None]  # takes the number of completed groups
 
 
@@ -264,6 +264,7 @@ def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
         "compute": str(policy.compute_dtype),
         "device": policy.device.type,
         "attention": policy.base.config._attn_implementation,
+        "packed_attention": attention.implementation(_query(policy)),
         "layout": _LAYOUT_KEYS[policy.layout],
         "kernels": policy.kernels,
         "config": _architecture(policy),
@@ -272,6 +273,14 @@ def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
     return atomic_files.sha256(
         weights_sha256(policy), json.dumps(arithmetic), groups.fingerprint, values
     )
+
+
+def _query(policy: Policy) -> Tensor:
+    """A query of the policy's dtype, device and head size, (1, 1, D)."""
+    config = policy.base.config.get_text_config()
+    size = getattr(config, "head_dim", None)
+    size = size or config.hidden_size // getattr(config, "num_attention_heads", 1)
+    return torch.empty(1, 1, size, dtype=policy.compute_dtype, device=policy.device)
 
 
 def _architecture(policy: Policy) -> dict[str, object]:

@@ -82,7 +82,7 @@ class LinearGroup:
         adapters = self.adapters()
         if not adapters:
             return None
-        key = (dtype, *(id(adapter.a) for adapter in adapters))
+        key = (dtype, adapters[0].a.device, *(id(adapter.a) for adapter in adapters))
         if key not in self._copies:
             columns, end = {}, 0
             for adapter in adapters:
