@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from fastpref.trunk.block import AttentionLayer, Block, MlpLayer, NormModule
+from fastpref.trunk.attention import AttentionLayer, Heads
+from fastpref.trunk.block import Block
 from fastpref.trunk.gated import Activation
+from fastpref.trunk.layer import NormModule
 from fastpref.trunk.linear import LinearGroup, base_layer
+from fastpref.trunk.mlp import MlpLayer
 from fastpref.trunk.norm import Norm
 
-# Names of a layer's norms, in the roles of `fastpref.trunk.block`: N1 and N2, N3 and N4.
+# Names of a layer's norms, in the roles of attention (N1 and N2) and of MLP (N3 and N4).
 _PRE_NORM = {"input": "input_layernorm"}, {"input": "post_attention_layernorm"}
 _POST_NORM = {"output": "post_attention_layernorm"}, {"output": "post_feedforward_layernorm"}
 _FOUR_NORMS = (
@@ -96,20 +99,18 @@ def _read_attention(attention: Any, norms: Mapping[str, NormModule], family: str
             "k": read_norm(attention.k_norm, family),
         }
     window = config if family in _WINDOW_OF_CONFIG else attention
-    return AttentionLayer(
-        qkv=LinearGroup(
-            {name[0] if len(fused) > 1 else "qkv": _linear(attention, name) for name in fused}
-        ),
-        o=LinearGroup({"o": _linear(attention, "o_proj")}),
-        norms=norms,
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-        head_size=attention.head_dim,
-        norm_heads=normalizes and len(attention.q_norm.weight) == attention.head_dim,
+    layers = {"qkv" if family == "phi3" else name[0]: _linear(attention, name) for name in fused}
+    heads = Heads(
+        queries=config.num_attention_heads,
+        keys=config.num_key_value_heads,
+        size=attention.head_dim,
+        norm_each=normalizes and len(attention.q_norm.weight) == attention.head_dim,
         scale=attention.scaling,
         window=getattr(window, "sliding_window", None),
         softcap=attention.attn_logit_softcapping if family == "gemma2" else None,
     )
+    o = LinearGroup({"o": _linear(attention, "o_proj")})
+    return AttentionLayer(LinearGroup(layers), o, norms, heads)
 
 
 def _read_mlp(mlp: Any, norms: Mapping[str, NormModule]) -> MlpLayer:

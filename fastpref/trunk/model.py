@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastpref.attention import Segments
-from fastpref.trunk.block import Block, NormModule, Positions
+from fastpref.trunk.attention import Positions
+from fastpref.trunk.block import Block
 from fastpref.trunk.families import UnknownLayer, family_of, read_block, read_norm
+from fastpref.trunk.layer import NormModule
 from fastpref.trunk.linear import copy_adapters
 from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
 
@@ -95,12 +96,8 @@ class _Method:
 
     def __call__(self, hidden: Tensor, positions: Positions) -> Tensor:
         module: Any = self.block.module
-        if module.training and torch.is_grad_enabled() and module.gradient_checkpointing:
-            output: Tensor = checkpoint(
-                self.block, hidden, positions, use_reentrant=False, preserve_rng_state=False
-            )
-            return output
-        return self.block(hidden, positions)
+        recompute = module.training and module.gradient_checkpointing
+        return self.block(hidden, positions, recompute)
 
 
 class _LastNorm(torch.autograd.Function):

@@ -65,7 +65,7 @@ def test_blocks_that_differ_from_transformers_are_not_used(
     def wrong(*arguments: Any) -> torch.Tensor:
         return 1.01 * right(*arguments)
 
-    monkeypatch.setattr("fastpref.trunk.block.rms_norm", wrong)
+    monkeypatch.setattr("fastpref.trunk.layer.rms_norm", wrong)
     policy = policy_of(make_config(), tokenizer)
     assert policy.kernels == "torch" and policy.trunk is None
     assert policy.not_fused.startswith("its layers differ from transformers' by ")
