@@ -8,6 +8,7 @@ in both numbers, so other sizes are interpolated and extrapolated.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -122,6 +123,18 @@ def _run(policy: Policy, batch: Batch) -> _Run:
         for p in policy.parameters()
         if p.requires_grad
     ]
+    # As in training: tensors in reference cycles live until a collection between steps.
+    gc.collect()
+    gc.disable()
+    try:
+        return _counted(policy, batch, embeddings, shape)
+    finally:
+        gc.enable()
+        for hook in hooks:
+            hook.remove()
+
+
+def _counted(policy: Policy, batch: Batch, embeddings: Tensor, shape: Sequence[int]) -> _Run:
     counter = FlopCounterMode(display=False, custom_mapping=_IN_PLACE)
     with counter as flops, _LiveBytes(policy.parameters()) as live:
         inputs = torch.empty(shape, dtype=embeddings.dtype, requires_grad=embeddings.requires_grad)
@@ -130,8 +143,6 @@ def _run(policy: Policy, batch: Batch) -> _Run:
         live.peak = saved
         root.backward()
         total = flops.get_total_flops()
-    for hook in hooks:
-        hook.remove()
     return _Run(saved, forward - saved, live.peak - saved, forward_flops, total - forward_flops)
 
 
