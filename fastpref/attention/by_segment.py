@@ -172,10 +172,9 @@ def _attend_backward(
 
 def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Queries (Q, H, D), keys and values (K, H', D) of a block; copies only if keys are joined."""
-    keys = [torch.cat([x[part] for part in block.keys]) for x in (key, value)]
-    if len(block.keys) == 1:
-        keys = [x[block.keys[0]] for x in (key, value)]
-    return query[block.queries], keys[0], keys[1]
+    parts = ([x[part] for part in block.keys] for x in (key, value))
+    k, v = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+    return query[block.queries], k, v
 
 
 def _has_kernel(query: Tensor, options: Options) -> bool:

@@ -25,7 +25,7 @@ def use_kernels(policy: Policy, model: Model, training: Training, device: torch.
         if model.kernels == "fused":
             raise ModelError(f"{OPTION}: {reason}; use auto or torch")
         policy.not_fused = reason
-    if use_liger(policy.base, "torch" if model.kernels == "fused" else model.kernels, device):
+    if use_liger(policy.base, model.kernels, device):
         policy.kernels = "liger"
 
 

@@ -47,10 +47,11 @@ class Trunk:
         """Hidden states (P, D) after the last norm; all computation is in `dtype`."""
         if embeddings is None:
             embeddings = self.model.embed_tokens(input_ids)
+        embeddings = embeddings.to(dtype)
         # The angles of all rows; Hugging Face computes them in the dtype of the hidden states.
-        angles = self._angles(embeddings.to(dtype), position_ids)
+        angles = self._angles(embeddings, position_ids)
         copy_adapters([g for layer in self.model.layers for g in self.blocks[layer].groups], dtype)
-        hidden = embeddings.to(dtype).flatten(0, -2)
+        hidden = embeddings.flatten(0, -2)
         for layer in self.model.layers:
             cos, sin = angles[self.blocks[layer].kind if self.by_kind else None]
             hidden = getattr(layer, BLOCK_METHOD)(hidden, Positions(segments, cos, sin))
