@@ -46,6 +46,7 @@ from fastpref.utils.atomic_files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 FASTPREF = [sys.executable, "-W", "ignore", "-m", "fastpref"]
+MICRO_BATCH_TOKENS = 16384
 MIB, SEED, VOCABULARY, MOST_POSITIONS = 2**20, 0, 8000, 65_536
 Values = dict[str, Any]
 
@@ -196,7 +197,7 @@ def tokenize_and_plan(path: Path) -> Values:
     )
     tokenized = time.monotonic()
     t = config.training
-    plan = Plan.of(groups, t.batch_size, t.micro_batch_tokens, t.seed, "prefix_shared")
+    plan = Plan.of(groups, t.batch_size, MICRO_BATCH_TOKENS, t.seed, "prefix_shared")
     parts = sum(len(step) for step in plan.epoch())
     return {
         "tokenising_seconds": round(tokenized - started, 1),

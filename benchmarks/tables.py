@@ -112,9 +112,8 @@ def bench(result: Any) -> str:
 def end_to_end(result: Any) -> str:
     titles = {
         "fastpref": "fastpref",
-        "fastpref, defaults": "fastpref, its defaults",
+        "fastpref, transformers' layers": "fastpref, layers of transformers",
         "TRL": "TRL, its defaults",
-        "TRL, reference precomputed": "TRL, reference precomputed",
     }
     rows = {}
     for name, title in titles.items():

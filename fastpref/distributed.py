@@ -109,6 +109,11 @@ def local_rank() -> int:
     return _environment_int("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """Number of ranks on this node."""
+    return _environment_int("LOCAL_WORLD_SIZE", 1)
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0."""
     return rank() == 0

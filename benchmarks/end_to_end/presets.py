@@ -91,7 +91,7 @@ CONTESTANTS = (
     Contestant(
         "fastpref, defaults",
         "fastpref",
-        {"micro_batch_tokens": 16384, "activation_checkpointing": "full"},
+        {"micro_batch_tokens": "auto", "activation_checkpointing": "auto"},
     ),
     Contestant("fastpref, no checkpointing", "fastpref", {"activation_checkpointing": "off"}),
     Contestant("fastpref, transformers' layers", "fastpref", model={"kernels": "torch"}),

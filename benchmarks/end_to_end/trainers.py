@@ -12,6 +12,7 @@ import re
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -167,12 +168,31 @@ def _fastpref(job: Job, turns: Turns) -> None:
     watch = Watch()
     trainer = Trainer(parse(job.config), watch)
     turns.loaded()  # for a reference that was cached
+    start_equally(trainer.policy)
     groups = trainer.run.train.groups
     order = [groups[i] for step in trainer.plan.epoch() for part in step for i in part]
     turns.ready(pair_id(g.prompt, *g.responses) for g in order)
     watch.trainer = trainer
     trainer.loop([])
     turns.end(watch.lines)
+
+
+@torch.no_grad()
+def start_equally(model: torch.nn.Module) -> None:
+    """Set the first matrix of every adapter to values that depend on its name in the layer alone.
+
+    The second matrix is 0, so this leaves the first step's log-probs as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and parameter.requires_grad:
+            generator = torch.Generator().manual_seed(zlib.crc32(_in_layer(name).encode()))
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * parameter.shape[1] ** -0.5)
+
+
+def _in_layer(name: str) -> str:
+    """`layers.0.self_attn.q_proj`, of a parameter's name in any wrapper of the model."""
+    return name[name.index("layers.") :].partition(".lora_A")[0]
 
 
 def _trl(job: Job, turns: Turns) -> None:
@@ -239,6 +259,7 @@ def _trl(job: Job, turns: Turns) -> None:
         peft_config=lora,
         callbacks=[watch],
     )
+    start_equally(trainer.model)
     turns.ready(pair for batch in trainer.get_train_dataloader() for pair in _pairs(batch))
     trainer.train()
     turns.end(watch.lines)

@@ -8,12 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import data, evaluate, export, judge, tools, train
-from fastpref.utils.errors import UserError, first_line
+from fastpref.utils.errors import UserError, first_line, is_out_of_memory
 from fastpref.utils.version import __version__
-
-# Names in the errors of torch and Python when memory runs out.
-_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
-
 
 # The base class of all errors in arguments is in click or, since typer 0.26, in a private copy of
 # it; typer exports only its subclass BadParameter.
@@ -78,7 +74,7 @@ def _run() -> int | None:
         message = usage.format_message().rstrip(".")
         raise UserError(f"{message}; see {command} --help") from None
     except (RuntimeError, MemoryError) as error:
-        if not any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory; lower training.micro_batch_tokens or data.max_length, or train an "

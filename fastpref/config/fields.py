@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fastpref.utils.errors import shown
 
@@ -54,6 +54,29 @@ PositiveInt = Annotated[int, Field(gt=0), AfterValidator(_countable)]
 
 
 NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_countable)]
+
+
+def _word_or_int(*words: str, at_least: int) -> BeforeValidator:
+    """Validator of one of some words or a whole number, with one message for both."""
+
+    def check(value: Any) -> Any:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if value in words or (is_int and at_least <= value):
+            return _countable(value) if is_int else value
+        raise ValueError(
+            f"must be {', '.join(words)} or a whole number >= {at_least}, got {shown(value)}"
+        )
+
+    return BeforeValidator(check)
+
+
+TokenBudget = Annotated[Literal["auto"] | int, _word_or_int("auto", at_least=1)]
+
+
+Checkpointing = Annotated[
+    Literal["auto", "full", "selective", "off"] | int,
+    _word_or_int("auto", "full", "selective", "off", at_least=0),
+]
 
 
 class Section(BaseModel):

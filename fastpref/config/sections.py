@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fastpref.config.fields import (
+    Checkpointing,
     Fraction,
     Name,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    TokenBudget,
 )
 
 
@@ -255,10 +257,11 @@ class Training(Section):
         32,
         description="Pairs, single responses or groups per optimizer step, over all micro-batches.",
     )
-    micro_batch_tokens: PositiveInt = Field(
-        16384,
+    micro_batch_tokens: TokenBudget = Field(
+        "auto",
         description="Largest number of tokens in a micro-batch, padding included; the number of "
-        "accumulation steps follows from it.",
+        "accumulation steps follows from it. `auto`: chosen from the free memory, see [memory]"
+        "(memory.md); 16384 for objectives in which the loss of a pair depends on its batch.",
     )
     layout: Literal["auto", "prefix_shared", "packed", "padded"] = Field(
         "auto",
@@ -268,11 +271,12 @@ class Training(Section):
         "packed with flash_attention_2; prefix_shared if `model.attn_implementation` is auto and "
         "a check shows that the model gives the same hidden states; else padded.",
     )
-    activation_checkpointing: Literal["full", "selective", "off"] = Field(
-        "full",
-        description="Recompute activations in the backward pass: `full` in every block, which "
-        "saves the most memory and is a third slower; `selective` in every other block; `off` in "
-        "none. `true` means full and `false` off.",
+    activation_checkpointing: Checkpointing = Field(
+        "auto",
+        description="Recompute activations in the backward pass: `auto` in as few blocks as the "
+        "free memory allows, see [memory](memory.md); `full` in every block, which saves the most "
+        "memory and is a third slower; `selective` in every other block; `off` in none; a number: "
+        "in so many blocks, the first ones. `true` means full and `false` off.",
     )
     compile: bool = Field(False, description="`torch.compile` each block of the model.")
     batch_invariant: bool = Field(
@@ -317,6 +321,11 @@ class Training(Section):
     @classmethod
     def _bool_as_word(cls, value: Any) -> Any:
         return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the memory decides a field."""
+        return "auto" in (self.micro_batch_tokens, self.activation_checkpointing)
 
 
 class Parallel(Section):

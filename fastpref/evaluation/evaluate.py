@@ -124,6 +124,7 @@ def score(
 ) -> Scores:
     """Compute log-probs and entropies of all pairs, in the trainer's layout, order and batches."""
     choose_layout(policy, training, "auto", groups, display)
+    assert training.micro_batch_tokens != "auto"
     plan = Plan.of(groups, training.batch_size, training.micro_batch_tokens, layout=policy.layout)
     sums = torch.empty(2, 2 * len(groups), dtype=torch.float64)
     _, bias = policy.head()

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +19,7 @@ from fastpref.model.layer_kernels import use_kernels
 from fastpref.model.lora import add_adapter, initialize
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import check_quantization, load_in_4bit, reload_in_4bit
+from fastpref.model.recomputation import recompute
 from fastpref.utils.errors import ModelError, UserError, cannot_load, shown
 from fastpref.utils.optional_packages import require
 
@@ -70,7 +71,8 @@ def load_policy(
         wrapped = add_adapter(causal_lm, adapter, keep_initial_adapter, sharded=mesh is not None)
     policy = Policy(wrapped, compute_dtype)
     use_kernels(policy, model, training, device)
-    checkpoint_activations(policy, training.activation_checkpointing)
+    if training.activation_checkpointing != "auto":
+        recompute(policy, training.activation_checkpointing)
     if training.compile:
         for block in policy.blocks():
             block.compile()
@@ -103,28 +105,6 @@ def _check_vocabulary(causal_lm: Any, tokenizer: PreTrainedTokenizerBase) -> Non
             f"model: the tokenizer has {tokens:,} tokens but the embedding only {rows:,} rows; "
             "set model.tokenizer to the one of the model"
         )
-
-
-def checkpoint_activations(policy: Policy, mode: Literal["full", "selective", "off"]) -> None:
-    """Recompute activations in the backward pass, in every block, in every other one, or in none.
-
-    Raises ModelError for an architecture that does not support it.
-    """
-    if mode == "off":
-        return
-    causal_lm: Any = policy.base
-    if not causal_lm.supports_gradient_checkpointing:
-        raise ModelError(
-            f"training.activation_checkpointing: {type(causal_lm).__name__} does not support "
-            "it; set it to off"
-        )
-    # transformers 5.x is renaming the method; both take torch's checkpoint options first.
-    older = causal_lm.gradient_checkpointing_enable
-    enable = getattr(causal_lm, "activation_checkpointing_enable", older)
-    enable({"use_reentrant": False})
-    for index, block in enumerate(policy.blocks()):
-        # Not setattr: transformers warns that it is renaming the attribute.
-        vars(block)["gradient_checkpointing"] = mode == "full" or index % 2 == 0
 
 
 def _local_folder(path: str) -> Path:

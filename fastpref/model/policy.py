@@ -184,6 +184,11 @@ class Policy(nn.Module):
             output = output._replace(geometry=geometry)
         return output
 
+    @property
+    def separates_groups(self) -> bool:
+        """Whether each group has its own forward pass; see `batches`."""
+        return self.batch_invariant and self.device.type == "cpu" and not self.sharded
+
     def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
         """Collate the batches of a micro-batch's forward passes, on the device of the policy.
 
@@ -191,8 +196,7 @@ class Policy(nn.Module):
         groups. On CPU with `batch_invariant` each group has its own batch, so that its log-probs
         are bit-identical whatever other groups are in the micro-batch.
         """
-        separate = self.batch_invariant and self.device.type == "cpu" and not self.sharded
-        parts = [[index] for index in indices] if separate else [indices]
+        parts = [[index] for index in indices] if self.separates_groups else [indices]
         return [
             collate([groups[i] for i in part], groups.kind, self.layout).to(self.device)
             for part in parts

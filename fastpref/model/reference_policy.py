@@ -126,7 +126,7 @@ def cached_reference(
         display.note(f"reference log-probs of {groups.source}: read from the data")
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         return CachedReference(torch.tensor(data_logps, dtype=dtype, device=policy.device))
-    path = cache / "reference" / f"{_key(policy, groups, per_token)}.safetensors"
+    path = cache / "reference" / f"{_key(policy, groups, plan, per_token)}.safetensors"
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
     complete = _read(path, display)
@@ -255,7 +255,7 @@ def _crc32(tensors: dict[str, Tensor]) -> str:
 _LAYOUT_KEYS: dict[Layout, str] = {"prefix_shared": "shared", "packed": "flat", "padded": "padded"}
 
 
-def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
+def _key(policy: Policy, groups: Groups, plan: Plan, per_token: bool) -> str:
     """Hash of everything that determines the log-probs: weights, arithmetic and token ids."""
     example = torch.empty(0, 0, dtype=policy.compute_dtype, device=policy.device)
     arithmetic = {
@@ -269,6 +269,9 @@ def _key(policy: Policy, groups: Groups, per_token: bool) -> str:
         "kernels": policy.kernels,
         "config": _architecture(policy),
     }
+    if not policy.separates_groups:
+        # Log-probs depend, by rounding, on the other groups of their pass.
+        arithmetic["micro_batch_tokens"] = plan.max_tokens
     values = "tokens" if per_token else "sums"
     return atomic_files.sha256(
         weights_sha256(policy), json.dumps(arithmetic), groups.fingerprint, values

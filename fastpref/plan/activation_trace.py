@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -51,6 +51,21 @@ class Trace:
     forward_flops: Line
     backward_flops: Line  # recomputation included
 
+    def mixed(self, other: Trace, share: float) -> Trace:
+        """Trace of a model of which a share of the blocks behaves as in `other`."""
+        if share in (0, 1):
+            return other if share else self
+
+        def mean(a: Line, b: Line) -> Line:
+            return Line(*(x + share * (y - x) for x, y in zip(a, b, strict=True)))
+
+        lines = (getattr(self, field.name) for field in fields(self))
+        others = (getattr(other, field.name) for field in fields(other))
+        mix = Trace(*map(mean, lines, others))
+        # The backward pass works on one block at a time, of either kind.
+        peak = max(self.backward, other.backward, key=lambda line: line.per_token)
+        return replace(mix, backward=peak)
+
 
 class _Run(NamedTuple):
     saved: float
@@ -88,7 +103,6 @@ def _fit(policy: Policy, batches: list[Batch]) -> Trace:
     blocks = policy.blocks()
     count = len(blocks)
     alike = len({sum(p.numel() for p in block.parameters()) for block in blocks}) == 1
-    # Selective checkpointing repeats every second block.
     many = min(count, 4) if alike else count
     few = max(1, many // 2)
     runs = {}

@@ -148,6 +148,9 @@ def _figures(p: Prediction, whole_epoch: bool) -> list[tuple[str, str]]:
         ("FLOPs a step", f"{f.total:.3g} a rank ({shares})"),
         ("time a step", f"{format_duration(p.seconds)} on {p.ranks} × {p.device.name}"),
     ]
+    budget = p.budget
+    blocks = f"{budget.recomputed_blocks} blocks recomputed"
+    rows.insert(0, ("settings", f"{budget.micro_batch_tokens:,} tokens a micro-batch, {blocks}"))
     if whole_epoch:
         rows.append(("an epoch", f"{p.steps:,} steps, {format_duration(p.steps * p.seconds)}"))
         if p.reference_seconds:

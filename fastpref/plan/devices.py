@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +70,18 @@ def find_device(name: str, dtype: torch.dtype) -> Device:
     if name not in GPUS:
         raise UserError(f"--device: must be one of cpu, {', '.join(GPUS)}, got {name}")
     return GPUS[name]
+
+
+def this_device(device: torch.device, memory: int) -> Device:
+    """The device of a run, with `memory` bytes; of a GPU that is not listed the speed is a guess.
+
+    A run compares settings on one device, for which the ratio of FLOPs and bandwidth suffices.
+    """
+    if device.type != "cuda":
+        return Device("cpu", 1e11, 0.7, 2e10, memory)
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    known = (gpu for gpu in _GPUS if gpu.name.split("-")[0] in words)
+    return replace(next(known, GPUS["h100"]), memory=memory)
 
 
 def _this_cpu(dtype: torch.dtype) -> Device:

@@ -86,6 +86,11 @@ class Head:
     def _chunk(self, p: Pass) -> int:
         return min(chunked.CHUNK_BYTES, self._dlogits(p))
 
+    @property
+    def most_cached(self) -> int:
+        """Scored tokens of a pass on a GPU up to which gradients of logits are cached."""
+        return TRITON_CACHE_BYTES // (self.shapes.vocabulary * self.shapes.compute)
+
     def _caches_dlogits(self, p: Pass) -> bool:
         if not self.on_cpu:
             return self._dlogits(p) <= TRITON_CACHE_BYTES

@@ -55,6 +55,7 @@ class Memory:
     checkpoints: bool
     shard: int  # ranks that share one copy of the base
     on_cpu: bool
+    recomputed: float  # share of the blocks
 
     @property
     def offloads(self) -> bool:

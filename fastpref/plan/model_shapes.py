@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -11,15 +11,11 @@ from torch import nn
 
 from fastpref.config import Adapter, Model
 from fastpref.model.layer_kernels import fuse
-from fastpref.model.load import (
-    build_empty,
-    checkpoint_activations,
-    model_config,
-    naming_the_model,
-)
+from fastpref.model.load import build_empty, model_config, naming_the_model
 from fastpref.model.lora import add_adapter
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import check_quantization
+from fastpref.model.recomputation import recompute
 
 # NF4 with double quantization: half a byte, a byte for 64 of them, four bytes for 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -43,6 +39,7 @@ class Shapes:
     compute: int  # bytes of a number in the forward pass
     stored: int  # bytes of a weight of the base
     adapter_stored: int  # bytes of a weight of the adapter
+    can_recompute: bool  # whether the architecture supports it
 
     @property
     def trained(self) -> int:
@@ -72,9 +69,9 @@ def empty_policy(
     sharded: bool,
     *,
     adapter: Adapter | None,
-    activation_checkpointing: Literal["full", "selective", "off"],
+    recomputed: bool,
 ) -> Policy:
-    """Build the policy on the meta device, with its adapter and its checkpointing.
+    """Build the policy on the meta device, with its adapter, all blocks recomputed or none.
 
     vocabulary: tokens of the tokenizer, for a random model without `vocab_size`. Raises ModelError
     in one line.
@@ -92,7 +89,8 @@ def empty_policy(
     policy = Policy(wrapped, compute_dtype)
     if model.kernels in ("auto", "fused"):
         fuse(policy, model, compiled=False)
-    checkpoint_activations(policy, activation_checkpointing)
+    if recomputed:
+        recompute(policy, "full")
     return policy.train()
 
 
@@ -130,6 +128,7 @@ def shapes_of(policy: Policy, in_4bit: bool) -> Shapes:
         compute=compute.itemsize,
         stored=stored.itemsize,
         adapter_stored=max((p.dtype.itemsize for p in adapter.values()), default=0),
+        can_recompute=base.supports_gradient_checkpointing,
     )
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastpref.config import Config, ConfigError, Parallel
 from fastpref.data.batch_plan import Layout
 from fastpref.model.batch_layout import preferred_layout
+from fastpref.model.policy import Policy
+from fastpref.model.recomputation import recomputed
 from fastpref.ops.score_sketch import sketch_rows
 from fastpref.plan import flops as speed
 from fastpref.plan.activation_trace import Trace, trace
+from fastpref.plan.budget import BATCHWISE_TOKENS, Budget, choose, token_ladder
 from fastpref.plan.devices import Device
 from fastpref.plan.head import Head
 from fastpref.plan.memory import Memory, Parts
 from fastpref.plan.model_shapes import Shapes, empty_policy, shapes_of
-from fastpref.plan.workload import GroupLengths, Step, steps_of
+from fastpref.plan.workload import GroupLengths, MicroBatch, step_bounds, steps_of
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,19 @@ class Setup:
     """A run to predict: its config, the lengths of its data, its ranks.
 
     changes: of the config that the user has, as they are typed on the command line.
+    chosen_layout: of a loaded model; by default the one that the config prefers.
     """
 
     config: Config
     lengths: GroupLengths
     ranks: int
     changes: tuple[str, ...] = ()
+    chosen_layout: Layout | None = None
 
     @property
     def layout(self) -> Layout:
+        if self.chosen_layout is not None:
+            return self.chosen_layout
         return preferred_layout(self.config.training, self.config.model.attn_implementation)
 
     @property
@@ -51,6 +59,7 @@ class Prediction:
     steps: int
     tokens: float  # of a step, over all ranks
     micro_batches: float  # of a rank's step
+    budget: Budget
     flops: speed.Flops
     seconds: float  # of a step
     reference_seconds: float  # of a cached reference, once
@@ -70,25 +79,36 @@ class Prediction:
 
 
 class Predictor:
-    """Predictions on one device; configs with the same model and layout share one trace."""
+    """Predictions on one device; configs with the same model and layout share their traces."""
 
     def __init__(self, device: Device, vocabulary: int | None) -> None:
         self.device, self._vocabulary = device, vocabulary
-        self._traces: dict[str, tuple[Shapes, Trace]] = {}
+        self._traces: dict[str, Trace] = {}
+        self._counted: dict[str, Shapes] = {}
+
+    def on(self, device: Device) -> Predictor:
+        """Predictions on another device, from the same traces."""
+        other = Predictor(device, self._vocabulary)
+        other._traces, other._counted = self._traces, self._counted
+        return other
 
     def __call__(self, setup: Setup) -> Prediction:
         """Raises UserError for a config that cannot run at all."""
         config, ranks = setup.config, setup.ranks
-        shard = shard_size(config.parallel, setup.in_4bit, ranks)
-        one_by_one = self.device.is_cpu and shard == 1
-        steps = steps_of(config.training, setup.layout, setup.lengths, ranks, one_by_one)
-        memory = self._memory(setup, steps, shard, one_by_one)
+        budget = self.budget(setup, self.device.usable)
+        memory = self.memory(setup, budget.recomputed_blocks)
+        steps = steps_of(
+            config.training,
+            budget.micro_batch_tokens,
+            setup.layout,
+            setup.lengths,
+            ranks,
+            self._one_by_one(setup),
+        )
         moment, parts = max(
             (memory.peak(batch, len(step) > 1) for step in steps for batch in step),
             key=lambda peak: peak[1].total,
         )
-        checkpointing = config.training.activation_checkpointing
-        flops = _mean([speed.step_flops(memory, step, checkpointing) for step in steps])
         reference_flops = 0.0
         if config.reference_mode == "cached":
             reference_flops = sum(speed.reference_flops(memory, step) for step in steps)
@@ -105,15 +125,59 @@ class Predictor:
             steps=len(steps),
             tokens=tokens * ranks / len(steps),
             micro_batches=sum(map(len, steps)) / len(steps),
-            flops=flops,
-            seconds=speed.seconds(self.device, flops.total)
-            + speed.update_seconds(self.device, memory),
+            budget=budget,
+            flops=_mean([speed.step_flops(memory, step) for step in steps]),
+            seconds=sum(speed.step_seconds(self.device, memory, step) for step in steps)
+            / len(steps),
             reference_seconds=speed.seconds(self.device, reference_flops),
         )
 
-    def _memory(self, setup: Setup, steps: list[Step], shard: int, one_by_one: bool) -> Memory:
-        config = setup.config
-        shapes, traced = self._trace(setup, steps, shard > 1, one_by_one)
+    def budget(self, setup: Setup, usable: int) -> Budget:
+        """Micro-batch and recomputed blocks of the config; the automatic ones from `usable` bytes.
+
+        Raises UserError for a config that cannot run at all.
+        """
+        training, one_by_one = setup.config.training, self._one_by_one(setup)
+        shapes = self._shapes(setup)
+        blocks = shapes.blocks
+        bounds = step_bounds(training.batch_size, setup.layout, setup.lengths, setup.ranks)
+        mode, tokens = training.activation_checkpointing, training.micro_batch_tokens
+        block_choices: Sequence[int] = range(blocks + 1)
+        if mode != "auto":
+            block_choices = [sum(recomputed(mode, blocks))]
+        elif not shapes.can_recompute:
+            block_choices = [0]
+        token_choices = [tokens] if tokens != "auto" else token_ladder(bounds)
+        if tokens == "auto" and one_by_one:
+            token_choices = [bounds.longest]
+        if tokens == "auto" and depends_on_batch(setup.config):
+            token_choices = [max(BATCHWISE_TOKENS, bounds.longest)]
+        memories: dict[int, Memory] = {}
+
+        def memory_of(count: int) -> Memory:
+            if count not in memories:
+                memories[count] = self.memory(setup, count)
+            return memories[count]
+
+        return choose(
+            self.device, usable, bounds, memory_of, token_choices, block_choices, one_by_one
+        )
+
+    def predicted_peak(self, setup: Setup, blocks: int, batch: MicroBatch) -> int:
+        """Bytes of a micro-batch of a step with others."""
+        return self.memory(setup, blocks).peak(batch, accumulates=True)[1].total
+
+    def _one_by_one(self, setup: Setup) -> bool:
+        invariant = setup.config.training.batch_invariant
+        return self.device.is_cpu and self._shard(setup) == 1 and invariant
+
+    def _shard(self, setup: Setup) -> int:
+        return shard_size(setup.config.parallel, setup.in_4bit, setup.ranks)
+
+    def memory(self, setup: Setup, blocks: int) -> Memory:
+        """Memory of a run that recomputes so many blocks."""
+        config, shard = setup.config, self._shard(setup)
+        shapes = self._shapes(setup)
         calibration, score_rows = config.calibration, 0
         if calibration is not None and calibration.statistics == "batch":
             score_rows = sketch_rows(shapes.vocabulary, calibration.sketch_rows)
@@ -129,7 +193,7 @@ class Predictor:
         )
         return Memory(
             shapes,
-            traced,
+            self._trace(setup, blocks / shapes.blocks),
             head,
             config.optim,
             config.parallel,
@@ -138,29 +202,44 @@ class Predictor:
             checkpoints=config.training.checkpoint_every is not None,
             shard=shard,
             on_cpu=self.device.is_cpu,
+            recomputed=blocks / shapes.blocks,
         )
 
-    def _trace(
-        self, setup: Setup, steps: list[Step], sharded: bool, one_by_one: bool
-    ) -> tuple[Shapes, Trace]:
-        config, lengths = setup.config, setup.lengths
-        checkpointing = config.training.activation_checkpointing
-        key = repr((config.model, config.adapter, checkpointing, setup.layout, sharded))
+    def _shapes(self, setup: Setup) -> Shapes:
+        key = repr((setup.config.model, setup.config.adapter, self._shard(setup) > 1))
+        if key not in self._counted:
+            self._counted[key] = shapes_of(self._policy(setup, recomputed=False), setup.in_4bit)
+        return self._counted[key]
+
+    def _trace(self, setup: Setup, share: float) -> Trace:
+        """Trace of a trunk that recomputes a share of its blocks."""
+        if share in (0, 1):
+            return self._traced(setup, recomputed=share == 1)
+        return self._traced(setup, False).mixed(self._traced(setup, True), share)
+
+    def _traced(self, setup: Setup, recomputed: bool) -> Trace:
+        config, lengths, one_by_one = setup.config, setup.lengths, self._one_by_one(setup)
+        key = repr((config.model, config.adapter, recomputed, setup.layout, self._shard(setup) > 1))
         if key not in self._traces:
-            policy = empty_policy(
-                config.model,
-                self._vocabulary,
-                sharded,
-                adapter=config.adapter,
-                activation_checkpointing=checkpointing,
-            )
-            shapes = shapes_of(policy, setup.in_4bit)
-            longest = max(p.tokens for step in steps for batch in step for p in batch)
             group = lengths.group(int(lengths.padded_lengths.argmax()))
-            half = [max(1, round(n * longest / sum(group) / 2)) for n in group]
-            traced = trace(policy, half, setup.layout, one_kernel=not one_by_one)
-            self._traces[key] = shapes, traced
+            half = [max(1, n // 2) for n in group]
+            policy = self._policy(setup, recomputed)
+            self._traces[key] = trace(policy, half, setup.layout, one_kernel=not one_by_one)
         return self._traces[key]
+
+    def _policy(self, setup: Setup, recomputed: bool) -> Policy:
+        return empty_policy(
+            setup.config.model,
+            self._vocabulary,
+            self._shard(setup) > 1,
+            adapter=setup.config.adapter,
+            recomputed=recomputed,
+        )
+
+
+def depends_on_batch(config: Config) -> bool:
+    """Whether the loss of a pair depends on the others of its micro-batch."""
+    return not getattr(config.build_loss(), "soft_labels", True)
 
 
 def _mean(flops: list[speed.Flops]) -> speed.Flops:

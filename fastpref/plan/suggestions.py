@@ -84,13 +84,14 @@ def _smaller_batches(setup: Setup) -> Iterator[Setup]:
     """Halve `training.micro_batch_tokens` again and again, down to the longest group."""
     longest = _longest_group(setup)
     tokens = setup.config.training.micro_batch_tokens
-    while tokens > longest:
+    # Automatic ones are already as small as it helps.
+    while tokens != "auto" and tokens > longest:
         tokens = max(tokens // 2, longest)
         yield _with(setup, training__micro_batch_tokens=tokens)
 
 
 def _checkpointing(setup: Setup) -> Iterator[Setup]:
-    if setup.config.training.activation_checkpointing != "full":
+    if setup.config.training.activation_checkpointing not in ("auto", "full"):
         yield _with(setup, training__activation_checkpointing="full")
 
 
@@ -128,8 +129,11 @@ def _shorter(setup: Setup) -> Iterator[Setup]:
         longest = setup.lengths.padded_lengths.max()
         if len(truncated) and truncated.padded_lengths.max() < longest:
             shorter = replace(setup, lengths=truncated)
-            tokens = min(setup.config.training.micro_batch_tokens, _longest_group(shorter))
-            yield _with(shorter, data__max_length=max_length, training__micro_batch_tokens=tokens)
+            values: dict[str, Any] = {"data__max_length": max_length}
+            tokens = setup.config.training.micro_batch_tokens
+            if tokens != "auto":
+                values["training__micro_batch_tokens"] = min(tokens, _longest_group(shorter))
+            yield _with(shorter, **values)
 
 
 def _more_ranks(setup: Setup) -> Iterator[Setup]:

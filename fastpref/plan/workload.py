@@ -25,7 +25,10 @@ class GroupLengths:
 
     @classmethod
     def of(cls, groups: Groups) -> GroupLengths:
-        return cls(groups.kind, groups.prompt_lengths, groups.response_lengths, groups.offsets)
+        """The lengths of all groups; of a mixture, those of its first epoch."""
+        lengths = cls(groups.kind, groups.prompt_lengths, groups.response_lengths, groups.offsets)
+        mixture = getattr(groups, "mixture", None)
+        return lengths if mixture is None else lengths.take(mixture.order(0, 0))
 
     @classmethod
     def uniform(cls, kind: Kind, count: int, prompt: int, responses: Sequence[int]) -> GroupLengths:
@@ -54,6 +57,14 @@ class GroupLengths:
         offsets = np.concatenate([[0], counts[has_room].cumsum()])
         return GroupLengths(self.kind, self.prompt_lengths[has_room], responses, offsets)
 
+    def take(self, indices: Lengths) -> GroupLengths:
+        """The groups of these indices, in their order."""
+        counts = np.diff(self.offsets)[indices]
+        offsets = np.concatenate([[0], counts.cumsum()])
+        starts = (self.offsets[indices] - offsets[:-1]).repeat(counts)
+        responses = self.response_lengths[starts + np.arange(offsets[-1])]
+        return GroupLengths(self.kind, self.prompt_lengths[indices], responses, offsets)
+
     def group(self, index: int) -> list[int]:
         """Tokens of the prompt and of each response of a group."""
         responses = self.response_lengths[self.offsets[index] : self.offsets[index + 1]]
@@ -74,7 +85,12 @@ Step = list[MicroBatch]
 
 
 def steps_of(
-    training: Training, layout: Layout, lengths: GroupLengths, ranks: int, one_by_one: bool
+    training: Training,
+    micro_batch_tokens: int,
+    layout: Layout,
+    lengths: GroupLengths,
+    ranks: int,
+    one_by_one: bool,
 ) -> list[Step]:
     """The steps of the first epoch on the first rank, which has the fullest batches.
 
@@ -88,7 +104,7 @@ def steps_of(
         costs,
         counts if padded else None,
         training.batch_size,
-        training.micro_batch_tokens,
+        micro_batch_tokens,
         training.seed,
         UNITS[lengths.kind],
         ranks,
@@ -111,6 +127,42 @@ def steps_of(
 
     number = min(plan.steps_per_epoch, training.steps or plan.steps_per_epoch)
     return [[passes(i or [plan.shortest]) for i in plan.step(k)] for k in range(number)]
+
+
+class StepBounds(NamedTuple):
+    """Sizes of a rank's steps, whatever the order of the groups and the size of a micro-batch."""
+
+    longest: int  # tokens of the longest group
+    shortest: int
+    tokens: int  # most tokens of a step
+    groups: int  # most groups of a step
+    scored_share: float  # largest share of a group's tokens that is scored
+    mean: Pass  # mean step, as if in one pass
+
+
+def step_bounds(batch_size: int, layout: Layout, lengths: GroupLengths, ranks: int) -> StepBounds:
+    """Bounds of the steps of a run with these lengths."""
+    costs = tokens_of(cast(Groups, lengths), layout)
+    scored = np.add.reduceat(lengths.response_lengths, lengths.offsets[:-1])
+    count = min(batch_size, len(costs))
+    longest_first = np.sort(costs)[::-1]
+    # Ranks have similar loads: they differ by one group at most.
+    tokens = _sum(longest_first[:count])
+    if layout == "padded":  # all rows of a micro-batch are as long as its longest
+        rows = np.sort(np.diff(lengths.offsets))[::-1][:count]
+        tokens = _sum(rows) * int(lengths.padded_lengths.max())
+    if ranks > 1:
+        tokens = min(tokens, -(-tokens // ranks) + int(longest_first[0]))
+    share = count / ranks
+    mean = (float(values.mean()) * share for values in (costs, scored, _attended(lengths, layout)))
+    return StepBounds(
+        longest=int(longest_first[0]),
+        shortest=int(longest_first[-1]),
+        tokens=tokens,
+        groups=count,
+        scored_share=float((scored / costs).max()),
+        mean=Pass(*(max(1, round(value)) for value in mean)),
+    )
 
 
 def _attended(lengths: GroupLengths, layout: Layout) -> Lengths:

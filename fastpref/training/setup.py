@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ from fastpref.model.reference_policy import (
     no_reference,
 )
 from fastpref.training import checkpoint_files
+from fastpref.training.memory_budget import MemoryBudget, usable_bytes
 from fastpref.training.optim import check_eight_bit
 from fastpref.training.profiler import part
 from fastpref.utils.atomic_files import clear_leftovers
@@ -75,6 +76,10 @@ class DataView:
                 batches = policy.batches(self.groups, indices or [self.plan.shortest])
             yield MicroBatch(indices, batches, accumulated=len(parts) > 1)
 
+    def with_micro_batch_tokens(self, tokens: int) -> Self:
+        """The same steps in micro-batches of another size."""
+        return replace(self, plan=replace(self.plan, max_tokens=tokens))
+
 
 @dataclass(frozen=True)
 class DataSplit(DataView):
@@ -82,6 +87,10 @@ class DataSplit(DataView):
 
     groups: GroupDataset
     mismatched: DataView | None = None  # in the steps of `plan` and in the same order
+
+    def with_micro_batch_tokens(self, tokens: int) -> Self:
+        mismatched = self.mismatched and self.mismatched.with_micro_batch_tokens(tokens)
+        return replace(super().with_micro_batch_tokens(tokens), mismatched=mismatched)
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     policy: Policy  # before a checkpoint is restored
     loss: Objective
+    memory: MemoryBudget
     train: DataSplit
     eval: DataSplit | None = None
 
@@ -100,12 +110,18 @@ class TrainingSetup(Loaded):
     folder: Path = Path()
     checkpoint: Path | None = None  # to continue from
 
+    def with_micro_batch_tokens(self, tokens: int) -> TrainingSetup:
+        """The same run in micro-batches of another size."""
+        held_out = self.eval and self.eval.with_micro_batch_tokens(tokens)
+        return replace(self, train=self.train.with_micro_batch_tokens(tokens), eval=held_out)
+
 
 def prepare(config: Config, display: Display) -> TrainingSetup:
     """Claim the run directory and `load`; raises UserError in one line."""
     folder = Path(config.training.output_dir)
     checkpoint = _claim(folder, config.resume, display)
-    return TrainingSetup(**vars(load(config, display)), folder=folder, checkpoint=checkpoint)
+    loaded = load(config, display, folder if checkpoint is not None else None)
+    return TrainingSetup(**vars(loaded), folder=folder, checkpoint=checkpoint)
 
 
 def precompute(config: Config, display: Display) -> None:
@@ -121,8 +137,11 @@ def precompute(config: Config, display: Display) -> None:
     display.note(f"reference log-probs are in {Path(config.data.cache).expanduser()}/reference")
 
 
-def load(config: Config, display: Display) -> Loaded:
-    """Load, tokenize and plan; the reference is computed from the policy as it was loaded."""
+def load(config: Config, display: Display, resumed: Path | None = None) -> Loaded:
+    """Load, tokenize and plan; the reference is computed from the policy as it was loaded.
+
+    resumed: run directory, if the run is resumed.
+    """
     loss, data, training = config.build_loss(), config.data, config.training
     announce_code(config.model, display.note)
     rows = row_kind(loss, data)
@@ -143,6 +162,7 @@ def load(config: Config, display: Display) -> Loaded:
     mismatched = [MismatchedGroups(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
     device = device_of(training.device)
     check_eight_bit(config.optim, device)
+    usable = usable_bytes(device)
 
     def new_policy(device: torch.device) -> Policy:
         return load_policy(
@@ -157,13 +177,16 @@ def load(config: Config, display: Display) -> Loaded:
 
     policy = new_policy(device)
     choose_layout(policy, training, config.model.attn_implementation, datasets[0], display)
+    everything: list[Groups] = [*datasets, *mismatched]
+    memory = MemoryBudget(config, policy, len(tokenizer), usable, everything, display, resumed)
     seeds = (training.seed, None)  # held-out data has an order of its own
     # Every budget is checked before the reference takes its time.
     plans = [
-        _plan(training, policy, groups, seed) for groups, seed in zip(datasets, seeds, strict=False)
+        _plan(training, policy, memory.micro_batch_tokens, groups, seed)
+        for groups, seed in zip(datasets, seeds, strict=False)
     ]
     mismatched_plans = [
-        _plan(training, policy, groups, seed)
+        _plan(training, policy, memory.micro_batch_tokens, groups, seed)
         for groups, seed in zip(mismatched, seeds, strict=False)
     ]
     reference = _references(
@@ -183,7 +206,7 @@ def load(config: Config, display: Display) -> Loaded:
         for dataset, plan, view in zip_longest(datasets, plans, views)
     ]
     torch.manual_seed(training.seed + distributed.rank())  # dropout differs between ranks
-    return Loaded(tokenizer, policy, loss, *splits)
+    return Loaded(tokenizer, policy, loss, memory, *splits)
 
 
 def _on_responses(loss: SFT, config: Config) -> ResponseSFT:
@@ -202,12 +225,14 @@ def _on_responses(loss: SFT, config: Config) -> ResponseSFT:
     return ResponseSFT(average=loss.average)
 
 
-def _plan(training: Training, policy: Policy, groups: Groups, seed: int | None) -> Plan:
+def _plan(
+    training: Training, policy: Policy, max_tokens: int, groups: Groups, seed: int | None
+) -> Plan:
     _check_context(groups, policy)
     return Plan.of(
         groups,
         training.batch_size,
-        training.micro_batch_tokens,
+        max_tokens,
         seed,
         policy.layout,
         distributed.world_size(),

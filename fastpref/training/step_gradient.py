@@ -34,6 +34,11 @@ class Gradient:
         """Complete the accumulated gradients (all-reduce, project), before they are clipped."""
         _all_reduce([parameter.grad for parameter in self._parameters])
 
+    def discard(self) -> None:
+        """Drop the accumulated gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
 
 class ProjectedGradient(Gradient):
     """Gradient of the mean chosen log-likelihood without what would raise the rejected one.
@@ -53,6 +58,10 @@ class ProjectedGradient(Gradient):
         self._rejected = exchange(self._parameters, self._rejected)
         (-policy.rejected.sum() * scale).backward()
         self._rejected = exchange(self._parameters, self._rejected)
+
+    def discard(self) -> None:
+        super().discard()
+        self._rejected = [None] * len(self._parameters)
 
     def finish(self) -> None:
         super().finish()

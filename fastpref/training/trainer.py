@@ -102,6 +102,8 @@ class Trainer:
         self.hooks = [*self.stateful.values(), self.nonfinite]
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self.parameters)
+        self.memory = self.run.memory
+        self.memory.save(self.run.folder)
         self.window = metrics.Window(NAMES)
         self.margins = config.margins
         self.lengths = tokens_of(self.run.train.groups, "packed")
@@ -145,6 +147,7 @@ class Trainer:
             self.display.advance(self.step)
             self.checkpoints.poll()
             self.profiler.step()
+            self.memory.correct(self.step - first)
             saves = _is_due(self.step, t.checkpoint_every)
             saves |= last and t.checkpoint_every is not None
             evaluates = self.run.eval and (last or _is_due(self.step, t.eval_every))
@@ -173,16 +176,45 @@ class Trainer:
 
     def _train_step(self, with_entropy: bool) -> MetricSums | None:
         """Take one optimizer step and return its sums, or None if the step is skipped."""
+        rate = learning_rate(self.config.optim, self.step, self.steps)
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = rate
+        metric_sums = self.memory.within(
+            self.step + 1, lambda: self._accumulate_gradient(with_entropy), self._discard_gradient
+        )
+        with part("clip and update"):
+            self.gradient.finish()
+            limit = self.config.optim.max_grad_norm or math.inf
+            grad_norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit))
+            groups_in_step = self.plan.groups(self.step)
+            self.step += 1
+            self.tokens += int(self.lengths[groups_in_step].sum())
+            self.window.add(self.step, grad_norm, metric_sums.sums)
+            if self.config.training.nonfinite == "skip" and self._skips():
+                return None
+            self.optimizer.step()
+        for hook in self.hooks:
+            hook.after_step()
+        return metric_sums
+
+    def _discard_gradient(self) -> None:
+        """Drop what a part of a step has computed, and take the new memory budget."""
+        for hook in self.hooks:
+            hook.discard_step()
+        self.gradient.discard()
+        self.run = self.run.with_micro_batch_tokens(self.memory.micro_batch_tokens)
+        self.plan = self.run.train.plan
+
+    def _accumulate_gradient(self, with_entropy: bool) -> MetricSums:
+        """Run all micro-batches of a step forward and backward."""
         data, groups_in_step = self.run.train, self.plan.groups(self.step)
         for hook in self.hooks:
             hook.before_step(self.step)
         reference_point = self.reference_point.of_step(data, self.step)
-        rate = learning_rate(self.config.optim, self.step, self.steps)
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         metric_sums = MetricSums(self.loss, self.margins, self.policy.device)
         for micro_batch in data.micro_batches(self.policy, self.step):
+            self.memory.observe(micro_batch.batches)
             with part("forward and loss"):
                 scores = self.calibration.scores()
                 logps = self.forward(micro_batch.batches, data.reference, with_entropy, scores)
@@ -197,18 +229,6 @@ class Trainer:
                 for hook in self.hooks:
                     hook.after_micro_batch(micro_batch.groups, logps, output)
                 metric_sums.add(logps, output)
-        with part("clip and update"):
-            self.gradient.finish()
-            limit = self.config.optim.max_grad_norm or math.inf
-            grad_norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit))
-            self.step += 1
-            self.tokens += int(self.lengths[groups_in_step].sum())
-            self.window.add(self.step, grad_norm, metric_sums.sums)
-            if self.config.training.nonfinite == "skip" and self._skips():
-                return None
-            self.optimizer.step()
-        for hook in self.hooks:
-            hook.after_step()
         return metric_sums
 
     @torch.no_grad()

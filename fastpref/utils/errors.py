@@ -30,3 +30,12 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     lines = lines[:2] if lines[0].endswith(":") else lines[:1]
     return " ".join(line.strip() for line in lines)[:300]
+
+
+# Names in the errors of torch and Python when memory runs out.
+_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory ran out."""
+    return any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY)

@@ -209,6 +209,10 @@ VALUES = [
     _fields("optim.schedule: must be 'constant', 'linear' or 'cosine', got 'wsd'",
             optim={"schedule": "wsd"}),
     _fields("training.batch_size: must be a whole number, got 2.5", training={"batch_size": 2.5}),
+    _fields("training.micro_batch_tokens: must be auto or a whole number >= 1, got 0",
+            training={"micro_batch_tokens": 0}),
+    _fields("training.activation_checkpointing: must be auto, full, selective, off or a whole "
+            "number >= 0, got 'half'", training={"activation_checkpointing": "half"}),
     _fields("training.batch_size: must be < 2^63, got *", training={"batch_size": 10**30}),
     _fields("training.seed: must be < 2^63, got *", training={"seed": 2**63}),
     _fields("training.seed: must be >= 0, got -1", training={"seed": -1}),

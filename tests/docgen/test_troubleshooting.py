@@ -17,7 +17,6 @@ PAGE = TESTS.parent / "docs" / "troubleshooting.md"
 # Messages that no test reaches, and why.
 UNREACHED = {
     "the measuring process has ended": "by the operating system, for its memory",
-    "model: {base} cannot be traced without values: {error}": "no architecture at hand refuses",
 }
 
 

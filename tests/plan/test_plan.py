@@ -20,6 +20,7 @@ from fastpref.data.dataset import TokenGroup, load_groups
 from fastpref.data.readers import DataError
 from fastpref.data.tokenizers import load_tokenizer
 from fastpref.model.policy import Policy
+from fastpref.model.recomputation import recomputed
 from fastpref.plan import head as heads
 from fastpref.plan.activation_trace import Line, Trace, trace
 from fastpref.plan.command import run
@@ -38,18 +39,19 @@ D, V, LAYERS = 32, 384, 2  # of the tiny Llama
 SMALL = Device("small", 1e12, 0.5, 1e11, 2**30 + 2**21)  # of which a run can use 2 MiB - 5 %
 
 
-def empty(config: Config, vocabulary: int | None = None, sharded: bool = False) -> Policy:
+def empty(
+    config: Config,
+    vocabulary: int | None = None,
+    sharded: bool = False,
+    recomputed: bool = False,
+) -> Policy:
     return empty_policy(
-        config.model,
-        vocabulary,
-        sharded,
-        adapter=config.adapter,
-        activation_checkpointing=config.training.activation_checkpointing,
+        config.model, vocabulary, sharded, adapter=config.adapter, recomputed=recomputed
     )
 
 
-def policy_and_shapes(config: Config, sharded: bool = False) -> Any:
-    policy = empty(config, None, sharded)
+def policy_and_shapes(config: Config, sharded: bool = False, recomputed: bool = False) -> Any:
+    policy = empty(config, None, sharded, recomputed)
     in_4bit = config.adapter is not None and config.adapter.quantize is not None
     return policy, shapes_of(policy, in_4bit)
 
@@ -92,17 +94,20 @@ def test_a_model_that_is_not_there_is_one_line(make_config: MakeConfig) -> None:
         empty(make_config(model__path="no/model"))
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full", 1])
 @pytest.mark.parametrize("adapter", [None, {"name": "lora", "r": 4}])
 def test_trace_counts_what_autograd_saves(
-    make_config: MakeConfig, checkpointing: str, adapter: dict[str, Any] | None
+    make_config: MakeConfig, checkpointing: Any, adapter: dict[str, Any] | None
 ) -> None:
     """The storages that the real trunk saves for its backward pass, each once."""
     config = make_config(
         adapter=adapter, training__activation_checkpointing=checkpointing, model__dtype="float32"
     )
-    policy, _ = policy_and_shapes(config)
-    traced = trace(policy, [10, 6, 8], "padded", one_kernel=True)
+    kept, again = (
+        trace(policy_and_shapes(config, recomputed=r)[0], [10, 6, 8], "padded", one_kernel=True)
+        for r in (False, True)
+    )
+    traced = kept.mixed(again, sum(recomputed(checkpointing, LAYERS)) / LAYERS)
     real = policy_of(config, load_tokenizer(config.model), torch.device("cpu"))
     model_storages = {p.untyped_storage().data_ptr() for p in [*real.parameters(), *real.buffers()]}
     for scale in (1, 2, 5):  # the last is beyond what was traced
@@ -128,13 +133,12 @@ def test_trace_counts_what_autograd_saves(
 
 def test_trace_counts_the_products(make_config: MakeConfig) -> None:
     """2 FLOPs a weight and token forward, 4 backward; with adapters the base has no gradient."""
-    off = {"training__activation_checkpointing": "off"}
-    policy, shapes = policy_and_shapes(make_config(**off))
+    policy, shapes = policy_and_shapes(make_config())
     full = trace(policy, [10, 6, 8], "padded", one_kernel=True)
     matrices = 2 * (shapes.in_blocks - LAYERS * 2 * D)  # without the norms
     assert full.forward_flops(100) == pytest.approx(100 * matrices)
     assert full.backward_flops(100) == pytest.approx(100 * 2 * matrices)
-    policy, shapes = policy_and_shapes(make_config(adapter="lora", **off))
+    policy, shapes = policy_and_shapes(make_config(adapter="lora"))
     lora = trace(policy, [10, 6, 8], "padded", one_kernel=True)
     assert lora.forward_flops(100) == pytest.approx(100 * (matrices + 2 * shapes.adapter))
     # The first block's input needs no gradient, neither from the base nor from lora_A; the
@@ -146,7 +150,7 @@ def test_a_packed_row_on_cpu_keeps_keys_and_values_once(make_config: MakeConfig)
     """Attention by segments saves what one kernel does: a prompt's keys are not copied."""
     lines = {}
     for one_kernel in (True, False):
-        policy, _ = policy_and_shapes(make_config(training__activation_checkpointing="off"))
+        policy, _ = policy_and_shapes(make_config())
         lines[one_kernel] = trace(policy, [20, 20, 20], "prefix_shared", one_kernel)
     assert lines[False].saved(120) == pytest.approx(lines[True].saved(120), rel=1e-3)
 
@@ -158,7 +162,10 @@ def lengths_of(prompts: list[int], responses: list[list[int]]) -> GroupLengths:
 
 
 def steps(config: Config, lengths: GroupLengths, one_by_one: bool = True) -> list[Step]:
-    return steps_of(config.training, Setup(config, lengths, 1).layout, lengths, 1, one_by_one)
+    tokens = config.training.micro_batch_tokens
+    tokens = 16384 if tokens == "auto" else tokens
+    layout = Setup(config, lengths, 1).layout
+    return steps_of(config.training, tokens, layout, lengths, 1, one_by_one)
 
 
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
@@ -237,6 +244,7 @@ def memory_of(config: Config, shard: int = 1, on_cpu: bool = False, traced: Any 
         checkpoints=True,
         shard=shard,
         on_cpu=on_cpu,
+        recomputed=0,
     )
 
 
@@ -354,7 +362,10 @@ def test_devices() -> None:
 
 def test_changes_that_fit_come_in_the_order_of_their_cost(make_config: MakeConfig) -> None:
     config = make_config(
-        optim={"name": "adamw"}, training__activation_checkpointing="off", reference="frozen"
+        optim={"name": "adamw"},
+        training__activation_checkpointing="off",
+        training__micro_batch_tokens=16384,
+        reference="frozen",
     )
     groups = GroupLengths.uniform("pairwise", 8, 20, [40, 40])
     predict = Predictor(SMALL, None)
