@@ -189,6 +189,7 @@ def tokenize_and_plan(path: Path) -> Values:
     """Load the data as a run does before its first step, and plan all steps of an epoch."""
     config = configs.load(path)
     started = time.monotonic()
+    assert isinstance(config.data.train, str)
     groups = load_groups(
         config.data.train,
         tokenizer_of(config.model, config.data, config.build_loss().kind),

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import calibration, trunk
+from benchmarks import architectures, calibration, trunk
 from benchmarks.plans import examples
 from benchmarks.real_model.tables import objectives_table, trl_table
 from fastpref import reproduce
@@ -224,6 +224,7 @@ def load_figures(result: Any) -> str:
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
+    "architectures": architectures.table,
     "demo": demo,
     "bench": bench,
     "end-to-end": end_to_end,

@@ -1,22 +1,29 @@
 """Ranks of a run: process group, rank numbers, collectives and barriers.
 
-`torchrun` starts the ranks and sets their environment. In a single process without it, every
-function behaves as with a world size of 1. All ranks must call a collective at the same point.
-Training calls these collectives at most once per step; the communication of a sharded model within
-a step is FSDP's.
+`torchrun` starts the ranks and sets their environment, or `srun` does (see `utils.slurm`). In a
+single process without them, every function behaves as with a world size of 1. All ranks must call a
+collective at the same point. Training calls these collectives at most once per step; the
+communication of a sharded model within a step is FSDP's.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpref.utils import slurm
 from fastpref.utils.errors import UserError, first_line
 
 # Messages of gloo, NCCL and the store about a process that has ended.
@@ -28,6 +35,9 @@ _LOST = (
 )
 # Longest wait for another rank, e.g. while the first one tokenizes.
 TIMEOUT = timedelta(minutes=30)
+# Seconds for the name of the first rank's machine, which may be published a moment later.
+_LOOK_UP = 8.0
+T = TypeVar("T")
 
 
 class LostRank(UserError):
@@ -36,21 +46,20 @@ class LostRank(UserError):
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Initialize the process group when launched by torchrun; no-op for one process."""
+    """Initialize the process group when launched by torchrun or srun; no-op for one process."""
+    slurm.adopt(os.environ)
     if _environment_int("WORLD_SIZE", 1) == 1:
         yield
         return
     this_rank, _, _ = map(_environment_int, ("RANK", "LOCAL_RANK", "MASTER_PORT"))
+    _check_address(this_rank)
     device = None
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank())
+        device = torch.device("cuda", gpu_of_rank())
         torch.cuda.set_device(device)
-    # CPU tensors use gloo, so that their collectives do not wait for the GPU.
-    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
     store: dist.Store | None = None
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device)
-        store = dist.distributed_c10d._get_default_store()
+        store = _meet(device)
         yield
     except (UserError, RuntimeError) as error:
         if any(words in str(error) for words in _LOST):
@@ -70,6 +79,99 @@ def process_group() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_address(this_rank: int) -> None:
+    """Raise UserError if the machine of rank 0 is not named or has no address."""
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise UserError(
+            "MASTER_ADDR: must name the machine of rank 0 in the environment of several ranks, got "
+            "none; start them with torchrun or srun, or unset WORLD_SIZE"
+        )
+    reasons: list[str] = []
+
+    def look_up() -> None:
+        deadline = time.monotonic() + _LOOK_UP
+        while True:
+            try:
+                socket.getaddrinfo(host, None)
+                reasons.clear()
+                return
+            except (OSError, UnicodeError) as error:
+                reasons[:] = [first_line(error)]
+            if time.monotonic() + 1 > deadline:
+                return
+            time.sleep(1)
+
+    # A name server that does not answer holds the call for longer.
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(_LOOK_UP)
+    if thread.is_alive() or reasons:
+        reason = reasons[0] if reasons else "the name server does not answer"
+        raise UserError(
+            f"MASTER_ADDR: rank {this_rank} finds no address of {host}: {reason}; use a name or "
+            "address of the machine of rank 0 that this machine knows"
+        )
+
+
+def _meet(device: torch.device | None) -> dist.Store:
+    """Initialize the process group, and return its store."""
+    # CPU tensors use gloo, so that their collectives do not wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    store, number, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store.set_timeout(TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(_attempt(store, number, count), store)
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=count, timeout=TIMEOUT, device_id=device
+    )
+    return store
+
+
+def _attempt(store: dist.Store, number: int, count: int) -> str:
+    """Agree on a name for this start of the ranks, which no earlier start has had.
+
+    The store of torchrun outlives the ranks that it restarts, and has the addresses of the last
+    ones. Its TORCHELASTIC_RESTART_COUNT is no common name, since each node counts its own restarts.
+    So rank 0 makes a name up, and answers the other ranks, each of which asks under a new key.
+    """
+    name = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"fastpref/asks/{number}", name)
+        name = store.get(f"fastpref/answer/{name}").decode()
+        store.set(f"fastpref/here/{name}/{number}", "")
+        return name
+    absent = set(range(1, count))
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while absent:
+        for other in sorted(absent):
+            asks = f"fastpref/asks/{other}"
+            if store.check([f"fastpref/here/{name}/{other}"]):
+                absent.discard(other)
+            elif store.check([asks]):
+                # The question may be one of an earlier start, which nobody waits for.
+                store.set(f"fastpref/answer/{store.get(asks).decode()}", name)
+        if time.monotonic() > deadline:
+            raise dist.DistError(f"{len(absent)} of {count} ranks did not come")
+        if absent:
+            time.sleep(0.02)
+    return name
+
+
+def gpu_of_rank() -> int:
+    """Number of the GPU of this rank; raises UserError if there are fewer GPUs than ranks."""
+    gpus, local = torch.cuda.device_count(), local_rank()
+    # SLURM may show each task its own GPU alone, as may a scheduler of containers.
+    if gpus == 1 and local_world_size() > 1 and "SLURM_LOCALID" in os.environ:
+        return 0
+    if local >= gpus:
+        raise UserError(
+            f"rank {_environment_int('RANK', 0)}: number {local} of the ranks of this machine, "
+            f"which shows {gpus} GPUs; start as many ranks as GPUs"
+        )
+    return local
 
 
 def _reports_first(store: dist.Store, error: UserError) -> bool:
@@ -167,6 +269,37 @@ def gather(values: Tensor) -> Tensor:
     rows = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(rows, padded)
     return torch.cat([row[:size] for row, size in zip(rows, sizes.tolist(), strict=True)])
+
+
+def broadcast(value: T) -> T:
+    """The value of rank 0, of what JSON knows, on all ranks."""
+    if world_size() == 1:
+        return value
+    text = _encoded(value) if is_main_process() else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor(len(text))
+    dist.broadcast(size, 0)
+    if not is_main_process():
+        text = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(text, 0)
+    return _decoded(text)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, of what JSON knows, in rank order."""
+    if world_size() == 1:
+        return [value]
+    text = _encoded(value)
+    sizes = gather(torch.tensor([len(text)])).tolist()
+    return [_decoded(part) for part in gather(text).split(sizes)]
+
+
+def _encoded(value: object) -> Tensor:
+    """JSON of a value as bytes (N,) on the CPU: a pickle could run code."""
+    return torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8)
+
+
+def _decoded(text: Tensor) -> Any:
+    return json.loads(bytes(text.tolist()))
 
 
 def barrier() -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+from fastpref.utils.lazy_torch import Tensor, torch
 
 
 # eq=False: comparing tensors yields tensors, so a generated __eq__ could only raise.
@@ -23,6 +22,8 @@ class SequenceLogps:
     chosen_lengths, rejected_lengths: (B,) number of response tokens behind each sum.
     preference: (B,) in [0, 1], the probability that `chosen` is the better response (a soft
         label), or None for hard labels (p = 1).
+    margin: (B,) by which the data ask the reward of `chosen` to be larger than that of `rejected`,
+        for objectives with an offset, or None.
     """
 
     chosen: Tensor
@@ -30,6 +31,7 @@ class SequenceLogps:
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     preference: Tensor | None = None
+    margin: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -37,11 +39,12 @@ class SequenceLogps:
         logps: Tensor,  # (2B,)
         lengths: Tensor,  # (2B,)
         preference: Tensor | None = None,  # (B,)
+        margin: Tensor | None = None,  # (B,)
     ) -> SequenceLogps:
         """Split sequences ordered chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1} into pairs.
 
         Raises ValueError when `logps` is not a float32 or float64 vector of even size, or when the
-        shape of `lengths` or `preference` does not match it.
+        shape of `lengths`, `preference` or `margin` does not match it.
         """
         if logps.dim() != 1 or logps.numel() % 2:
             raise ValueError(
@@ -59,33 +62,34 @@ class SequenceLogps:
                 f"got {tuple(lengths.shape)}"
             )
         pairs = logps.numel() // 2
-        if preference is not None and preference.shape != (pairs,):
-            raise ValueError(
-                f"preference: expected shape ({pairs},), one per pair, "
-                f"got {tuple(preference.shape)}"
-            )
-        return cls(logps[:pairs], logps[pairs:], lengths[:pairs], lengths[pairs:], preference)
+        for name, values in (("preference", preference), ("margin", margin)):
+            _check_per_pair(name, values, pairs)
+        return cls(
+            logps[:pairs], logps[pairs:], lengths[:pairs], lengths[pairs:], preference, margin
+        )
 
     @classmethod
     def cat(cls, parts: Iterable[SequenceLogps]) -> SequenceLogps:
-        """Concatenate pairs in order; either all parts have a preference or none."""
+        """Concatenate pairs in order; all parts have a preference, or a margin, or none."""
         parts = list(parts)
-        soft = [part.preference for part in parts if part.preference is not None]
-        if soft and len(soft) != len(parts):
-            raise ValueError("preference: expected for every part or for none, got a mixture")
         return cls(
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.rejected for part in parts]),
             torch.cat([part.chosen_lengths for part in parts]),
             torch.cat([part.rejected_lengths for part in parts]),
-            torch.cat(soft) if soft else None,
+            _cat_per_pair("preference", parts),
+            _cat_per_pair("margin", parts),
         )
 
     def swapped(self) -> SequenceLogps:
-        """The same pairs with chosen and rejected exchanged; p becomes 1 - p."""
-        preference = None if self.preference is None else 1 - self.preference
+        """The same pairs with chosen and rejected exchanged; p becomes 1 - p, a margin -margin."""
         return SequenceLogps(
-            self.rejected, self.chosen, self.rejected_lengths, self.chosen_lengths, preference
+            self.rejected,
+            self.chosen,
+            self.rejected_lengths,
+            self.chosen_lengths,
+            None if self.preference is None else 1 - self.preference,
+            None if self.margin is None else -self.margin,
         )
 
     def detach(self) -> SequenceLogps:
@@ -184,7 +188,8 @@ class GroupedLogps:
         return replace(self, logps=self.logps.detach())
 
 
-# Optional columns of TokenLogps with one value per token.
+# Optional columns of TokenLogps with one value per pair, and with one per token.
+_PAIR_COLUMNS = ("preference", "margin")
 _TOKEN_COLUMNS = ("weights", "kl", "importance", "collision_entropy")
 
 
@@ -197,6 +202,7 @@ class TokenLogps:
         chosen_0..chosen_{B-1}, rejected_0..rejected_{B-1}. The values are not checked, since that
         would require a host sync.
     preference: (B,) in [0, 1], as in `SequenceLogps`.
+    margin: (B,), as in `SequenceLogps`.
     weights: (T,) >= 0, weight from the data of each token's log-ratio; None means 1.
     kl: (T,) KL(reference || policy) of the distribution of each token (`ops.linear_kl`), nats,
         differentiable in the policy.
@@ -216,6 +222,7 @@ class TokenLogps:
     kl: Tensor | None = None
     importance: Tensor | None = None
     collision_entropy: Tensor | None = None
+    margin: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_logps(self.logps, "(T,), one log-prob per token")
@@ -227,11 +234,8 @@ class TokenLogps:
             )
         if offsets.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens: expected int32 or int64 offsets, got {offsets.dtype}")
-        if self.preference is not None and self.preference.shape != (self.pairs,):
-            raise ValueError(
-                f"preference: expected shape ({self.pairs},), one per pair, "
-                f"got {tuple(self.preference.shape)}"
-            )
+        for name in _PAIR_COLUMNS:
+            _check_per_pair(name, getattr(self, name), self.pairs)
         for name in _TOKEN_COLUMNS:
             column = getattr(self, name)
             if column is not None and column.shape != self.logps.shape:
@@ -260,7 +264,7 @@ class TokenLogps:
         """
         logps = self.logps if weights is None else weights * self.logps
         return SequenceLogps.from_sequences(
-            segment_sum(logps, self.cu_seqlens), self.lengths, self.preference
+            segment_sum(logps, self.cu_seqlens), self.lengths, self.preference, self.margin
         )
 
     @classmethod
@@ -276,13 +280,13 @@ class TokenLogps:
         lengths += [part.lengths[part.pairs :] for part in parts]
         sizes = torch.cat(lengths)
         columns: dict[str, Tensor] = {}
-        for name in ("preference", *_TOKEN_COLUMNS):
+        for name in (*_PAIR_COLUMNS, *_TOKEN_COLUMNS):
             values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
             if values and len(values) != len(parts):
                 raise ValueError(f"{name}: expected for every part or for none, got a mixture")
             if values:
                 column = torch.cat(values)
-                columns[name] = column if name == "preference" else column[order]
+                columns[name] = column if name in _PAIR_COLUMNS else column[order]
         return cls(
             torch.cat([part.logps for part in parts])[order],
             torch.cat([sizes.new_zeros(1), sizes.cumsum(0, dtype=sizes.dtype)]),
@@ -333,6 +337,21 @@ def segment_mask(
 def mean_logps(logps: Tensor, lengths: Tensor) -> Tensor:
     """Mean log-prob per token, (N,) and (N,) -> (N,); 0 with zero gradient if a length is 0."""
     return torch.where(lengths > 0, logps / lengths.clamp(min=1), 0.0)
+
+
+def _check_per_pair(argument: str, values: Tensor | None, pairs: int) -> None:
+    if values is not None and values.shape != (pairs,):
+        raise ValueError(
+            f"{argument}: expected shape ({pairs},), one per pair, got {tuple(values.shape)}"
+        )
+
+
+def _cat_per_pair(name: str, parts: list[SequenceLogps]) -> Tensor | None:
+    """A column of all parts in order; ValueError if only some have it."""
+    values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+    if values and len(values) != len(parts):
+        raise ValueError(f"{name}: expected for every part or for none, got a mixture")
+    return torch.cat(values) if values else None
 
 
 def _check_responses(logps: Tensor, lengths: Tensor) -> None:

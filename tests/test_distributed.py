@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from fastpref import distributed
 from fastpref.utils.errors import UserError
@@ -66,12 +67,11 @@ def test_a_rank_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch, words:
         "WORLD_SIZE": "2",
         "RANK": "0",
         "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *a, **k: None)
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: None)
+    monkeypatch.setattr(distributed, "_meet", lambda device: None)
     with (
         pytest.raises(distributed.LostRank, match="rank 0: lost the connection"),
         distributed.process_group(),
@@ -128,3 +128,109 @@ def test_a_port_that_is_taken_is_one_line(
         distributed.process_group(),
     ):
         pass
+
+
+def test_ranks_without_an_address_of_the_first_are_told(
+    second_of_two: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR")
+    message = "MASTER_ADDR: must name the machine of rank 0 in the environment of several ranks, "
+    with pytest.raises(UserError, match=message), distributed.process_group():
+        pass
+
+
+def no_such_name(*arguments: object) -> None:
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def no_answer(*arguments: object) -> None:
+    time.sleep(3)
+
+
+@pytest.mark.parametrize(
+    ("look_up", "reason"),
+    [(no_such_name, "Name or service not known"), (no_answer, "the name server does not answer")],
+)
+def test_a_host_without_an_address_is_one_line(
+    second_of_two: int, monkeypatch: pytest.MonkeyPatch, look_up: object, reason: str
+) -> None:
+    assert distributed._LOOK_UP < 10
+    monkeypatch.setattr(distributed, "_LOOK_UP", 0.2)
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", look_up)
+    message = f"MASTER_ADDR: rank 1 finds no address of nowhere.invalid: .*{reason}; use a name or "
+    with pytest.raises(UserError, match=message), distributed.process_group():
+        pass
+
+
+def test_a_name_that_is_published_later_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [socket.gaierror(-2, "Name or service not known"), None]
+
+    def look_up(*arguments: object) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", look_up)
+    distributed._check_address(1)
+    assert answers == []
+
+
+def start_of_three(store: HashStore, ranks: tuple[int, ...] = (0, 1, 2)) -> list[str]:
+    names: list[str] = []
+    threads = [
+        threading.Thread(target=lambda r=rank: names.append(distributed._attempt(store, r, 3)))
+        for rank in ranks
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return names
+
+
+def test_ranks_that_are_started_again_meet_under_a_new_name() -> None:
+    store = HashStore()
+    store.set("fastpref/asks/2", "of a rank that was killed before it got an answer")
+    first, second = start_of_three(store), start_of_three(store)
+    assert [len(first), len(second)] == [3, 3]
+    assert len({*first}) == len({*second}) == 1 and first[0] != second[0]
+
+
+def of_two_tasks(rank: int, port: int) -> None:
+    os.environ |= {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    os.environ |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    with distributed.process_group():
+        assert (distributed.rank(), distributed.world_size()) == (rank, 2)
+        assert distributed.gather_objects(f"task {rank}") == ["task 0", "task 1"]
+        assert distributed.broadcast(f"task {rank}") == "task 0"
+
+
+def test_tasks_of_srun_are_ranks() -> None:
+    rank_processes.start(of_two_tasks, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "gpu"),
+    [
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 8, 3),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_LOCALID": "3"}, 1, 0),
+    ],
+)
+def test_each_rank_has_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, gpu: int
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert distributed.gpu_of_rank() == gpu
+
+
+def test_more_ranks_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "10", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = "rank 10: number 2 of the ranks of this machine, which shows 2 GPUs; start as many "
+    with pytest.raises(UserError, match=message):
+        distributed.gpu_of_rank()

@@ -55,7 +55,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint: dropped": (checkpoint, "discard"),
     "checkpoint: read": (checkpoint, "restore"),
     "export: written": (exports, "export"),
-    "export: weights": (export, "_cast"),
+    "export: weights": (export, "_exported_dtype"),
     "export: card": (model_card, "write"),
     "any file: synced": (os, "fsync"),
     "any file: renamed": (os, "replace"),
@@ -86,9 +86,9 @@ def live(command: list[str], record: Path, ranks: dict[str, str], end: End | Non
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= ranks
     sys.argv = ["fastpref", "train", *command]
-    _record_rows(record)
+    record_rows(record)
     if end is not None:
-        _end_at(end)
+        end_at(end)
     code: Any = 0
     try:
         cli.main()
@@ -103,7 +103,7 @@ def live(command: list[str], record: Path, ranks: dict[str, str], end: End | Non
     os._exit(code if isinstance(code, int) else 0)
 
 
-def _record_rows(path: Path) -> None:
+def record_rows(path: Path) -> None:
     """Write a line for every complete step: its number and its rows."""
     seen: list[int] = []
     micro_batches, step = setup.DataView.micro_batches, trainer.Trainer._train_step
@@ -124,7 +124,8 @@ def _record_rows(path: Path) -> None:
     trainer.Trainer._train_step = recording  # type: ignore[method-assign]
 
 
-def _end_at(end: End) -> None:
+def end_at(end: End, note: Callable[[], None] = lambda: None) -> None:
+    """Let this process end at a place; `note` is called before."""
     owner, name = PLACES[end.place]
     function, left = getattr(owner, name), end.count
 
@@ -137,9 +138,11 @@ def _end_at(end: End) -> None:
         if passed():
             if end.place == "checkpoint: half written":
                 arguments = _half(function, *arguments)
+            note()
             send(end.how)
         result = function(*arguments, **options)
         if passed():
+            note()
             send(end.how)
         return result
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.end_to_end.presets import PRESETS, SHORT, TEXTS, Lengths, Values, word_tokenizer
 from benchmarks.end_to_end.trainers import memory_now, memory_peak
 from fastpref import config as configs
-from fastpref.data.dataset import load_groups
+from fastpref.data.sources import load_data
 from fastpref.data.tokenizers import load_tokenizer
 from fastpref.plan.devices import find_device
 from fastpref.plan.predict import Prediction, Predictor, Setup
@@ -164,7 +164,7 @@ def row(name: str, folder: Path) -> Values:
 def predict(config: configs.Config) -> Prediction:
     tokenizer = load_tokenizer(config.model)
     assert tokenizer is not None
-    groups = load_groups(config.data.train, tokenizer, config.data, "pairwise")
+    groups = load_data(config.data, "train", tokenizer)
     device = find_device("cpu" if config.training.device == "cpu" else "h100", torch.float32)
     return Predictor(device, len(tokenizer))(Setup(config, GroupLengths.of(groups), 1))
 

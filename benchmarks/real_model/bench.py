@@ -116,7 +116,7 @@ class Bench:
     def groups(self, split: str) -> GroupDataset:
         source = self.setting.sources[split.partition("-")[0]]
         data = Data(train=str(self.path(split)), max_length=source.max_length, cache=self.cache)
-        return load_groups(data.train, self.tokenizer, data)
+        return load_groups(str(data.train), self.tokenizer, data)
 
     @property
     def cache(self) -> str:

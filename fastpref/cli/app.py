@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli import data, evaluate, export, judge, tools, train
+from fastpref.cli import data, evaluate, export, judge, show, tools, train
+from fastpref.cli.arguments import Command, ConfigCommand, with_paths
 from fastpref.utils.errors import UserError, first_line, is_out_of_memory
 from fastpref.utils.version import __version__
 
@@ -18,31 +20,44 @@ _UsageError: type[Exception] = next(
 )
 
 
+_INTERRUPTED = 128 + 2  # exit code after SIGINT
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Preference training of language models, fast and in little memory.",
 )
 
 
-data_app = typer.Typer(help="Build and generate data sets.")
-data_app.command()(data.pairs)
-data_app.command("pure-semantic")(tools.pure_semantic)
-data_app.command("rejected")(evaluate.rejected)
-app.command(cls=train.TrainCommand)(train.train)
-app.command()(train.precompute)
-app.command()(train.plan)
-app.command()(tools.demo)
-app.command()(tools.bench)
-app.command()(tools.reproduce)
-app.command()(evaluate.report)
-app.command()(export.export)
-app.command()(evaluate.sample)
-app.command()(evaluate.did_entropy)
-app.command()(judge.judge)
-app.command("eval")(evaluate.evaluate)
-app.command()(tools.losses)
+def _add(
+    to: typer.Typer,
+    command: Callable[..., Any],
+    name: str | None = None,
+    kind: type[typer.core.TyperCommand] = Command,
+) -> None:
+    to.command(name, cls=kind)(with_paths(command))
+
+
+data_app = typer.Typer(help="Show, build and generate data sets.")
+_add(data_app, data.pairs)
+_add(data_app, show.show)
+_add(data_app, tools.pure_semantic, "pure-semantic")
+_add(data_app, evaluate.rejected, "rejected")
+_add(app, train.train, kind=train.TrainCommand)
+_add(app, train.precompute, kind=ConfigCommand)
+_add(app, train.plan, kind=ConfigCommand)
+_add(app, tools.demo)
+_add(app, tools.bench)
+_add(app, tools.reproduce)
+_add(app, evaluate.report)
+_add(app, export.export)
+_add(app, evaluate.sample)
+_add(app, evaluate.did_entropy)
+_add(app, judge.judge)
+_add(app, evaluate.evaluate, "eval")
+_add(app, tools.losses)
 app.add_typer(data_app, name="data")
 
 
@@ -51,7 +66,10 @@ def main() -> None:
     from fastpref.training.signals import Interrupted
 
     try:
-        sys.exit(_run())
+        code = _run()
+        if code == _INTERRUPTED:  # typer's answer to Ctrl-C
+            _exit("interrupted", _INTERRUPTED)
+        sys.exit(code)
     except UserError as error:
         _exit(f"error: {error}" if error.should_print else "", 2)
     except OSError as error:  # files that cannot be read or written, a full disk
@@ -61,7 +79,7 @@ def main() -> None:
     except Interrupted as stop:
         _exit(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:
-        _exit("interrupted", 130)
+        _exit("interrupted", _INTERRUPTED)
 
 
 def _run() -> int | None:

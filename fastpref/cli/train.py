@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from fastpref.cli.arguments import ConfigCommand
+from fastpref.cli.preflight import check_inputs, check_output, check_run
+from fastpref.utils import slurm
 from fastpref.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from fastpref.config import Config
     from fastpref.config.grid import Grid
 
 
-class TrainCommand(typer.core.TyperCommand):
-    """Command whose `--grid` takes several values and whose `--help` lists the config's fields."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, repeat_grid(args))
+class TrainCommand(ConfigCommand):
+    """Command whose `--help` lists the config's fields."""
 
     def format_epilog(self, ctx: object, formatter: object) -> None:
         from fastpref.docgen.config import plain
 
         formatter.write("\nConfig fields (type; default):\n\n" + plain())  # type: ignore[attr-defined]
-
-
-def repeat_grid(arguments: Sequence[str]) -> list[str]:
-    """Write `--grid` before each `key=values` that follows it, up to the next option."""
-    repeated: list[str] = []
-    is_grid = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            is_grid = argument == "--grid" or argument.startswith("--grid=")
-        elif is_grid and "=" in argument and repeated[-1] != "--grid":
-            repeated.append("--grid")
-        repeated.append(argument)
-    return repeated
 
 
 def train(
@@ -66,14 +55,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on preference data. On several GPUs: torchrun … -m fastpref train …"""
-    from fastpref.config import load
-
+    _join_ranks()
     if grid:
-        from fastpref.config.grid import load_grid
-
-        _train_grid(load_grid(config, overrides or [], grid, _note), dry_run, profile)
+        _train_grid(config, overrides or [], grid, dry_run, profile)
         return
-    loaded = load(config, overrides, _note)
+    with _refused_once():
+        loaded = _load(config, overrides)
+        if not dry_run:
+            check_inputs(loaded)
+            check_run(loaded)
     if dry_run:
         print(loaded.to_yaml(), end="")
         return
@@ -90,8 +80,17 @@ def train(
         run(loaded, display, profile)
 
 
-def _train_grid(grid: Grid, dry_run: bool, profile: bool) -> None:
+def _train_grid(
+    path: Path, overrides: list[str], items: list[str], dry_run: bool, profile: bool
+) -> None:
     """Train the runs of a grid; then rank 0 prints their table and writes their report."""
+    from fastpref.config.grid import load_grid
+
+    with _refused_once():
+        grid = load_grid(path, overrides, items, _note)
+        for point in () if dry_run else grid.points:
+            check_inputs(point.config)
+            check_output(point.config)
     if dry_run:
         for point in grid.points:
             print(point.folder)
@@ -138,12 +137,15 @@ def precompute(
     ] = None,
 ) -> None:
     """Compute the reference log-probs of a config, for all runs with its model and data."""
+    _join_ranks()
+    with _refused_once():
+        loaded = _load(config, overrides)
+        check_inputs(loaded)
+
     from fastpref import distributed
-    from fastpref.config import load
     from fastpref.training.setup import precompute as run
     from fastpref.utils.progress import Display, quiet_libraries
 
-    loaded = load(config, overrides, _note)
     quiet_libraries()
     with (
         distributed.process_group(),
@@ -173,14 +175,38 @@ def plan(
     ] = None,
 ) -> None:
     """Predict memory, time and fit of a run before it starts; exit code 1 if it does not fit."""
-    from fastpref.config import load
+    loaded = _load(config, overrides)
+
     from fastpref.plan.command import run
     from fastpref.utils.progress import quiet_libraries
 
-    loaded = load(config, overrides, _note)
     quiet_libraries()
     if not run(loaded, Console(), device, ranks, lengths, json):
         raise typer.Exit(1)
+
+
+def _join_ranks() -> None:
+    """Take the rank of a task of srun, before anything is printed; note where srun is missing."""
+    slurm.adopt(os.environ)
+    advice = slurm.lone_task(os.environ)
+    if advice is not None:
+        _note(advice)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from fastpref.config import load
+
+    return load(path, overrides, _note)
+
+
+@contextmanager
+def _refused_once() -> Iterator[None]:
+    """Context manager in which one rank of each node prints an error, which they all find."""
+    try:
+        yield
+    except UserError as error:
+        error.should_print &= os.environ.get("LOCAL_RANK", "0") == "0"
+        raise
 
 
 def _note(text: str) -> None:

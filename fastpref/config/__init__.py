@@ -1,5 +1,6 @@
 """The config of a run: its fields (`schema`), how it is read (`loading`), its errors."""
 
+from fastpref.config.data_section import Data
 from fastpref.config.errors import ConfigError
 from fastpref.config.fields import Section
 from fastpref.config.loading import load, parse, parse_section
@@ -8,7 +9,6 @@ from fastpref.config.schema import Config, ReferenceMode, inner_section, section
 from fastpref.config.sections import (
     Adapter,
     Calibration,
-    Data,
     Model,
     Monitor,
     Parallel,

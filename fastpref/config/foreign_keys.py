@@ -28,6 +28,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "lora_alpha": Counterpart("adapter.alpha"),
         "lora_dropout": Counterpart("adapter.dropout"),
         "lora_target_modules": Counterpart("adapter.target_modules"),
+        "lora_target_parameters": Counterpart("adapter.target_parameters"),
         "lora_modules_to_save": Counterpart("", "an adapter trains low-rank matrices only"),
         # Objective and reference
         "rpo_alpha": Counterpart(
@@ -72,8 +73,12 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "save_strategy": Counterpart("training.checkpoint_every", "in steps"),
         "save_total_limit": Counterpart("training.keep_checkpoints"),
         "resume_from_checkpoint": Counterpart("resume", "auto, or the folder of a checkpoint"),
-        "hub_model_id": Counterpart("", "upload the folder model/ of the run directory yourself"),
-        "load_best_model_at_end": Counterpart("", "the weights of the last step are exported"),
+        "hub_model_id": Counterpart("training.hub_model_id"),
+        "load_best_model_at_end": Counterpart("evaluation.load_best_model_at_end"),
+        "metric_for_best_model": Counterpart("evaluation.metric_for_best_model"),
+        "greater_is_better": Counterpart("evaluation.greater_is_better"),
+        "early_stopping_patience": Counterpart("evaluation.early_stopping_patience"),
+        "early_stopping_threshold": Counterpart("evaluation.early_stopping_threshold"),
         "neftune_noise_alpha": Counterpart("", "embeddings get no noise"),
         "group_by_length": Counterpart("", "micro-batches are filled up to a number of tokens"),
         "dataloader_num_workers": Counterpart("", "batches are made without worker processes"),
@@ -108,6 +113,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "dataset_config": Counterpart("data.train", "a file or a Hub name"),
         "dataset_train_split": Counterpart("data.train", "org/name:split"),
         "dataset_test_split": Counterpart("data.eval", "org/name:split"),
+        "dataset_streaming": Counterpart("data.streaming"),
         "dataset_num_proc": Counterpart("", "tokens are cached in data.cache"),
         "max_length": Counterpart("data.max_length"),
         "max_prompt_length": Counterpart("data.max_prompt_length"),
@@ -117,9 +123,7 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
             "", "data.max_length bounds prompt and response, and data.truncation says what is cut"
         ),
         "truncation_mode": Counterpart("data.truncation", "keep_start or keep_end"),
-        "chat_template_path": Counterpart(
-            "model.tokenizer", "a tokenizer with that template; its own is used"
-        ),
+        "chat_template_path": Counterpart("data.chat_template"),
         "padding_free": Counterpart("training.layout", "auto never pads where it can be avoided"),
         "remove_unused_columns": Counterpart(
             "", "columns that an objective does not use are ignored"
@@ -165,12 +169,17 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "overwrite_output_dir": Counterpart("", "set training.output_dir to a new folder"),
         "logging_strategy": Counterpart("training.log_every", "in steps"),
         "logging_first_step": Counterpart("training.log_every", "in steps"),
-        "report_to": Counterpart("training.report_to", "a list of tensorboard and wandb"),
+        "report_to": Counterpart(
+            "training.report_to", "a list of tensorboard, wandb, mlflow, trackio"
+        ),
         "run_name": Counterpart("training.output_dir", "the name of the folder is the run's name"),
         "save_only_model": Counterpart("", "model/ in the run directory has no optimizer state"),
-        "metric_for_best_model": Counterpart("", "the weights of the last step are exported"),
-        "hub_strategy": Counterpart("", "upload the folder model/ of the run directory yourself"),
-        "push_to_hub": Counterpart("", "upload the folder model/ of the run directory yourself"),
+        "hub_strategy": Counterpart("", "training.push_to_hub uploads the final model"),
+        "hub_token": Counterpart("", "set HF_TOKEN, or log in with `hf auth login`"),
+        "hub_private_repo": Counterpart("training.hub_private_repo"),
+        "push_to_hub": Counterpart("training.push_to_hub", "true, with training.hub_model_id"),
+        "trackio_space_id": Counterpart("training.report_to", "[trackio]; set TRACKIO_SPACE_ID"),
+        "log_completions": Counterpart("evaluation.samples", "a number of prompts"),
         "do_train": Counterpart("", "`fastpref train` trains"),
         "do_eval": Counterpart("data.eval", "it is evaluated if it is set"),
         "use_cpu": Counterpart("training.device", "cpu"),
@@ -201,17 +210,16 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "peft_use_rslora": Counterpart("adapter.rslora"),
         "peft_use_dora": Counterpart("adapter.dora"),
         # Data
-        "datasets": Counterpart("data.train", "one file or Hub name"),
-        "test_datasets": Counterpart("data.eval", "one file or Hub name"),
+        "datasets": Counterpart("data.train", "a file, a Hub name, or a list of {path, …}"),
+        "test_datasets": Counterpart("data.eval", "a file, a Hub name, or a list of {path, …}"),
         "val_set_size": Counterpart("data.eval", "a file or a Hub name, not a share"),
         "dataset_prepared_path": Counterpart("data.cache"),
         "sequence_len": Counterpart("data.max_length"),
         "sample_packing": Counterpart("training.layout", "auto packs where it can"),
         "eval_sample_packing": Counterpart("training.layout", "auto packs where it can"),
         "pad_to_sequence_len": Counterpart("", "padding is avoided where possible"),
-        "chat_template": Counterpart(
-            "model.tokenizer", "a tokenizer with that template; its own is used"
-        ),
+        "chat_template": Counterpart("data.chat_template", "chatml, or a Jinja file"),
+        "chat_template_jinja": Counterpart("data.chat_template", "a file or the template itself"),
         "special_tokens": Counterpart(
             "model.tokenizer", "a tokenizer with these tokens; its own are used"
         ),
@@ -239,8 +247,20 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
         "evals_per_epoch": Counterpart("training.eval_every", "in steps"),
         "saves_per_epoch": Counterpart("training.checkpoint_every", "in steps"),
         "save_safetensors": Counterpart("", "weights are always saved as safetensors"),
-        "early_stopping_patience": Counterpart("", "training runs to its last step"),
-        "wandb_project": Counterpart("training.report_to", "[wandb]"),
+        "eval_table_size": Counterpart("evaluation.samples", "a number of prompts"),
+        "eval_max_new_tokens": Counterpart("evaluation.max_new_tokens"),
+        "use_mlflow": Counterpart("training.report_to", "[mlflow]"),
+        "mlflow_tracking_uri": Counterpart(
+            "training.report_to", "[mlflow]; set MLFLOW_TRACKING_URI"
+        ),
+        "mlflow_experiment_name": Counterpart(
+            "training.report_to", "[mlflow]; set MLFLOW_EXPERIMENT_NAME"
+        ),
+        "mlflow_run_name": Counterpart(
+            "training.output_dir", "the name of the folder is the run's name"
+        ),
+        "use_wandb": Counterpart("training.report_to", "[wandb]"),
+        "wandb_project": Counterpart("training.report_to", "[wandb]; set WANDB_PROJECT"),
         "wandb_entity": Counterpart("training.report_to", "[wandb]; set WANDB_ENTITY"),
         "wandb_name": Counterpart(
             "training.output_dir", "the name of the folder is the run's name"

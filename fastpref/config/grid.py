@@ -83,6 +83,7 @@ def load_grid(
         config = load(path, sorted([*fixed, *assignments], key=_depth), None if points else note)
         name = ",".join(f"{labels[key]}={value_text(value)}" for key, value in assigned.items())
         points.append(Point(name, assigned, config))
+    _check_uploads(points)
     return _in_one_folder(points)
 
 
@@ -125,6 +126,17 @@ def _parse(items: Sequence[str]) -> dict[str, list[Any]]:
                 raise ConfigError(f"--grid {key}: has the value {shown(option)} twice; remove one")
         values[key] = options
     return values
+
+
+def _check_uploads(points: Sequence[Point]) -> None:
+    """Refuse runs whose models would replace each other on the Hub."""
+    names = [p.config.training.hub_model_id for p in points if p.config.training.push_to_hub]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"--grid: training.hub_model_id: {name} would be of {names.count(name)} runs; set "
+                "training.push_to_hub=false, and upload the best run by fastpref export"
+            )
 
 
 def _check_keys(overrides: Sequence[str], keys: Sequence[str]) -> None:

@@ -14,10 +14,11 @@ from fastpref.config.fields import Section
 from fastpref.config.foreign import translation
 from fastpref.config.messages import one_line
 from fastpref.config.renamed import renamed
-from fastpref.config.schema import Config
-from fastpref.config.yaml_io import parse_yaml
+from fastpref.config.schema import Config, inner_section
+from fastpref.config.yaml_io import parse_document, parse_yaml
 
 _Section = TypeVar("_Section", bound=Section)
+_SHORT_FORMS = {"adapter": "adapter: lora", "calibration": "calibration: rc"}
 
 
 def load(
@@ -40,7 +41,9 @@ def load(
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; write the config as YAML in UTF-8") from None
     try:
-        values = parse_yaml(text)
+        values, blank = parse_document(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of many digits
         raise ConfigError(
             f"{path}: not valid YAML; fix it: {' '.join(str(error).split())}"
@@ -49,6 +52,10 @@ def load(
         raise ConfigError(f"{path}: must hold sections such as model, data and loss")
     for override in overrides or []:
         _apply_override(values, override)
+    for name, example in _SHORT_FORMS.items():
+        # Someone who left the options of an adapter out does not mean to train all weights.
+        if name in blank and values[name] is None:
+            raise ConfigError(f"{name}: is empty; write {example}, or {name}: null for none")
     return parse(values, note)
 
 
@@ -58,6 +65,7 @@ def parse(values: dict[str, Any], note: Callable[[str], object] | None = None) -
     Raises ConfigError naming the first invalid field, or the keys of another trainer.
     """
     values, notes = renamed(values)
+    values = {name: _section(name, value) for name, value in values.items()}
     if note is not None:
         for text in notes:
             note(text)
@@ -75,6 +83,14 @@ def parse_section(name: str, kind: type[_Section], values: dict[str, Any]) -> _S
         raise ConfigError(one_line(error, name)) from None
 
 
+def _section(name: Any, value: Any) -> Any:
+    """Return the value of a section, `{}` for one that is empty."""
+    field = Config.model_fields.get(name)
+    if value is not None or field is None or field.default is None:
+        return value
+    return {} if inner_section(field) else value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
     keys = path.split(".")
@@ -82,6 +98,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: must look like section.key=value")
     try:
         value = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     for depth, key in enumerate(keys[:-1]):

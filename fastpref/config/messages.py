@@ -42,11 +42,10 @@ def one_line(error: ValidationError, section: str = "") -> str:
     kind, got, context = first["type"], shown(first["input"]), first.get("ctx", {})
     # The location includes names of a union's alternatives, such as `list[str]`.
     location = [section] if section else []
-    location += [
-        str(part)
-        for part in first["loc"]
-        if isinstance(part, int) or part.isidentifier() or kind == "extra_forbidden"
-    ]
+    *outer, last = first["loc"] or ("",)
+    location += [str(part) for part in outer if isinstance(part, int) or part.isidentifier()]
+    if isinstance(last, int) or last.isidentifier() or kind == "extra_forbidden":
+        location.append(str(last))
     path = ".".join(location)
     if kind == "extra_forbidden":
         return f"{path}: unknown key; {_nearest(location)}"
@@ -60,6 +59,8 @@ def one_line(error: ValidationError, section: str = "") -> str:
     if kind == "value_error":
         return _joined(path, str(context["error"]), first["input"])
     family = kind.split("_")[0]
+    if family == "string" and isinstance(first["input"], int | float):
+        return f"{path}: must be text, got {got}; write it in quotes"
     if family in _KINDS:
         return f"{path}: must be {_KINDS[family]}, got {got}"
     return f"{path}: {first['msg']}, got {got}"

@@ -6,28 +6,31 @@ written from these declarations (`python -m fastpref.docgen.config`).
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from fastpref import losses
-from fastpref.config.fields import Name, Section
+from fastpref.config.data_section import Data
+from fastpref.config.evaluation import Evaluation
+from fastpref.config.fields import PathName, Section
 from fastpref.config.optim import Optim
 from fastpref.config.renamed import renamed
 from fastpref.config.sections import (
     Adapter,
     Calibration,
-    Data,
     Model,
     Monitor,
     Parallel,
     Training,
 )
-from fastpref.config.yaml_io import flatten, parse_yaml
+from fastpref.config.yaml_io import dump_yaml, flatten, parse_yaml
 
+_NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?"
 ReferenceMode = Literal["cached", "frozen", "adapter", "none"]
 
 
@@ -46,9 +49,9 @@ class Config(Section):
         description="Reference log-probs: `cached` computes them once before training and stores "
         "them on disk; `frozen` runs a second copy of the model in every step; `adapter` runs the "
         "model without its adapters; `none` has no reference. Default: `none` if the objective "
-        "needs no reference; for divergences of whole distributions (`tdpo1`, `tdpo2`) `adapter`, "
-        "or `frozen` without adapters; else `cached`. With an objective that needs none, a "
-        "reference enters the metrics only.",
+        "needs no reference; for divergences of whole distributions (`tdpo1`, `tdpo2`) and with "
+        "`data.streaming` `adapter`, or `frozen` without adapters; else `cached`. With an "
+        "objective that needs none, a reference enters the metrics only.",
     )
     calibration: Calibration | None = Field(
         None,
@@ -66,10 +69,13 @@ class Config(Section):
     )
     optim: Optim = Field(Optim(), description="Optimizer and schedule.")
     training: Training = Field(Training(), description="The training loop.")
+    evaluation: Evaluation = Field(
+        Evaluation(), description="What evaluations of `data.eval` decide and show."
+    )
     parallel: Parallel = Field(
         Parallel(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
     )
-    resume: Name | None = Field(
+    resume: PathName | None = Field(
         None,
         description="`auto` continues from the newest complete checkpoint of the run directory, "
         "and starts a new run if there is none; or the folder of a checkpoint.",
@@ -79,6 +85,20 @@ class Config(Section):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _yes_is_auto(cls, value: Any) -> Any:
+        return "auto" if value is True else value
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _numbers_in_quotes(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [cls._numbers_in_quotes(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: _number(item) for key, item in value.items()}
 
     @field_validator("loss")
     @classmethod
@@ -100,6 +120,11 @@ class Config(Section):
                 f"reference: cached, but {self.build_loss().name} compares whole distributions, "
                 "which are not kept on disk; use reference: frozen, or adapter with an adapter"
             )
+        if self.reference == "cached" and self.data.streaming:
+            raise ValueError(
+                "reference: cached, but data.streaming keeps nothing on disk; use reference: "
+                "frozen, or adapter with an adapter"
+            )
         if self.reference == "adapter" and self.adapter is None:
             raise ValueError("reference: adapter, but there is no adapter; use cached or frozen")
         return self
@@ -108,6 +133,16 @@ class Config(Section):
     def _evaluation_has_data(self) -> Config:
         if self.training.eval_every is not None and self.data.eval is None:
             raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")
+        for option in self.evaluation.options_set():
+            if self.data.eval is None:
+                raise ValueError(
+                    f"evaluation.{option}: there are no evaluations; set data.eval to held-out data"
+                )
+            if option != "samples" and self.training.eval_every is None:
+                raise ValueError(
+                    f"evaluation.{option}: compares evaluations during training; set "
+                    "training.eval_every"
+                )
         return self
 
     @model_validator(mode="after")
@@ -168,9 +203,11 @@ class Config(Section):
         """`reference`; by default the mode that the objective needs."""
         if self.reference is not None:
             return self.reference
-        if self._measures_divergence:
+        if not (self._measures_divergence or self.build_loss().needs_reference):
+            return "none"
+        if self._measures_divergence or self.data.streaming:
             return "frozen" if self.adapter is None else "adapter"
-        return "cached" if self.build_loss().needs_reference else "none"
+        return "cached"
 
     @property
     def _measures_divergence(self) -> bool:
@@ -184,7 +221,7 @@ class Config(Section):
         return [
             f"{path}: {old.get(path)} → {new.get(path)}"
             for path in {**old, **new}
-            if old.get(path) != new.get(path) and path != "resume"
+            if _expanded(old.get(path)) != _expanded(new.get(path)) and path != "resume"
         ]
 
     def to_yaml(self) -> str:
@@ -197,14 +234,29 @@ class Config(Section):
             del values["optim"][name]
         for name in self.adapter.foreign_options if self.adapter else ():
             del values["adapter"][name]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return dump_yaml(values)
+
+
+def _number(value: Any) -> Any:
+    """Return the number that a text in quotes is, as other fields take it; else the value."""
+    if isinstance(value, str) and re.fullmatch(_NUMBER, value, re.IGNORECASE):
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    return value
+
+
+def _expanded(value: Any) -> Any:
+    """Return a path as this version saves it; earlier ones left the `~` in it."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def section_of(path: list[str]) -> type[Section]:
     """Return the section class that holds the last key of a path such as ["optim", "lr"]."""
     section: type[Section] = Config
     for key in path[:-1]:
-        inner = inner_section(section.model_fields[key])
+        if key.isdecimal():  # the position in a list, whose sections are all alike
+            continue
+        field = section.model_fields[key]
+        inner = inner_section(field) or item_section(field)
         assert inner is not None, path
         section = inner
     return section
@@ -216,3 +268,15 @@ def inner_section(field: FieldInfo) -> type[Section] | None:
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def item_section(field: FieldInfo) -> type[Section] | None:
+    """Return the section class of which a field holds a list; None for other fields."""
+    return _item_section(field.annotation)
+
+
+def _item_section(annotation: Any) -> type[Section] | None:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is list and isinstance(arguments[0], type):
+        return arguments[0] if issubclass(arguments[0], Section) else None
+    return next(filter(None, map(_item_section, arguments)), None)

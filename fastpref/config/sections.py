@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +11,7 @@ from fastpref.config.fields import (
     Fraction,
     Name,
     NonNegativeInt,
+    PathName,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -21,7 +22,7 @@ from fastpref.config.fields import (
 class Model(Section):
     """The model that is trained, and its tokenizer."""
 
-    path: Name | None = Field(
+    path: PathName | None = Field(
         None, description="Local folder or Hub name of a Hugging Face causal language model."
     )
     init: Literal["pretrained", "random"] = Field(
@@ -34,7 +35,7 @@ class Model(Section):
         description="With `init: random`: a Hugging Face model config, e.g. `{model_type: llama, "
         "hidden_size: 256, vocab_size: 16000, …}`.",
     )
-    tokenizer: Name | None = Field(
+    tokenizer: PathName | None = Field(
         None,
         description="Folder or Hub name of the tokenizer; default: `path`. With `init: random` "
         "the default is a byte-level BPE of `config.vocab_size` tokens, trained on `data.train`.",
@@ -88,6 +89,12 @@ class Adapter(Section):
         "all-linear",
         description="Module names, or `all-linear`: every linear layer except the head.",
     )
+    target_parameters: list[Name] | None = Field(
+        None,
+        description="Names of weights outside linear layers that get adapters too, e.g. `["
+        "mlp.experts.gate_up_proj, mlp.experts.down_proj]` for the experts of a mixture, which "
+        "are one weight for all of them. Not with dropout or DoRA.",
+    )
     rslora: bool = Field(
         False, description="Scale by `alpha / √r` instead, arXiv:2312.03732, for high ranks."
     )
@@ -103,7 +110,7 @@ class Adapter(Section):
         "(bitsandbytes, double quantization; QLoRA, arXiv:2305.14314). They are not sharded: "
         "every rank has all of them.",
     )
-    path: Name | None = Field(
+    path: PathName | None = Field(
         None,
         description="Folder or Hub name of an adapter to continue training, e.g. from SFT. It "
         "brings its own rank, scale, dropout, target modules and kind; the reference is the model "
@@ -118,79 +125,14 @@ class Adapter(Section):
     @property
     def foreign_options(self) -> tuple[str, ...]:
         """Options that a loaded adapter brings itself."""
-        return ("r", "alpha", "dropout", "target_modules", "rslora", "dora") if self.path else ()
+        names = ("r", "alpha", "dropout", "target_modules", "target_parameters", "rslora", "dora")
+        return names if self.path else ()
 
     @model_validator(mode="after")
     def _loaded_adapter_brings_its_options(self) -> Adapter:
         for name in self.foreign_options:
             if name in self.model_fields_set:
                 raise ValueError(f"{name}: the adapter at path brings its own; remove it")
-        return self
-
-
-class Data(Section):
-    """Preference data and how it is tokenized."""
-
-    train: Name = Field(
-        description="JSON, JSONL, Parquet or Arrow file, or a Hub name. Columns for pairwise "
-        "objectives: `prompt, chosen, rejected` or `chosen, rejected`, optional `p`; for pointwise "
-        "ones: `prompt, completion, label`, or the columns of pairs, which become two rows each; "
-        "for groupwise ones: `prompt, completions, scores`; for `sft` alone also `prompt, "
-        "completion` or `messages` (see `sft_on`)."
-    )
-    eval: Name | None = Field(None, description="Held-out data in the same formats.")
-    max_length: Annotated[int, Field(ge=2)] = Field(
-        2048, description="Longest prompt + response, in tokens; longer ones are truncated."
-    )
-    truncation: Literal["keep_start", "keep_end"] = Field(
-        "keep_start",
-        description="`keep_start` cuts the end of a response; `keep_end` first cuts the start of "
-        "the prompt, equally for all responses.",
-    )
-    max_prompt_length: PositiveInt | None = Field(
-        None,
-        description="Longest prompt, in tokens. Of a longer one the end is kept, behind its BOS "
-        "token, before `max_length` bounds prompt + response; without it only `max_length` bounds "
-        "the prompt.",
-    )
-    sft_on: Literal["completion", "assistant", "all"] = Field(
-        "completion",
-        description="Tokens that `loss: sft` trains on in rows without `chosen` and `rejected`. "
-        "`completion`: the column `completion`, or the last assistant message of `messages`; "
-        "`assistant`: every assistant message of a conversation; `all`: every token but the "
-        "first, prompts included.",
-    )
-    add_eos: bool = Field(
-        True,
-        description="End plain-text responses with the EOS token (chat templates end their own).",
-    )
-    soft_labels: bool = Field(
-        True,
-        description="Use the column `p` of pairs, the probability that `chosen` is preferred, if "
-        "the data has it; `false` ignores it, and `chosen` is always preferred.",
-    )
-    token_weights: bool = Field(
-        True,
-        description="Use the columns `chosen_weights` and `rejected_weights` of pairs if the data "
-        "has them: lists with the weight of each token of the response, in the order of the "
-        "tokenizer; an added EOS has weight 1. `false` gives all tokens equal weight.",
-    )
-    cache: Name = Field(
-        "~/.cache/fastpref",
-        description="Folder for tokenized data and reference log-probs; safe to delete.",
-    )
-
-    @model_validator(mode="after")
-    def _room_for_a_response(self) -> Data:
-        prompt = self.max_prompt_length
-        if prompt is not None and prompt >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length: must be < max_length, {self.max_length}, got {prompt}"
-            )
-        if prompt is not None and self.sft_on == "all":
-            raise ValueError(
-                "max_prompt_length: with sft_on: all a row has no prompt to cut; remove one of them"
-            )
         return self
 
 
@@ -312,15 +254,44 @@ class Training(Section):
         "in the form of the final `model/`; null: none. They are kept. `fastpref export` writes "
         "one from a checkpoint.",
     )
-    output_dir: Name = Field("runs/my-run", description="Run directory.")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="Trackers that also get the metrics (`pip install fastpref[track]`)."
+    output_dir: PathName = Field("runs/my-run", description="Run directory.")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [],
+        description="Trackers that also get the metrics, see [trackers](trackers.md); a resumed "
+        "run goes on in the same run of each.",
     )
+    push_to_hub: bool = Field(
+        False, description="Upload the final model to the Hub as `hub_model_id`."
+    )
+    hub_model_id: Name | None = Field(
+        None, description="Name on the Hub, `ORG/NAME`; the repository is made if there is none."
+    )
+    hub_private_repo: bool | None = Field(
+        None,
+        description="Whether a new repository on the Hub is private; null: as is the default of "
+        "the organization.",
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        if value in (None, False, "none"):
+            return []
+        return value.replace(",", " ").split() if isinstance(value, str) else value
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
     def _bool_as_word(cls, value: Any) -> Any:
         return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _hub_options_together(self) -> Training:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub: needs a name on the Hub; set hub_model_id to ORG/NAME")
+        for option in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, option) is not None and not self.push_to_hub:
+                raise ValueError(f"{option}: nothing is uploaded; set push_to_hub, or remove it")
+        return self
 
     @property
     def is_auto(self) -> bool:

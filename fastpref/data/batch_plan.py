@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastpref.data.dataset import UNITS, Groups, Lengths
+from fastpref.data.mixture import Mixture
 from fastpref.data.readers import DataError
 
 Indices = list[int]
@@ -32,6 +33,7 @@ class Plan:
     seed: shuffles the groups, differently in each epoch; None keeps the order of the data.
     unit: name of a group in messages.
     ranks: number of processes that share a step; `step` returns the micro-batches of `rank`.
+    mixture: sources of the groups, whose parts of an epoch it decides where there is a seed.
     """
 
     costs: Lengths
@@ -42,6 +44,7 @@ class Plan:
     unit: str = "pair"
     ranks: int = 1
     rank: int = 0
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         largest = int((self.costs if self.rows is None else self.costs * self.rows).max())
@@ -65,11 +68,14 @@ class Plan:
         costs, rows = tokens_of(groups, layout), None
         if layout == "padded":
             costs, rows = groups.padded_lengths, np.diff(groups.offsets)
-        return cls(costs, rows, batch_size, max_tokens, seed, UNITS[groups.kind], ranks, rank)
+        mixture = getattr(groups, "mixture", None) if seed is not None else None
+        unit = UNITS[groups.kind]
+        return cls(costs, rows, batch_size, max_tokens, seed, unit, ranks, rank, mixture)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.costs) // self.batch_size)
+        length = len(self.costs if self.mixture is None else self.mixture)
+        return -(-length // self.batch_size)
 
     @property
     def shortest(self) -> int:
@@ -93,9 +99,20 @@ class Plan:
         return self.spread(indices)[self.rank :: self.ranks]
 
     def epoch(self, number: int = 0) -> Iterator[list[Indices]]:
-        """All steps of one epoch; every group occurs exactly once."""
+        """All steps of one epoch; without a mixture every group occurs exactly once."""
         first = number * self.steps_per_epoch
         return (self.step(first + k) for k in range(self.steps_per_epoch))
+
+    def coverage(self) -> Iterator[Indices]:
+        """Groups of the steps of the first epoch, then in steps those that it leaves out."""
+        left_out = np.ones(len(self.costs), dtype=np.bool_)
+        for number in range(self.steps_per_epoch):
+            indices = self.groups(number)
+            left_out[indices] = False
+            yield indices
+        others = [int(index) for index in left_out.nonzero()[0]]
+        for start in range(0, len(others), self.batch_size):
+            yield others[start : start + self.batch_size]
 
     def pack(self, indices: Iterable[int]) -> list[Indices]:
         """First-fit decreasing: each group, longest first, goes into the first bin with room."""
@@ -151,6 +168,8 @@ class Plan:
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self.seed is None:
             return np.arange(len(self.costs))
+        if self.mixture is not None:
+            return self.mixture.order(self.seed, epoch)
         return _permutation(self.seed, epoch, len(self.costs))
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpref.data.formats import Messages, TextGroup
+from fastpref.data.formats import TextGroup
+from fastpref.data.messages import Messages, text_of
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _TURN, _END_OF_TURN = "<|im_start|>", "<|im_end|>"
-_CHATML = (
+CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
@@ -44,7 +45,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         extra_special_tokens=[_TURN, _END_OF_TURN],
     )
-    fast.chat_template = _CHATML
+    fast.chat_template = CHATML
     return fast
 
 
@@ -56,4 +57,4 @@ def texts_of(groups: Iterable[tuple[int, TextGroup]]) -> Iterator[str]:
 
 
 def _contents(messages: Messages) -> str:
-    return "\n".join(str(message.get("content") or "") for message in messages)
+    return "\n".join(text_of(message.get("content")) for message in messages)

@@ -1,4 +1,4 @@
-"""Render conversations as texts with the chat template of a tokenizer.
+"""Render conversations as texts with a chat template.
 
 A template is a program that comes with a model. transformers runs it in Jinja's sandbox, which
 gives access to neither files nor Python; this module limits its run time.
@@ -15,75 +15,99 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data.formats import TextGroup, common_prefix
+from fastpref.config import Data
+from fastpref.data.content_parts import PartsForm, parts_form, with_form
+from fastpref.data.conversation import preference_texts, sft_texts
+from fastpref.data.formats import TextGroup
+from fastpref.data.messages import KNOWN_ROLES, Messages
+from fastpref.data.template_source import day_of, template_of, with_date
+from fastpref.utils.errors import shown
 
 # CPU time limit for one group; templates usually take milliseconds.
 SECONDS = 5.0
 
 
-def render(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of the prompt and of prompt + response for each response.
+class ChatTemplate:
+    """The chat template of a tokenizer, or the one that the config names, and its variables.
 
-    With `sft_on: assistant` they are followed by the texts up to each place where tokens to train
-    on end or begin again, alternating.
-
-    Raises ValueError if the tokenizer has no chat template, or one that renders the messages before
-    the tokens to train on in another way than the whole conversation; TimeoutError after `SECONDS`
-    (in the main thread only, since signals reach no other); and whatever the template raises.
+    Raises DataError if the config names no template.
     """
-    if isinstance(group.prompt, str):
-        return [group.prompt, *(group.prompt + str(response) for response in group.responses)]
-    if tokenizer.chat_template is None:
-        raise ValueError("the data is conversational but the tokenizer has no chat template")
 
-    def apply(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data | None = None) -> None:
+        data = data or Data(train="-")
+        self._tokenizer = tokenizer
+        self._template = template_of(tokenizer, data)
+        self._kwargs = data.chat_template_kwargs
+        self._day = day_of(data)
+        self._forms: dict[tuple[str, str], PartsForm] = {}
+
+    def render(self, group: TextGroup) -> list[str]:
+        """Texts of the prompt and of prompt + response for each response.
+
+        The prompt ends where the responses begin, behind the header of their role. With `sft_on:
+        assistant` they are followed by the texts up to each place where tokens to train on end or
+        begin again, alternating.
+
+        Raises NotScored if the conversation lacks text of the responses or begins with another
+        prompt; ValueError if there is no template, or, for SFT, one that renders the messages
+        before the tokens to train on in another way than the whole conversation; TimeoutError after
+        `SECONDS` (in the main thread only, since signals reach no other); and whatever the template
+        raises.
+        """
+        if isinstance(group.prompt, str):
+            return [group.prompt, *(group.prompt + str(response) for response in group.responses)]
+        if self._template is None and self._tokenizer.chat_template is None:
+            raise ValueError("the data is conversational but the tokenizer has no chat template")
+        with _time_limit(SECONDS, self._tokenizer.name_or_path):
+            return self._conversations(group)
+
+    def _conversations(self, group: TextGroup) -> list[str]:
+        chosen: Any = self._tokenizer.get_chat_template(self._template, group.tools)
+        template = with_date(chosen, self._day)
+
+        def apply(messages: Messages, generation_prompt: bool) -> str:
+            return self._apply(template, group, messages, generation_prompt)
+
+        conversations: tuple[Any, ...] = (group.prompt, *group.responses)
+        prompt, *responses = (
+            [with_form(message, self._form(template, message["role"])) for message in messages]
+            for messages in conversations
+        )
+        if group.sft_on is None:
+            return preference_texts(apply, prompt, responses)
+        return sft_texts(apply, prompt, responses[0], group.sft_on)
+
+    def _apply(
+        self, template: str, group: TextGroup, messages: Messages, generation_prompt: bool
+    ) -> str:
+        return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
             messages,
             tools=group.tools,
+            chat_template=template,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=generation_prompt,
+            **{**self._kwargs, **(group.chat_template_kwargs or {})},
         )
 
-    with _time_limit(SECONDS, tokenizer.name_or_path):
-        conversations = [apply([*group.prompt, *response], False) for response in group.responses]
-        if group.sft_on == "all":
-            return ["", *conversations]
-        prompt = apply(group.prompt, True)
-        if group.sft_on is None:
-            return [prompt, *conversations]
-        (conversation,) = conversations
-        _check_beginning(prompt, conversation, len(group.prompt))
-        boundaries = []
-        for count, begins in _later_boundaries(group) if group.sft_on == "assistant" else ():
-            boundary = apply([*group.prompt, *group.responses[0]][:count], begins)
-            _check_beginning(boundary, conversation, count)
-            boundaries.append(boundary)
-        return [prompt, conversation, *boundaries]
+    def _form(self, template: str, role: str) -> PartsForm:
+        """Form of the content that a template reads in messages of a role.
+
+        Raises ValueError for a role that neither data sets nor the template know.
+        """
+        if (template, role) not in self._forms:
+            if role not in KNOWN_ROLES and f"'{role}'" not in template.replace('"', "'"):
+                raise ValueError(
+                    f"the role {shown(role)} is unknown; name it user, assistant, system or tool"
+                )
+            alone = TextGroup([], ())
+            form = parts_form(lambda m: self._apply(template, alone, m, False), role)
+            self._forms[template, role] = form
+        return self._forms[template, role]
 
 
-def _later_boundaries(group: TextGroup) -> Iterator[tuple[int, bool]]:
-    """Numbers of messages at which the first assistant message ends, the next begins, and so on.
-
-    The flag says whether an assistant message begins there. The last one ends with the response.
-    """
-    (response,) = group.responses
-    for k, message in enumerate(response):
-        if k and message["role"] == "assistant":  # type: ignore[index]
-            yield len(group.prompt) + k, True
-        if k + 1 < len(response) and message["role"] == "assistant":  # type: ignore[index]
-            yield len(group.prompt) + k + 1, False
-
-
-def _check_beginning(text: str, conversation: str, count: int) -> None:
-    """Raise ValueError unless the conversation begins with the text of its first messages."""
-    if conversation.startswith(text):
-        return
-    at = common_prefix(text, conversation)
-    raise ValueError(
-        f"the whole conversation does not begin with the text of its first {count} messages "
-        f"({conversation[at : at + 20]!r} instead of {text[at : at + 20]!r}), so the tokens to "
-        "train on are not known"
-    )
+def render(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of a group by the tokenizer's own template; see `ChatTemplate.render`."""
+    return ChatTemplate(tokenizer).render(group)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Batch:
     chosen_tokens: int  # of pairs: completion tokens of the chosen responses, which come first
     position_ids: Tensor | None = None  # (1, L) int64, positions in the sequences of a packed row
     segments: Segments | None = None  # segments of a packed row
+    row_lengths: tuple[int, ...] | None = None  # (R,) tokens of each padded row
+    margins: Tensor | None = None  # (B,) fp64, margin of each pair, in which all have one
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -58,7 +60,7 @@ class Batch:
     def view(self, logps: Tensor) -> Logps:
         """Wrap the sequence log-probs (S,) as the input of objectives of this kind."""
         if self.kind == "pairwise":
-            return SequenceLogps.from_sequences(logps, self.lengths, self.targets)
+            return SequenceLogps.from_sequences(logps, self.lengths, self.targets, self.margins)
         assert self.targets is not None
         if self.kind == "pointwise":
             return UnpairedLogps(logps, self.lengths, self.targets.bool())
@@ -70,7 +72,9 @@ class Batch:
         Token weights of the data are included, in the dtype of the log-probs.
         """
         weights = None if self.token_weights is None else self.token_weights.to(logps.dtype)
-        return TokenLogps(logps, self.cu_seqlens, self.targets, weights=weights, **columns)
+        return TokenLogps(
+            logps, self.cu_seqlens, self.targets, weights=weights, margin=self.margins, **columns
+        )
 
 
 def collate(
@@ -90,6 +94,7 @@ def collate(
         indices = [(group_index[id(group)], k) for group, k in members]
         rows = pack_groups(groups, indices, share=layout == "prefix_shared")._asdict()
     targets = [label for group in groups for label in group.labels or ()]
+    margins = [group.margin for group in groups if group.margin is not None]
     labels = torch.from_numpy(np.concatenate([r for _, r in sequences]).astype(np.int64))
     lengths = [len(response) for _, response in sequences]
     if any(group.mask is not None for group in groups):
@@ -111,13 +116,14 @@ def collate(
         targets=torch.tensor(targets, dtype=torch.float64) if targets else None,
         token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         responses=torch.tensor([group.first + k for group, k in members]),
+        margins=torch.tensor(margins, dtype=torch.float64) if margins else None,
         kind=kind,
         tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
         chosen_tokens=sum(len(group.responses[k]) for group, k in members if k == 0),
     )
 
 
-def _padded(sequences: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
+def _padded(sequences: Sequence[tuple[Ids, Ids]]) -> dict[str, Any]:
     """One row per sequence of prompt and response, padded on the right with 0."""
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
@@ -131,6 +137,7 @@ def _padded(sequences: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
         "input_ids": torch.from_numpy(input_ids),
         "predictor_positions": positions - 1,
         "label_positions": positions,
+        "row_lengths": tuple(len(prompt) + len(response) for prompt, response in sequences),
     }
 
 

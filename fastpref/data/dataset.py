@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Data
+from fastpref.data import dropped
 from fastpref.data.formats import RowKind, SftOn
 from fastpref.data.readers import DataError, content_hash
 from fastpref.data.sft import group_kind, read_rows_of
+from fastpref.data.template_source import printed_day, template_fingerprint
 from fastpref.data.tokenize import PARTS, Ids, chunks, tokenize
 from fastpref.losses import Kind
 from fastpref.utils import atomic_files
@@ -35,7 +37,7 @@ _TRAINED_ON: dict[SftOn, str] = {
 }
 UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
 # Part of the cache key: bump it when tokenization or the file format changes.
-_VERSION = "4"
+_VERSION = "5"
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -45,6 +47,7 @@ _SCHEMA = pa.schema(
         "reference": pa.list_(pa.float64()),
         "weights": pa.list_(pa.list_(pa.float32())),
         "mask": pa.list_(pa.bool_()),
+        "margin": pa.float64(),
     }
 )
 
@@ -61,6 +64,15 @@ class TokenGroup:
     token_weights: tuple[Weights, ...] | None = None  # one for each token of each response
     first: int = 0  # index of its first response among all responses of the data set
     mask: Mask | None = None  # which tokens of its only response are scored; None: all
+    margin: float | None = None  # as in TextGroup; None unless all pairs have one
+
+
+class IndexedGroups(Protocol):
+    """Groups of a kind, by their indices."""
+
+    kind: Kind
+
+    def __getitem__(self, index: int) -> TokenGroup: ...
 
 
 class Groups(Protocol):
@@ -92,6 +104,8 @@ class Groups(Protocol):
 class GroupDataset:
     """Tokenized groups in a folder: a memory-mapped Arrow file and `about.json` with counts."""
 
+    mixture = None  # of several sources, see `fastpref.data.sources`
+
     def __init__(self, folder: Path, source: str) -> None:
         self.source = source
         table = pa.ipc.open_file(pa.memory_map(str(folder / "groups.arrow"))).read_all()
@@ -100,9 +114,11 @@ class GroupDataset:
         self.kind: Kind = about["kind"]
         self.counts: dict[str, int] = about["counts"]
         self.fingerprint: str = about["token_ids"]
-        self.labels: str = about["labels"]  # hash of labels, reference log-probs and token weights
+        self.labels: str = about["labels"]  # hash of labels, reference, weights, margins
         self.sft_on: SftOn | None = about["sft_on"]
         self._max_prompt_length: int | None = about["max_prompt_length"]
+        self._day: str | None = about["day"]  # that the chat template prints
+        self._unused: str | None = about["unused"]  # option for conversations
         sizes, self.prompt_lengths = (_sizes(table[name]) for name in ("responses", "prompt"))
         self.response_lengths = _sizes(pc.list_flatten(table["responses"]))  # of all responses
         self.offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
@@ -132,6 +148,7 @@ class GroupDataset:
             columns["mask"].values.to_numpy(zero_copy_only=False)
             if columns["mask"].is_valid
             else None,
+            None if self.without_margin else columns["margin"].as_py(),
         )
 
     @cached_property
@@ -148,6 +165,11 @@ class GroupDataset:
     def padded_lengths(self) -> Lengths:
         longest = np.maximum.reduceat(self.response_lengths, self.offsets[:-1])
         return self.prompt_lengths + longest
+
+    @cached_property
+    def without_margin(self) -> int:
+        """Number of pairs without a margin."""
+        return self._columns["margin"].null_count
 
     def label_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Labels of all groups, concatenated."""
@@ -177,6 +199,10 @@ class GroupDataset:
             )
         return pc.list_flatten(self._columns["reference"]).to_numpy()
 
+    def row_names(self, indices: Sequence[int]) -> list[Any]:
+        """Number of each row that the groups are of, sorted."""
+        return sorted({self[index].row for index in indices})
+
     def summary(self) -> str:
         """One line with the numbers of groups that were read, dropped and truncated."""
         counts, unit = self.counts, UNITS[self.kind]
@@ -185,11 +211,16 @@ class GroupDataset:
         cut = ", ".join(f"{counts[f'{name}_cut']:,} {name}" for name in names)
         parts = [
             f"{remaining:,} of {total:,} {unit}s from {self.source}; dropped "
-            f"{total - remaining:,} (no completion left: {counts['no_completion']:,}); "
+            f"{total - remaining:,} ({dropped.reasons(counts)}); "
             f"cut to max_length: {cut}"
         ]
         if self._max_prompt_length is not None:
             parts.append(f"cut to max_prompt_length: {counts['long_prompts_cut']:,} of the prompts")
+        parts += dropped.losses(counts)
+        if self._unused is not None:
+            parts.append(f"data.{self._unused} is not used, as no row is a conversation")
+        if self._day is not None:
+            parts.append(f"the chat template prints the date {self._day} (data.template_date)")
         if self.sft_on is not None:
             parts.append(f"trained on: {_TRAINED_ON[self.sft_on]}")
         elif self.kind == "pointwise":
@@ -215,8 +246,13 @@ def load_groups(
     Raises DataError if the data is unreadable or of another kind, or if no group is left.
     """
     content = content_hash(source, default_split)
-    options = json.dumps([rows, data.model_dump(exclude={"train", "eval", "cache"})])
-    key = atomic_files.sha256(_VERSION, content, tokenizer_fingerprint(tokenizer), options)
+    excluded = {"train", "eval", "cache", "chat_template", "template_date"}
+    excluded |= {"streaming", "shuffle_window"}  # of other data
+    options = json.dumps([rows, data.model_dump(exclude=excluded)])
+    template = template_fingerprint(tokenizer, data)
+    key = atomic_files.sha256(
+        _VERSION, content, tokenizer_fingerprint(tokenizer), template, options
+    )
     folder = Path(data.cache).expanduser() / "tokens" / key
     if not folder.exists():
         with atomic_files.replacing(folder) as temporary:
@@ -225,8 +261,8 @@ def load_groups(
     if len(dataset) == 0:
         unit = UNITS[dataset.kind]
         raise DataError(
-            f"{source}: no {unit} is left to train on ({dataset.summary()}); raise "
-            "data.max_length or look at the rows"
+            f"{source}: no {unit} is left to train on ({dataset.summary()}); "
+            f"{dropped.remedy(dataset.counts)}"
         )
     return dataset
 
@@ -235,9 +271,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that determines the token ids of a text or conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
+    special = [
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.split_special_tokens,
+    ]
+    if backend is None:
+        # A tokenizer in Python keeps its options, such as lower case, nowhere else.
+        special.append(tokenizer.init_kwargs)
     return atomic_files.sha256(
-        type(tokenizer).__name__, vocabulary, json.dumps(special, sort_keys=True)
+        type(tokenizer).__name__, vocabulary, json.dumps(special, sort_keys=True, default=str)
     )
 
 
@@ -261,7 +306,7 @@ def _write(
         groups = read_rows_of(source, row_kind, data, split)
         for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
             for row in rows:
-                annotations = [row[name] for name in ("labels", "reference", "weights")]
+                annotations = [row[name] for name in ("labels", "reference", "weights", "margin")]
                 labels.update(json.dumps(annotations).encode())
                 sequences = (row["prompt"], *row["responses"])
                 ids.update(len(sequences).to_bytes(4, "little"))
@@ -275,6 +320,10 @@ def _write(
     about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
     about["sft_on"] = data.sft_on if row_kind == "sft" else None
     about["max_prompt_length"] = data.max_prompt_length
+    about["day"] = printed_day(tokenizer, data) if counts["conversations"] else None
+    options = ("chat_template", "chat_template_kwargs")
+    unused = (name for name in options if getattr(data, name) and not counts["conversations"])
+    about["unused"] = next(unused, None)
     (folder / "about.json").write_text(json.dumps(about))
 
 

@@ -8,8 +8,10 @@ A row becomes a `TextGroup`: the prompt of the model and the responses that cont
 | pointwise | `prompt`, `completion`, `label`, true or 1 for a desirable completion |
 | groupwise | `prompt`, `completions`, `scores`, two lists of the same length, at least 1 |
 
-Prompts and responses are plain text or lists of `{"role", "content"}` messages, then with an
-optional column `tools`. Pairs may have `p`, the probability that `chosen` is preferred;
+Prompts and responses are plain text or lists of `{"role", "content"}` messages (see
+`fastpref.data.messages`), then with the optional columns `tools` and `chat_template_kwargs`, which
+hold variables of the chat template. Pairs may have `p`, the probability that `chosen` is preferred;
+`margin`, by which the reward of `chosen` should be larger, for objectives with an `offset`;
 `ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats; and `chosen_weights`,
 `rejected_weights`, lists with a weight for the log-prob of each token of the response. Other
 columns are ignored. Pointwise objectives read a pair as two responses: `chosen` is desirable,
@@ -20,10 +22,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
+from fastpref.config.template_kwargs import check_template_kwargs
+from fastpref.data.messages import Messages, normalized
 from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
 from fastpref.losses import Kind
 from fastpref.utils.errors import shown
@@ -38,7 +42,6 @@ _ACCEPTED: dict[Kind, str] = {
     "pointwise": "prompt, completion, label | pairs, as two responses each",
     "groupwise": "prompt, completions, scores",
 }
-Messages = list[dict[str, Any]]
 # Kind of rows: of an objective's, or those of `fastpref.data.sft`, which become single responses.
 RowKind = Kind | Literal["sft"]
 SftOn = Literal["completion", "assistant", "all"]  # tokens to train on, as `data.sft_on`
@@ -54,10 +57,18 @@ class TextGroup(NamedTuple):
     reference_logps: tuple[float, ...] | None = None  # summed, one for each response
     token_weights: tuple[list[float], ...] | None = None  # one for each token of each response
     sft_on: SftOn | None = None  # of a row for supervised fine-tuning, whose label is 1
+    chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
+    margin: float | None = None  # of a pair: by which the reward of chosen should be larger
 
     @property
     def conversational(self) -> bool:
         return not isinstance(self.prompt, str)
+
+    @property
+    def template_columns(self) -> dict[str, Any]:
+        """Columns of a row that only the chat template reads."""
+        values = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def read_groups(
@@ -66,9 +77,14 @@ def read_groups(
     default_split: str = "train",
     soft_labels: bool = True,
     token_weights: bool = True,
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
 ) -> Iterator[tuple[int, TextGroup]]:
-    """Yield the groups of all rows, each with its row number; DataError at the first bad row."""
-    for number, row in read_rows(source, default_split):
+    """Yield the groups of all rows, each with its row number; DataError at the first bad row.
+
+    columns, streaming: as in `read_rows`.
+    """
+    for number, row in read_rows(source, default_split, columns, streaming):
         try:
             groups = to_groups(row, kind, soft_labels, token_weights)
         except DataError as error:
@@ -121,6 +137,8 @@ def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
         labels,
         _reference(row),
         weights if token_weights else None,
+        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+        margin=_margin(row),
     )
 
 
@@ -142,6 +160,7 @@ def _split_pair(pair: TextGroup) -> list[TextGroup]:
             responses=(response,),
             labels=(label,),
             reference_logps=None if logp is None else (logp,),
+            margin=None,
         )
         for response, label, logp in zip(pair.responses, (1.0, 0.0), reference_logps, strict=True)
     ]
@@ -153,7 +172,13 @@ def _labeled(row: Record) -> TextGroup:
     if label not in (0, 1):
         raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
     prompt, responses = split_prompt(row["prompt"], {"completion": row["completion"]})
-    return TextGroup(prompt, responses, tools_of(row.get("tools")), (float(label),))
+    return TextGroup(
+        prompt,
+        responses,
+        tools_of(row.get("tools")),
+        (float(label),),
+        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+    )
 
 
 def _scored(row: Record) -> TextGroup:
@@ -172,13 +197,23 @@ def _scored(row: Record) -> TextGroup:
             raise DataError(f"scores[{position}] must be a finite number, got {shown(score)}")
     responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
     prompt, texts = split_prompt(row["prompt"], responses)
-    return TextGroup(prompt, texts, tools_of(row.get("tools")), tuple(map(float, scores)))
+    return TextGroup(
+        prompt,
+        texts,
+        tools_of(row.get("tools")),
+        tuple(map(float, scores)),
+        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+    )
 
 
 def split_prompt(
     prompt: Any, responses: dict[str, Any]
 ) -> tuple[str | Messages, tuple[str | Messages, ...]]:
-    """Return prompt and responses, all texts or all messages, with the prompt stripped."""
+    """Return prompt and responses, all texts or all messages, with the prompt stripped.
+
+    A response that is one message is a list of it.
+    """
+    responses = {name: _listed(value) for name, value in responses.items()}
     values = list(responses.values())
     if all(isinstance(value, str) for value in values):
         for name, text in {"prompt": prompt, **responses}.items():
@@ -196,6 +231,11 @@ def split_prompt(
     raise DataError(
         f"{_columns(responses)} must be text, or be lists of messages, all alike, got {kinds}"
     )
+
+
+def _listed(value: Any) -> Any:
+    is_message = isinstance(value, dict) and ("role" in value or "from" in value)
+    return [value] if is_message else value
 
 
 def _columns(responses: dict[str, Any]) -> str:
@@ -222,8 +262,7 @@ def _split_messages(
     prompt: Any, responses: dict[str, Messages]
 ) -> tuple[Messages, tuple[Messages, ...]]:
     """Split conversations into prompt messages and the messages of each response."""
-    for name, messages in responses.items():
-        check_messages(name, messages)
+    responses = {name: messages_of(name, value) for name, value in responses.items()}
     conversations = list(responses.values())
     if prompt is None:
         shared = common_prefix(*conversations)
@@ -234,7 +273,7 @@ def _split_messages(
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        check_messages("prompt", prompt)
+        prompt = messages_of("prompt", prompt)
         # Some data sets repeat the prompt at the start of every conversation.
         repeated = all(messages[: len(prompt)] == prompt for messages in conversations)
         shared = len(prompt) if repeated else 0
@@ -244,11 +283,11 @@ def _split_messages(
     return prompt, tuple(messages[shared:] for messages in conversations)
 
 
-def check_messages(name: str, messages: Any) -> None:
-    for message in messages if isinstance(messages, list) else [None]:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{name} must be a list of {{role, content}} messages")
+def messages_of(name: str, value: Any) -> Messages:
+    """Messages of a column in the form of `fastpref.data.messages`; DataError if it has none."""
+    messages = normalized(name, value)
     _check_text(name, messages)
+    return messages
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -280,6 +319,27 @@ def tools_of(value: Any) -> list[Any] | None:
     raise DataError(f"tools must be a list, got {kind_of(value)}")
 
 
+def template_kwargs_of(value: Any) -> dict[str, Any] | None:
+    """Variables of the chat template in a row, without nulls; DataError if they are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except NOT_JSON as error:
+            raise DataError(
+                f"chat_template_kwargs must be an object or its JSON text: {error}"
+            ) from None
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise DataError(f"chat_template_kwargs must be an object, got {kind_of(value)}")
+    _check_text("chat_template_kwargs", value)
+    try:
+        check_template_kwargs(value)
+    except ValueError as error:
+        raise DataError(f"chat_template_kwargs: {error}") from None
+    return {name: item for name, item in value.items() if item is not None} or None
+
+
 def _preference(row: Record) -> float | None:
     value = row.get("p")
     if value is None:
@@ -287,6 +347,13 @@ def _preference(row: Record) -> float | None:
     if not _is_number(value) or not 0 <= value <= 1:
         raise DataError(f"p must be a probability in [0, 1], got {shown(value)}")
     return float(value)
+
+
+def _margin(row: Record) -> float | None:
+    value = row.get("margin")
+    if value is not None and not _is_number(value):
+        raise DataError(f"margin must be a finite number, got {shown(value)}")
+    return None if value is None else float(value)
 
 
 def _reference(row: Record) -> tuple[float, ...] | None:

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fastpref.data.dataset import GroupDataset, Lengths, TokenGroup
+from fastpref.data.dataset import Lengths, TokenGroup
 from fastpref.data.readers import DataError
+from fastpref.data.sources import Dataset
 from fastpref.losses import Kind
 from fastpref.utils import atomic_files
 
@@ -26,10 +27,10 @@ class MismatchedGroups:
 
     kind: Kind = "pointwise"
 
-    def __init__(self, dataset: GroupDataset, max_length: int) -> None:
+    def __init__(self, dataset: Dataset, max_length: int) -> None:
         self.source = dataset.source
         self.fingerprint = atomic_files.sha256("mismatched", dataset.fingerprint, str(max_length))
-        self.offsets = dataset.offsets
+        self.offsets, self.mixture = dataset.offsets, dataset.mixture
         self._dataset, self._max_length = dataset, max_length
         self._partners = partners(list(dataset.prompt_bytes()))
         if len(self._partners) == 0:

@@ -16,6 +16,7 @@ from fastpref.utils.errors import UserError, first_line
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _BATCH = 1024  # rows
+_AS_JSON = ("tools", "chat_template_kwargs")
 
 
 class RowWriter(Protocol):
@@ -48,7 +49,7 @@ class _JsonLines:
 
 
 class _Parquet:
-    """Rows of one schema, that of the first; `tools` are written as JSON text."""
+    """Rows of one schema, that of the first; what chat templates read is written as JSON text."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -57,8 +58,9 @@ class _Parquet:
 
     def add(self, line: bytes) -> None:
         row = json.loads(line)
-        if row.get("tools") is not None:
-            row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
+        for name in _AS_JSON:
+            if row.get(name) is not None:
+                row[name] = json.dumps(row[name], ensure_ascii=False)
         self._rows.append(row)
         if len(self._rows) == _BATCH:
             self._flush()
@@ -101,7 +103,7 @@ def _schema(row: Record) -> pa.Schema:
         "label": pa.bool_(),
     }
     fields = {name: types.get(name) or _type(value) for name, value in row.items()}
-    return pa.schema({**fields, "tools": pa.string()})
+    return pa.schema({**fields, **dict.fromkeys(_AS_JSON, pa.string())})
 
 
 def _type(value: Any) -> pa.DataType:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from fastpref.data.formats import Messages, TextGroup
+from fastpref.data.formats import TextGroup
+from fastpref.data.messages import Messages
 from fastpref.data.readers import Record
 from fastpref.data.scored import LeftOut, characters
 from fastpref.utils.errors import UserError
@@ -216,8 +217,7 @@ def _pair(group: TextGroup, chosen: int, rejected: int, form: Form | None) -> Bu
 
 
 def _prompt(group: TextGroup, form: Form | None) -> Record:
-    tools = {} if group.tools is None else {"tools": group.tools}
-    return {"prompt": _as_form(group.prompt, "user", form), **tools}
+    return {"prompt": _as_form(group.prompt, "user", form), **group.template_columns}
 
 
 def _response(response: str | Messages, form: Form | None) -> str | Messages:

@@ -65,9 +65,10 @@ def prompt_of(row: Record) -> TextGroup:
                 "or chosen and rejected, whose common prefix is the prompt"
             )
         kind, empty = "pointwise", response_to(prompt, "")
-        row = {"prompt": prompt, "tools": row.get("tools"), "completion": empty, "label": 1}
+        kept = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+        row = {"prompt": prompt, **kept, "completion": empty, "label": 1}
     group = to_groups(row, kind, soft_labels=False)[0]
-    return TextGroup(group.prompt, (), group.tools)
+    return group._replace(responses=(), labels=None, reference_logps=None, token_weights=None)
 
 
 def response_to(prompt: Any, text: str) -> Any:
@@ -82,6 +83,12 @@ def encode(
     counts: Counter[str] = Counter()
     untruncated = Data(train=source, max_length=sys.maxsize)
     (rows,) = tokenize([numbered], source, tokenizer, untruncated, "pointwise", counts)
+    for name in ("lost_text", "other_prompt"):
+        if counts[name]:
+            raise DataError(
+                f"{source}, row {counts[f'{name}_row']}: the chat template does not write the text "
+                "of the prompt; use a model with another template"
+            )
     if counts["no_completion"]:
         raise DataError(
             f"{source}: a prompt is empty, and the tokenizer has neither a BOS nor an EOS token to "

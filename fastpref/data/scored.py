@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
-from fastpref.data.formats import Messages, TextGroup, to_groups
+from fastpref.data.formats import TextGroup, to_groups
+from fastpref.data.messages import Messages, text_of
 from fastpref.data.readers import DataError, Record, kind_of, read_rows
 from fastpref.utils.errors import UserError, shown
 
@@ -102,8 +103,7 @@ def characters(response: str | Messages) -> int:
     """Number of characters of a text, or of the text contents of messages."""
     if isinstance(response, str):
         return len(response)
-    contents = (message.get("content") for message in response)
-    return sum(len(content) for content in contents if isinstance(content, str))
+    return sum(len(text_of(message.get("content"))) for message in response)
 
 
 def _layout(source: str, row: Record) -> Layout:
@@ -215,7 +215,7 @@ def _scores_column(rows: list[Record], _: str) -> TextGroup | LeftOut:
     scores = row.get("scores")
     if not isinstance(scores, list) or not isinstance(row.get("completions"), list):
         return to_groups(row, "groupwise")[0]  # raises its error
-    return _group(row.get("prompt"), row["completions"], map(_score, scores), row.get("tools"))
+    return _group(row.get("prompt"), row["completions"], map(_score, scores), row)
 
 
 def _single(rows: list[Record], score: str) -> TextGroup | LeftOut:
@@ -228,7 +228,7 @@ def _single(rows: list[Record], score: str) -> TextGroup | LeftOut:
             )
     scores = (_score(row[score]) for row in rows)
     completions = [row.get(name) for row in rows]
-    return _group(rows[0].get("prompt"), completions, scores, rows[0].get("tools"))
+    return _group(rows[0].get("prompt"), completions, scores, rows[0])
 
 
 def _pair(rows: list[Record], _: str) -> TextGroup | LeftOut:
@@ -248,9 +248,15 @@ _PARSERS: dict[Layout, Callable[[list[Record], str], TextGroup | LeftOut]] = {
 
 
 def _group(
-    prompt: Any, completions: list[Any], scores: Iterator[float | LeftOut], tools: Any = None
+    prompt: Any,
+    completions: list[Any],
+    scores: Iterator[float | LeftOut],
+    columns: Record | None = None,
 ) -> TextGroup | LeftOut:
-    """Group of the columns' values, or the first reason against it."""
+    """Group of the columns' values, or the first reason against it.
+
+    columns: a row with those that the chat template reads.
+    """
     if len(completions) < 2:
         return TOO_FEW
     values: list[float] = []
@@ -263,7 +269,9 @@ def _group(
         return EMPTY
     if not _is_unicode([prompt, completions]):
         return NOT_UNICODE
-    row = {"prompt": prompt, "completions": completions, "scores": values, "tools": tools}
+    names = ("tools", "chat_template_kwargs")
+    template = {name: columns.get(name) for name in names} if columns else {}
+    row = {"prompt": prompt, "completions": completions, "scores": values, **template}
     return to_groups(row, "groupwise")[0]
 
 

@@ -2,13 +2,13 @@
 
 | columns | `completion` trains on | `assistant` trains on |
 |---|---|---|
-| `messages` | the last assistant message | every assistant message |
+| `messages`, or `conversations` | the last assistant message | every assistant message |
 | `prompt`, `completion` as messages | the completion | every assistant message of both |
 | `prompt`, `completion` as text | the completion | – |
 
 `all` trains on every token of prompt and completion, or of all messages, but the first. Otherwise
-messages after the last assistant message are left out. Messages may have an optional column
-`tools`. Other columns are ignored, but `label` must not be false.
+messages after the last assistant message are left out. Messages may have the optional columns
+`tools` and `chat_template_kwargs`. Other columns are ignored, but `label` must not be false.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from collections.abc import Iterator
 
 from fastpref.config import Data
 from fastpref.data.formats import (
-    Messages,
     RowKind,
     SftOn,
     TextGroup,
-    check_messages,
+    messages_of,
     read_groups,
     split_prompt,
+    template_kwargs_of,
     tools_of,
 )
+from fastpref.data.messages import Messages
 from fastpref.data.readers import DataError, Record, read_rows
+from fastpref.data.shards import shards_of
 from fastpref.losses import Kind, Objective
 from fastpref.losses.normalized import SFT
 from fastpref.utils.errors import shown
@@ -41,13 +43,32 @@ def row_kind(loss: Objective, data: Data) -> RowKind:
     """
     if not isinstance(loss, SFT):
         return loss.kind
-    _, first = next(read_rows(data.train), (0, {"chosen": ""}))
+    first, *others = data.sources("train")
+    if data.streaming:
+        return _sft_rows(loss, data)
+    kind = _sft_rows(loss, data.of(first))
+    for source in others:
+        if _sft_rows(loss, data.of(source)) != kind:
+            raise DataError(
+                f"{source.location}: has other rows than {first.location}, of which one has pairs "
+                "and one single responses; give all sources of data.train the same"
+            )
+    return kind
+
+
+def _sft_rows(loss: SFT, data: Data) -> RowKind:
+    """Kind of the rows of `data.train`, one source."""
+    source = str(data.train)
+    if data.streaming and (paths := shards_of(source)):
+        source = str(paths[0])
+    rows = read_rows(source, columns=data.columns, streaming=data.streaming)
+    _, first = next(rows, (0, {"chosen": ""}))
     if all(first.get(name) is None for name in ("chosen", "rejected")):
         return "sft"
     if data.sft_on != "completion":
         raise DataError(
             f"data.sft_on: {data.sft_on} is for rows with completion or messages, and "
-            f"{data.train} has pairs, of which chosen is trained on; remove it"
+            f"{source} has pairs, of which chosen is trained on; remove it"
         )
     return loss.kind
 
@@ -62,9 +83,17 @@ def read_rows_of(
 ) -> Iterator[tuple[int, TextGroup]]:
     """Yield the groups of all rows of a kind, as `read_groups` does."""
     if rows != "sft":
-        yield from read_groups(source, rows, default_split, data.soft_labels, data.token_weights)
+        yield from read_groups(
+            source,
+            rows,
+            default_split,
+            data.soft_labels,
+            data.token_weights,
+            data.columns,
+            data.streaming,
+        )
         return
-    for number, row in read_rows(source, default_split):
+    for number, row in read_rows(source, default_split, data.columns, data.streaming):
         try:
             group = to_group(row, data.sft_on)
         except DataError as error:
@@ -75,11 +104,14 @@ def read_rows_of(
 def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
     """Convert a row to a prompt and its response; raises DataError if the row is invalid."""
     tools = tools_of(row.get("tools"))
-    if row.get("messages") is not None:
+    options = template_kwargs_of(row.get("chat_template_kwargs"))
+    column = "messages" if row.get("messages") is not None else "conversations"
+    if row.get(column) is not None:
         if row.get("completion") is not None:
             raise DataError("has messages and completion; remove one of the columns")
-        check_messages("messages", row["messages"])
-        return _conversation(row["messages"], sft_on)._replace(tools=tools)
+        messages = messages_of(column, row[column])
+        group = _conversation(messages, sft_on)
+        return group._replace(tools=tools, chat_template_kwargs=options)
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
     if missing:
         raise DataError(
@@ -96,9 +128,12 @@ def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
     if isinstance(prompt, str):
         return _text(prompt, str(completion), sft_on)
     if sft_on == "completion":
-        return TextGroup(prompt, (completion,), tools, (1.0,), sft_on=sft_on)
+        return TextGroup(
+            prompt, (completion,), tools, (1.0,), sft_on=sft_on, chat_template_kwargs=options
+        )
     assert isinstance(completion, list)
-    return _conversation([*prompt, *completion], sft_on)._replace(tools=tools)
+    group = _conversation([*prompt, *completion], sft_on)
+    return group._replace(tools=tools, chat_template_kwargs=options)
 
 
 def _text(prompt: str, completion: str, sft_on: SftOn) -> TextGroup:

@@ -18,7 +18,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastpref.config import Data
-from fastpref.data.chat_template import render
+from fastpref.data.chat_template import ChatTemplate
+from fastpref.data.conversation import LostText, NotScored, loses_reasoning, loses_system
 from fastpref.data.formats import TextGroup
 from fastpref.data.readers import DataError
 from fastpref.losses import Kind
@@ -44,9 +45,11 @@ def tokenize(
 ) -> Iterator[list[dict[str, Any]]]:
     """Tokenize batches of groups into lists of rows as in `dataset._SCHEMA`; updates `counts`.
 
-    Groups with a response that has no token left are dropped. A thread encodes the next batch,
-    without the GIL, while the rows of the current batch are built.
+    Groups with a response that has no token left are dropped, and those of which the chat template
+    does not write what is scored. A thread encodes the next batch, without the GIL, while the rows
+    of the current batch are built.
     """
+    template = ChatTemplate(tokenizer, data)
 
     def rows(
         numbered: list[tuple[int, TextGroup]], sizes: list[int], encoding: Future[list[Any]]
@@ -62,12 +65,18 @@ def tokenize(
         counts["found"] += 1
         if group.sft_on is not None and group.conversational:
             _check_boundaries(ids, f"{source}, row {number}")
+        elif group.conversational and not _continues_prompt(ids):
+            _count_row("other_prompt", number, counts)
+            return None
+        if group.conversational:
+            counts["conversations"] += 1
         tokens = _split_and_cut(ids[: 1 + len(group.responses)], group, tokenizer, data)
         mask = None
         if tokens is not None and group.sft_on == "assistant":
             mask = _mask(ids, len(tokens.responses[0]))
         if tokens is None or (mask is not None and not mask.any()):
             counts["no_completion"] += 1
+            counts["no_text"] += not all(group.responses)
             return None
         counts["kept"] += 1
         counts["prompts_cut"] += tokens.prompt_cut
@@ -82,12 +91,13 @@ def tokenize(
             "reference": group.reference_logps,
             "weights": _token_weights(group, tokens, f"{source}, row {number}"),
             "mask": mask,
+            "margin": group.margin,
         }
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
         previous: list[Any] = []
         for numbered in batches:
-            texts, special, sizes = _texts(numbered, source, tokenizer)
+            numbered, texts, special, sizes = _texts(numbered, source, tokenizer, template, counts)
             encoding = thread.submit(_encode, texts, special, tokenizer)
             if previous:
                 yield rows(*previous)
@@ -97,30 +107,58 @@ def tokenize(
 
 
 def _texts(
-    numbered: list[tuple[int, TextGroup]], source: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[bool], list[int]]:
-    """Texts of each group as `render` returns them, and whether each needs special tokens.
+    numbered: list[tuple[int, TextGroup]],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    counts: Counter[str],
+) -> tuple[list[tuple[int, TextGroup]], list[str], list[bool], list[int]]:
+    """The groups that can be scored, and their texts as `ChatTemplate.render` returns them.
 
-    Also returns the number of texts of each group.
+    Also returns whether each text needs special tokens, and the number of texts of each group.
     """
+    scored: list[tuple[int, TextGroup]] = []
     texts: list[str] = []
     special: list[bool] = []
     sizes: list[int] = []
     for number, group in numbered:
         try:
-            rendered = render(group, tokenizer)
+            rendered = template.render(group)
+        except NotScored as problem:
+            counts["found"] += 1
+            name = "lost_text" if isinstance(problem, LostText) else "other_prompt"
+            _count_row(name, number, counts)
+            continue
         except Exception as error:  # a chat template may raise anything
             raise DataError(
                 f"{source}, row {number}: chat template failed: {first_line(error)}; fix the row, "
                 "or use another tokenizer in model.tokenizer"
             ) from None
+        scored.append((number, group))
+        if isinstance(group.prompt, list):
+            _count_losses(number, group, rendered, counts)
         texts.extend(rendered)
         bos = tokenizer.bos_token
         beginning = rendered[-1 if group.sft_on == "all" else 0]
         add = not group.conversational and not (bos and beginning.startswith(bos))
         special.extend([add] * len(rendered))
         sizes.append(len(rendered))
-    return texts, special, sizes
+    return scored, texts, special, sizes
+
+
+def _count_losses(number: int, group: TextGroup, texts: list[str], counts: Counter[str]) -> None:
+    """Count what the template leaves out of a group that is trained on."""
+    if loses_system(group.prompt, texts[0]):  # type: ignore[arg-type]
+        _count_row("lost_system", number, counts)
+    responses = zip(group.responses, texts[1:], strict=False)
+    if any(loses_reasoning(response, text) for response, text in responses):  # type: ignore[arg-type]
+        _count_row("lost_reasoning", number, counts)
+
+
+def _count_row(name: str, number: int, counts: Counter[str]) -> None:
+    """Count a row, and keep the number of the first."""
+    counts[name] += 1
+    counts.setdefault(f"{name}_row", number)
 
 
 def _encode(texts: list[str], special: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -238,6 +276,12 @@ def _check_boundaries(ids: list[Ids], where: str) -> None:
                 f"{len(boundary)}, so the tokens to train on are not known; use another tokenizer "
                 "in model.tokenizer, or set data.sft_on=all"
             )
+
+
+def _continues_prompt(ids: list[Ids]) -> bool:
+    """Whether conversations have the tokens of the prompt; the last may merge with a response."""
+    prompt, *conversations = ids
+    return all(_common_prefix(prompt, other) >= len(prompt) - 1 for other in conversations)
 
 
 def _mask(ids: list[Ids], length: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import Data, Model
@@ -9,11 +11,12 @@ from fastpref.data import bpe
 from fastpref.data.formats import RowKind
 from fastpref.data.readers import DataError
 from fastpref.data.sft import read_rows_of
+from fastpref.data.template_source import with_template
 from fastpref.utils.errors import ModelError, cannot_load
 
 
 def tokenizer_of(model: Model, data: Data, rows: RowKind) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the config names, or train one on the data.
+    """Load the tokenizer that the config names, or train one on the data, with its template.
 
     rows: the kind of its rows, which decides the columns that are read.
 
@@ -21,15 +24,23 @@ def tokenizer_of(model: Model, data: Data, rows: RowKind) -> PreTrainedTokenizer
     """
     tokenizer = load_tokenizer(model)
     if tokenizer is not None:
-        return tokenizer
+        return with_template(tokenizer, data)
     size = (model.config or {}).get("vocab_size")
     if not isinstance(size, int):
         raise ModelError(
             "model.config.vocab_size: is needed to train a tokenizer on the data (or name one "
             "in model.tokenizer)"
         )
+    if data.streaming:
+        raise ModelError(
+            "model.tokenizer: is needed with data.streaming, since none is trained on streamed "
+            "data; name one"
+        )
     try:
-        return bpe.train(bpe.texts_of(read_rows_of(data.train, rows, data)), size)
+        groups = chain.from_iterable(
+            read_rows_of(source.location, rows, data.of(source)) for source in data.sources("train")
+        )
+        return with_template(bpe.train(bpe.texts_of(groups), size), data)
     except DataError:
         raise
     except ValueError as error:

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fastpref.config import Config, Section, inner_section
+from fastpref.config.schema import item_section
 from fastpref.docgen.markdown import table
 
 
@@ -26,13 +27,19 @@ class Row(NamedTuple):
 
 def rows(section: type[Section] = Config, prefix: str = "") -> Iterator[Row]:
     """Yield every field of the config, sections before their fields."""
+    described: set[type[Section]] = set()
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
         inner = inner_section(field)
         description = field.description or ""
         yield Row(path, "section" if inner else _type_name(field), _default(field), description)
+        items = item_section(field)
         if inner is not None:
             yield from rows(inner, f"{path}.")
+        # Lists of the same sections, as `data.train` and `data.eval`, are described once.
+        elif items is not None and items not in described:
+            yield from rows(items, f"{path}[].")
+            described.add(items)
 
 
 def markdown() -> str:

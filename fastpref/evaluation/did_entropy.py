@@ -93,7 +93,7 @@ class Estimate:
         if sampler.is_adapter:
             export(sampler.policy, tokenizer, self._merged, merge=True)
         del sampler
-        write_pairs(Path(config.data.train), chosen, rejected, tokenizer.eos_token or "")
+        write_pairs(Path(str(config.data.train)), chosen, rejected, tokenizer.eos_token or "")
         display.note("2. pi', trained on them from the reference")
         _advise_on_warmup(config.training, config.optim.warmup_steps, len(chosen), display)
         model = train(config, display)
@@ -196,8 +196,7 @@ def write_pairs(
         for w, l in zip(chosen, rejected, strict=True):  # noqa: E741
             text = w.prompt.text
             row = {"prompt": text.prompt, "chosen": response(w), "rejected": response(l)}
-            if text.tools:
-                row["tools"] = text.tools
+            row |= text.template_columns
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -20,16 +20,18 @@ from torch import Tensor
 
 from fastpref import config as configs
 from fastpref import ops
-from fastpref.data.batch_plan import Plan
+from fastpref.data.batch_plan import Plan, tokens_of
 from fastpref.data.dataset import GroupDataset, load_groups
 from fastpref.evaluation.sample import Sampler
 from fastpref.metrics import preference as monitors
+from fastpref.metrics import share_above
 from fastpref.model.batch_layout import choose_layout
 from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput, context_length
 from fastpref.utils import atomic_files
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
+MICRO_BATCH_TOKENS = 16384  # or the longest pair
 RESAMPLES = 2000
 LEVEL = 0.95
 # Units of the metrics, in the order of the output.
@@ -123,9 +125,10 @@ def score(
     policy: Policy, groups: GroupDataset, training: configs.Training, display: Display
 ) -> Scores:
     """Compute log-probs and entropies of all pairs, in the trainer's layout, order and batches."""
-    choose_layout(policy, training, "auto", groups, display)
-    assert training.micro_batch_tokens != "auto"
-    plan = Plan.of(groups, training.batch_size, training.micro_batch_tokens, layout=policy.layout)
+    choose_layout(policy, training, "auto", [groups], display)
+    budget, longest = training.micro_batch_tokens, int(tokens_of(groups, policy.layout).max())
+    max_tokens = max(MICRO_BATCH_TOKENS, longest) if budget == "auto" else budget
+    plan = Plan.of(groups, training.batch_size, max_tokens, layout=policy.layout)
     sums = torch.empty(2, 2 * len(groups), dtype=torch.float64)
     _, bias = policy.head()
     display.phase("evaluate", len(groups))
@@ -153,8 +156,8 @@ def ratios(
     chosen, rejected = policy.logps.unbind(1)
     chosen_mean, rejected_mean = (policy.logps / lengths).unbind(1)
     means = {
-        "accuracy": chosen > rejected,
-        "accuracy_per_token": chosen_mean > rejected_mean,
+        "accuracy": share_above(chosen, rejected),
+        "accuracy_per_token": share_above(chosen_mean, rejected_mean),
         "margins": chosen - rejected,
         "margins_per_token": chosen_mean - rejected_mean,
         "logps/chosen": chosen,
@@ -171,7 +174,7 @@ def ratios(
         means |= {
             "logps/chosen_change": chosen_change,
             "logps/rejected_change": rejected_change,
-            "rewards/accuracies": chosen_change > rejected_change,
+            "rewards/accuracies": share_above(chosen_change, rejected_change),
             "rewards/margins": chosen_change - rejected_change,
         }
     columns = {name: (values.double(), torch.ones_like(chosen)) for name, values in means.items()}

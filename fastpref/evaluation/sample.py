@@ -24,7 +24,15 @@ from fastpref.data.prompts import Prompt, encode, read_prompts, response_to
 from fastpref.data.readers import Record
 from fastpref.data.tokenize import chunks
 from fastpref.data.tokenizers import load_tokenizer
-from fastpref.model.generate import Sampling, engine, require, with_transformers, with_vllm
+from fastpref.model.generate import (
+    Sampling,
+    engine,
+    require,
+    text_after,
+    until_end,
+    with_transformers,
+    with_vllm,
+)
 from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy, context_length
 from fastpref.training.setup import device_of
@@ -109,10 +117,12 @@ class Sampler:
             sequences = with_vllm(self.source, self.dtype, *arguments)
         else:
             sequences = with_transformers(self.policy.base, *arguments)
-        completions = [_until_end(tokens, ends) for tokens in sequences]
+        completions = [until_end(tokens, ends) for tokens in sequences]
         logps = self.logps(repeated, completions, sampling.batch_size, display)
         return [
-            Completion(prompt, ids, self._text(prompt, ids), int(ids[-1]) in ends, logp)
+            Completion(
+                prompt, ids, text_after(self.tokenizer, prompt.ids, ids), int(ids[-1]) in ends, logp
+            )
             for prompt, ids, logp in zip(repeated, completions, logps.tolist(), strict=True)
         ]
 
@@ -160,16 +170,6 @@ class Sampler:
             ends.update(special[-1:])
         return ends - {None}
 
-    def _text(self, prompt: Prompt, ids: Ids) -> str:
-        """Decode a completion after its prompt; alone, some tokenizers drop its first space."""
-        before, full = (
-            self.tokenizer.decode(
-                tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for tokens in (prompt.ids, np.concatenate([prompt.ids, ids]))
-        )
-        return str(full)[len(before) :]
-
 
 def run(
     model: str,
@@ -209,20 +209,12 @@ def run(
 def record(completion: Completion) -> Record:
     """A row of the output; the completion is text or messages, like its prompt."""
     text = completion.prompt.text
-    row: Record = {"prompt": text.prompt}
-    if text.tools:
-        row["tools"] = text.tools
+    row: Record = {"prompt": text.prompt, **text.template_columns}
     row["completion"] = response_to(text.prompt, completion.text)
     row["tokens"] = len(completion.ids)
     row["logps"] = completion.logps
     row["finished"] = completion.finished
     return row
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> Ids:
-    """The tokens up to the first end token, which is included."""
-    last = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
-    return np.asarray(tokens[: last + 1], dtype=np.int32)
 
 
 def is_adapter(source: str) -> bool:

@@ -172,7 +172,7 @@ class FusedPreferenceLoss(nn.Module):
                 policy, reference, tokens, head, scores, self._loss_impl()
             )
         output = self._evaluate(policy, reference, tokens, given["reference_point"])
-        return output.loss.mean(), _metrics(output, seen)
+        return output.loss.mean(), self.metrics(output, seen)
 
     def _evaluate(
         self, policy: Logps, reference: Logps | None, tokens: ScoredTokens, point: Tensor | None
@@ -243,6 +243,10 @@ class FusedPreferenceLoss(nn.Module):
         averages = self._averages()
         if averages is not None and state:
             averages.load_state_dict(state)
+
+    def metrics(self, output: losses.Output, policy: Logps) -> dict[str, Tensor]:
+        """Means over the pairs, responses or groups of a call."""
+        return _metrics(output, policy)
 
     def _averages(self) -> RewardCalibration | PairCalibration | RunningMean | None:
         return self.mean_reward if self.calibration is None else self.calibration.method

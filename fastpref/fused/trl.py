@@ -55,6 +55,17 @@ _AVERAGES = "fused_loss.safetensors"  # file name in a checkpoint
 _UNSUPPORTED = {"padding_free": False, "torch_compile": False}
 
 
+class _LossOfTRL(FusedPreferenceLoss):
+    """The loss module with the accuracy of TRL, which counts equal rewards as wrong."""
+
+    def metrics(self, output: losses.Output, policy: losses.Logps) -> dict[str, Tensor]:
+        metrics = super().metrics(output, policy)
+        if isinstance(output, losses.LossOutput):
+            above = output.chosen_rewards > output.rejected_rewards
+            metrics["rewards/accuracies"] = above.double().mean()
+        return metrics
+
+
 class FusedDPOMixin:
     """Mixin that precedes `trl.DPOTrainer` among the bases of a trainer.
 
@@ -115,7 +126,7 @@ class FusedDPOMixin:
         policy.check_head()
         self.model.train(was_training)
         check_biases(objective, self._calibration is not None, self._head(self.model).bias, None)
-        return FusedPreferenceLoss(
+        return _LossOfTRL(
             objective, self._calibration, self._impl, policy.logit_scale, policy.softcap,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )  # fmt: skip

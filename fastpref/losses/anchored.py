@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import SequenceLogps
 from fastpref.losses.base import LogRatioLoss, PairwiseLoss, number
 from fastpref.losses.numerics import DDRO_RATIO_LIMIT, exp_linear, from_fair_coin, log1mexp
+from fastpref.utils.lazy_torch import Tensor, logsigmoid
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from fastpref.logps import SequenceLogps
+from fastpref.utils.lazy_torch import Tensor, torch
 
 Kind = Literal["pairwise", "pointwise", "groupwise"]
 
@@ -93,6 +91,8 @@ class Loss(ABC):
     name: ClassVar[str]
     # The data that it takes: pairs, single labeled responses, or scored groups.
     kind: ClassVar[Kind]
+    # Whether it reads the column `margin` of the data.
+    needs_margin: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for parameter in fields(self):

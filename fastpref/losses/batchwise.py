@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import SequenceLogps
 from fastpref.losses.base import LogRatioLoss, PairwiseLoss, number
+from fastpref.utils.lazy_torch import Tensor, logsigmoid, torch
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from fastpref.logps import SequenceLogps, TokenLogps
 from fastpref.losses import wrappers
 from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, number
 from fastpref.losses.kinds import Objective
 from fastpref.losses.token_level import TokenLevelLoss
 from fastpref.losses.wrappers import TokenWeighted
+from fastpref.utils.lazy_torch import Tensor, torch
 
 _check_weight = number(1.0, above=0).metadata["check"]
 
@@ -50,6 +48,10 @@ class Sum(Loss):
     @property
     def needs_reference(self) -> bool:
         return any(objective.needs_reference for objective, _ in self.parts)
+
+    @property
+    def needs_margin(self) -> bool:  # type: ignore[override]
+        return any(objective.needs_margin for objective, _ in self.parts)
 
     @property
     def soft_labels(self) -> bool:

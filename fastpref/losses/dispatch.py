@@ -22,15 +22,13 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastpref.logps import SequenceLogps, UnpairedLogps
 from fastpref.losses import base, registry, token_level
 from fastpref.losses.base import LossOutput, PairwiseLoss
 from fastpref.losses.kinds import Logps, Objective, Output
 from fastpref.losses.pointwise import PointwiseOutput
 from fastpref.losses.token_level import TokenLevelLoss
+from fastpref.utils.lazy_torch import Tensor, torch
 
 _AUTO_DEVICES = frozenset({"cuda"})  # device types on which "auto" takes a kernel
 _METRIC_SUMS = slice(1, 8)  # the entries of the kernel's sums that `LossOutput.metric_sums` has
@@ -56,15 +54,18 @@ def evaluate(
         return call(policy, reference, reference_point)
     check: Callable[..., None] = objective.check
     check(policy, reference, reference_point)
+    # A subclass of a class of torch, which a config that is only checked does not import.
+    from fastpref.losses.closed_form import ClosedFormLoss
+
     if isinstance(policy, SequenceLogps):
         pairs = _pair_losses(objective, policy, reference)
-        loss = _ClosedFormLoss.apply(
+        loss = ClosedFormLoss.apply(
             pairs.loss, (pairs.d_w, pairs.d_l), policy.chosen, policy.rejected
         )
         metric_sums = pairs.metrics[_METRIC_SUMS]
         return LossOutput(loss, pairs.chosen_rewards, pairs.rejected_rewards, metric_sums)
     responses = _response_losses(objective, policy, reference, reference_point)
-    loss = _ClosedFormLoss.apply(responses.loss, (responses.d,), policy.logps)
+    loss = ClosedFormLoss.apply(responses.loss, (responses.d,), policy.logps)
     return PointwiseOutput(loss, responses.rewards)
 
 
@@ -96,27 +97,6 @@ def has_kernel(objective: Objective) -> bool:
     kernels = import_module("fastpref_kernels.losses")
     tables = (kernels.PAIR_OBJECTIVES, kernels.RESPONSE_OBJECTIVES)
     return any(objective.name in table for table in tables)
-
-
-class _ClosedFormLoss(torch.autograd.Function):
-    """Loss (B,) or (S,) of a kernel, with the kernel's incentives as its derivatives.
-
-    Incentives are -dL/dz of the first log-probs and dL/dz of the second, if there are any.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, incentives: tuple[Tensor, ...], *logps: Tensor) -> Tensor:
-        ctx.save_for_backward(*incentives)
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # as with create_graph=True; the result would be a constant
-            raise RuntimeError(
-                "the loss kernels have no second derivatives; use impl='reference' for them"
-            )
-        first, *second = ctx.saved_tensors
-        return None, None, -grad_loss * first, *(grad_loss * d for d in second)
 
 
 def _pair_losses(objective: Objective, policy: SequenceLogps, reference: Any) -> Any:

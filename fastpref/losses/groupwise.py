@@ -16,13 +16,10 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import GroupedLogps, segment_mask
 from fastpref.losses.base import Kind, Loss, number
 from fastpref.losses.numerics import from_fair_coin
+from fastpref.utils.lazy_torch import Tensor, logsigmoid, torch
 
 
 @dataclass(frozen=True, eq=False)

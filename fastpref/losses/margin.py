@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import SequenceLogps
 from fastpref.losses.base import LogRatioLoss, PairwiseLoss, choice, number
 from fastpref.losses.numerics import exp_linear
+from fastpref.utils.lazy_torch import Tensor, logsigmoid
 
 
 @dataclass(frozen=True)

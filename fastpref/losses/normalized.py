@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import SequenceLogps, mean_logps
 from fastpref.losses.base import PairwiseLoss, choice, number
 from fastpref.losses.margin import DPO, IPO
 from fastpref.losses.numerics import exp_linear, log1mexp
+from fastpref.utils.lazy_torch import Tensor, logsigmoid
 
 ODDS_LIMIT = -1e-6  # the log-prob per token from which the odds of ORPO are continued
 

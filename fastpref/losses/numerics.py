@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from fastpref.utils.lazy_torch import Tensor, logsigmoid, torch
 
 EXP_LIMIT = 20.0  # e^20 = 4.9e8: times a log-ratio of 1e4 and a batch of any size it fits fp32
 DDRO_RATIO_LIMIT = 2 - 1e-6  # where the density ratio of a rejected response is continued

@@ -19,13 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import UnpairedLogps
 from fastpref.losses.base import Kind, Loss, number
 from fastpref.losses.numerics import DDRO_RATIO_LIMIT, from_fair_coin, log1mexp
+from fastpref.utils.lazy_torch import Tensor, logsigmoid, torch
 
 
 @dataclass(frozen=True, eq=False)

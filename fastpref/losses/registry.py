@@ -8,8 +8,6 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from torch import Tensor
-
 from fastpref.losses import (
     anchored,
     base,
@@ -27,6 +25,7 @@ from fastpref.losses.groupwise import GroupwiseLoss
 from fastpref.losses.kinds import Objective
 from fastpref.losses.pointwise import PointwiseLoss
 from fastpref.losses.token_level import TokenLevelLoss
+from fastpref.utils.lazy_torch import Tensor
 
 NOTATION = (
     "z, r: summed log-probs under policy and reference; t = z - r; a = z / tokens; "

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from fastpref.logps import UnpairedLogps, mean_logps
 from fastpref.losses.base import choice
 from fastpref.losses.pointwise import PointwiseLoss, PointwiseOutput
+from fastpref.utils.lazy_torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,9 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from fastpref.logps import TokenLogps, mean_logps, segment_positions, segment_sum
 from fastpref.losses.base import Kind, Loss, LossOutput, choice, number
+from fastpref.utils.lazy_torch import Tensor, logsigmoid, no_grad, torch
 
 _SOURCES = {
     "kl": "the KL divergence of each token; compute it with `ops.linear_kl`",
@@ -273,7 +270,7 @@ class TIDPO(TokenRatioLoss):
             return loss
         return loss + self.gamma * (chosen[1] - rejected[1] + self.margin).relu()
 
-    @torch.no_grad()
+    @no_grad
     def token_weights(self, policy: TokenLogps) -> Tensor:
         """W of each token, (T,), those of the data left out; no gradient."""
         if self.weights == "one_minus_p":

@@ -3,11 +3,12 @@
 `build_with_options` takes them as further parameters of any objective they fit:
 
     f_divergence, f_alpha   another regularizer than the reverse KL, for losses of a margin
+    offset                  a larger reward margin where the data's column `margin` is larger
     label_smoothing         a share of the labels is expected to be flipped
     ld_alpha                tokens beyond the length of the shorter response count less
     wpo                     pairs that the policy would not produce count less
 
-The first two wrap pairwise objectives and are pairwise objectives; the other two look at tokens.
+The first three wrap pairwise objectives and are pairwise objectives; the other two look at tokens.
 `TokenWeighted`, which is no option, does so for data that weigh tokens. Notation: see `base`.
 """
 
@@ -17,14 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from fastpref.logps import SequenceLogps, TokenLogps, mean_logps, segment_positions, segment_sum
 from fastpref.losses.base import Loss, LossOutput, PairwiseLoss, choice, number
 from fastpref.losses.kinds import Objective
 from fastpref.losses.margin import FDPO
+from fastpref.losses.offset import Offset
 from fastpref.losses.token_level import TokenLevelLoss
+from fastpref.losses.wrapping import PairwiseWrapper, check_pairwise, layers, named, not_for
+from fastpref.utils.lazy_torch import Tensor, no_grad, torch
 
 # Objectives that see a response through t = z - r alone, and of two responses the difference.
 # `f_dpo` and `chi_po` bring divergences of their own.
@@ -35,21 +36,6 @@ OF_MARGIN = (
 
 
 @dataclass(frozen=True)
-class PairwiseWrapper(PairwiseLoss):
-    """A pairwise objective that wraps another one; its name is that of the other and the option."""
-
-    objective: PairwiseLoss
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return _named(self)
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.objective.needs_reference
-
-
-@dataclass(frozen=True)
 class TokenLevelWrapper(TokenLevelLoss):
     """A token-level objective that wraps a pairwise or another token-level one."""
 
@@ -57,11 +43,15 @@ class TokenLevelWrapper(TokenLevelLoss):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return _named(self)
+        return named(self)
 
     @property
     def needs_reference(self) -> bool:
         return self.objective.needs_reference
+
+    @property
+    def needs_margin(self) -> bool:  # type: ignore[override]
+        return self.objective.needs_margin
 
     @property
     def soft_labels(self) -> bool:  # type: ignore[override]
@@ -138,11 +128,11 @@ class LabelSmoothing(PairwiseWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_pairwise("label_smoothing", self.objective)
-        if any(hasattr(layer, "label_smoothing") for layer in _layers(self.objective)):
+        check_pairwise("label_smoothing", self.objective)
+        if any(hasattr(layer, "label_smoothing") for layer in layers(self.objective)):
             raise ValueError(f"label_smoothing: {self.objective.name} has its own; set that")
         if not self.objective.soft_labels:
-            raise _not_for("label_smoothing", self.objective, "whose pairs cannot be reversed")
+            raise not_for("label_smoothing", self.objective, "whose pairs cannot be reversed")
 
     def reward(self, logps: Tensor, lengths: Tensor, reference: Tensor) -> Tensor:
         return self.objective.reward(logps, lengths, reference)
@@ -173,10 +163,10 @@ class FDivergence(PairwiseWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_pairwise("f_divergence", self.objective)
+        check_pairwise("f_divergence", self.objective)
         if self.objective.name not in OF_MARGIN:
             why = "whose loss is not one of the log-ratio margin; it applies to "
-            raise _not_for("f_divergence", self.objective, why + ", ".join(OF_MARGIN))
+            raise not_for("f_divergence", self.objective, why + ", ".join(OF_MARGIN))
         if self.f_divergence != "alpha" and self.f_alpha != 0.5:
             raise ValueError(
                 f"f_alpha: {self.f_divergence} has none; leave it out or set f_divergence: alpha"
@@ -219,7 +209,7 @@ class LengthDesensitized(TokenLevelWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_pairwise("ld_alpha", self.objective)
+        check_pairwise("ld_alpha", self.objective)
         if self.ld_alpha > 1:
             raise ValueError(f"ld_alpha: must be >= 0 and <= 1, got {self.ld_alpha}")
 
@@ -253,10 +243,10 @@ class WPO(TokenLevelWrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.objective, PairwiseLoss | TokenLevelLoss):
-            raise _not_for("wpo", self.objective, "which is not one of pairs")
+            raise not_for("wpo", self.objective, "which is not one of pairs")
         if not self.objective.soft_labels:
             why = "whose loss of a pair depends on the rest of the batch"
-            raise _not_for("wpo", self.objective, why)
+            raise not_for("wpo", self.objective, why)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -272,7 +262,7 @@ class WPO(TokenLevelWrapper):
         output = self.inner(policy, reference, reference_point)
         return replace(output, loss=self.pair_weights(policy) * output.loss)
 
-    @torch.no_grad()
+    @no_grad
     def pair_weights(self, policy: TokenLogps) -> Tensor:
         """omega of each pair, (B,), without gradient."""
         likeness = policy.logps
@@ -299,16 +289,22 @@ def ld_weights(
     return torch.ones_like(logps).masked_fill(positions >= shared[segment_ids], ld_alpha)
 
 
-OPTIONS = ("f_divergence", "f_alpha", "label_smoothing", "ld_alpha", "wpo")
+OPTIONS = ("f_divergence", "f_alpha", "offset", "label_smoothing", "ld_alpha", "wpo")
 # Values at which an option changes nothing, so that nothing is wrapped.
-_OFF = {"f_divergence": "reverse_kl", "label_smoothing": 0, "ld_alpha": 1, "wpo": False}
+_OFF = {
+    "f_divergence": "reverse_kl",
+    "offset": 0,
+    "label_smoothing": 0,
+    "ld_alpha": 1,
+    "wpo": False,
+}
 
 
 def build_with_options(objective: type[Objective], parameters: Mapping[str, Any]) -> Objective:
     """Build an objective from its parameters and `OPTIONS`; a parameter wins over an option.
 
-    An option at a value that changes nothing (f_divergence: reverse_kl, label_smoothing: 0,
-    ld_alpha: 1, wpo: false) is ignored; wpo: true means wpo: sampled. Raises
+    An option at a value that changes nothing (f_divergence: reverse_kl, offset: 0,
+    label_smoothing: 0, ld_alpha: 1, wpo: false) is ignored; wpo: true means wpo: sampled. Raises
     ValueError, naming the parameter, for one that is unknown, out of range, or does not apply to
     the objective.
     """
@@ -326,6 +322,8 @@ def build_with_options(objective: type[Objective], parameters: Mapping[str, Any]
         for name, value in parameters.items()
         if name not in names and not _is_off(name, value)
     }
+    if "offset" in options:
+        built = Offset(built, options["offset"])
     if "f_divergence" in options:
         divergence = {
             name: options[name] for name in ("f_divergence", "f_alpha") if name in options
@@ -355,34 +353,9 @@ def _is_off(option: str, value: object) -> bool:
     return off is not None and value == off and isinstance(value, bool) == isinstance(off, bool)
 
 
-def _layers(objective: Any) -> list[Loss]:
-    """An objective, what it wraps, what that wraps, and so on."""
-    layers = [objective]
-    while hasattr(layers[-1], "objective"):
-        layers.append(layers[-1].objective)
-    return layers
-
-
-def _named(wrapper: Any) -> str:
-    """Name such as dpo(label_smoothing=0.1): the option, and details that are not the default."""
-    option, *details = [field for field in fields(wrapper) if field.name != "objective"]
-    shown = [option, *(d for d in details if getattr(wrapper, d.name) != d.default)]
-    settings = ",".join(f"{field.name}={getattr(wrapper, field.name)}" for field in shown)
-    inner = wrapper.objective.name
-    return f"({inner})({settings})" if " " in inner else f"{inner}({settings})"
-
-
-def _check_pairwise(option: str, objective: Loss) -> None:
-    if not isinstance(objective, PairwiseLoss):
-        raise _not_for(option, objective, "which is not one of pairs of summed log-probs")
-
-
-def _not_for(option: str, objective: Loss, why: str) -> ValueError:
-    return ValueError(f"{option}: does not apply to {objective.name}, {why}; leave it out")
-
-
 WRAPPERS: tuple[type[PairwiseLoss] | type[TokenLevelLoss], ...] = (
     FDivergence,
+    Offset,
     LabelSmoothing,
     LengthDesensitized,
     WPO,

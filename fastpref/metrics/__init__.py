@@ -7,8 +7,11 @@ from fastpref.metrics.pairs import (
     masked_sum,
     mean,
     means,
+    names_by_source,
     pair_sums,
+    share_above,
     sums_and_counts,
+    sums_by_source,
 )
 from fastpref.metrics.trackers import (
     JsonLines,
@@ -36,9 +39,12 @@ __all__ = [
     "masked_sum",
     "mean",
     "means",
+    "names_by_source",
     "open_trackers",
     "pair_sums",
     "peak_memory",
     "read_records",
+    "share_above",
     "sums_and_counts",
+    "sums_by_source",
 ]

@@ -8,7 +8,7 @@ there are none. `fastpref.metrics.pairs` defines chosen and rejected responses f
 | `logps/chosen_change`, `logps/rejected_change` | as `logps/*`, with a reference | z − r, nats |
 | `lengths/chosen`, `lengths/rejected` | as `logps/*` | tokens of the response |
 | `lengths/empty` | responses | 1 for a response without tokens, which trains nothing |
-| `preference/accuracy` | pairs with a soft label p | [ph and p on the same side of 1/2] |
+| `preference/accuracy` | pairs with a soft label p | [ph and p on the same side of 1/2]¹ |
 | `preference/mean_kl` | the same | KL of Bernoulli(p) to Bernoulli(ph), nats |
 | `preference/pci` | the same | min(ph, 1 − ph), the preference collapse index |
 | `contrast/mean` | pairs | Z |
@@ -16,6 +16,8 @@ there are none. `fastpref.metrics.pairs` defines chosen and rejected responses f
 
 An evaluation adds `contrast/histogram` of Z, and `preference/calibration`: sums of ph and of p in
 ten bins of ph.
+
+¹ 1/2 where either of them is 1/2.
 
 ph = sigmoid(z_w − z_l) is the policy's probability of preferring `chosen`; PCI is 0 if every pair
 is decided and 1/2 if none is. Z is the contrastive logit of StaPO: for an objective with a
@@ -165,7 +167,7 @@ def preferences(margin: Tensor, preference: Tensor) -> dict[str, Tensor]:
     cross_entropy = -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
     entropy = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
     return {
-        "accuracy": ((predicted > 0.5) == (p > 0.5)).double(),
+        "accuracy": (1 + margin.sign() * (p - 0.5).sign()) / 2,
         "mean_kl": cross_entropy - entropy,
         "pci": torch.minimum(predicted, 1 - predicted),
     }

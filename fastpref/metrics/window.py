@@ -13,7 +13,7 @@ from fastpref import distributed
 from fastpref.metrics.pairs import PAIR_METRICS, Metrics, means
 
 # All other metrics are bit-reproducible on CPU.
-TIMING_METRICS = ("tokens_per_second", "peak_memory_gib")
+TIMING_METRICS = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
 
 
 class NonFinite(NamedTuple):

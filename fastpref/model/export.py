@@ -3,56 +3,78 @@
 from __future__ import annotations
 
 import copy
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from fastpref import distributed
 from fastpref.model import fsdp
-from fastpref.model.lora import TRAINED_ADAPTER, adapter_updates, merged_weights
+from fastpref.model.lora import TRAINED_ADAPTER, merges
 from fastpref.model.policy import Policy
 
-FILE_BYTES = 5 * 10**9  # largest file of an export, as in transformers
+FILE_SIZE = "5GB"  # largest file of an export
+# What turns images and sounds into inputs of a model that also reads text.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 @torch.no_grad()
 def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool) -> None:
     """Write the model in Hugging Face format: safetensors in the compute dtype, and the tokenizer.
 
-    The policy does not change, so training can go on. A collective call for a sharded model.
+    The policy does not change, so training can go on. A collective call for a sharded model, of
+    which rank 0 gathers one weight after the other into main memory.
 
     merge: for a policy with an adapter, write the merged model; otherwise only the adapter, which
         peft loads.
     """
     model: Any = policy.causal_lm
-    if policy.sharded and (merge or model is policy.base):
-        _export_shards(policy, folder)
-        if distributed.is_main_process():
-            tokenizer.save_pretrained(folder)
-        return
-    # Every rank has full copies of the weights to write.
-    if not distributed.is_main_process():
-        return
     if merge or model is policy.base:
-        _export_full(policy, folder)
-    else:
+        # Without shards every rank has full copies of the weights to write.
+        if policy.sharded or distributed.is_main_process():
+            weights = _merged_weights(policy)
+        if distributed.is_main_process():
+            _write(policy, weights, folder)
+    elif distributed.is_main_process():
         model.save_pretrained(folder, selected_adapters=[TRAINED_ADAPTER])
-    tokenizer.save_pretrained(folder)
+    if distributed.is_main_process():
+        tokenizer.save_pretrained(folder)
 
 
-def _export_full(policy: Policy, folder: Path) -> None:
-    """Write the merged weights through an empty model without adapters and quantization."""
+def _merged_weights(policy: Policy) -> dict[str, Tensor]:
+    """Merged weights and persistent buffers by name, tied ones once, on the CPU of rank 0."""
+    functions = merges(policy)
+    weights: dict[str, Tensor] = {}
+    for name, weight in fsdp.base_weights(policy).items():
+        full = fsdp.full_tensor(weight)
+        if distributed.is_main_process():
+            merged = functions[name](full) if name in functions else full
+            weights[name] = merged.to("cpu", _exported_dtype(policy, name, merged))
+    return weights
+
+
+def _exported_dtype(policy: Policy, name: str, weight: Tensor) -> torch.dtype:
+    """The compute dtype, or fp32 for weights that transformers always keeps in it."""
+    if not weight.is_floating_point():
+        return weight.dtype
+    kept: Any = policy.base._keep_in_fp32_modules_strict or ()
+    if any(part in name for part in kept):
+        return torch.promote_types(policy.compute_dtype, torch.float32)
+    return policy.compute_dtype
+
+
+def _write(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write weights through an empty model without adapters and quantization, and its configs."""
     base: Any = policy.base
-    state = fsdp.base_weights(policy)
-    if policy.causal_lm is not base:
-        # One at a time, since the device may have no room for a second model.
-        state |= ((name, weight.to("cpu")) for name, weight in merged_weights(policy))
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -60,69 +82,23 @@ def _export_full(policy: Policy, folder: Path) -> None:
         plain = type(base)._from_config(config, dtype=policy.compute_dtype)
     plain.tie_weights()
     plain.generation_config = base.generation_config
-    plain.save_pretrained(folder, state_dict=_cast(state, policy.compute_dtype))
+    # Conversions to reverse, so that names and shapes are those of the files that were read.
+    if not policy.quantized and getattr(base, "_weight_conversions", None) is not None:
+        plain._weight_conversions = base._weight_conversions
+    plain.save_pretrained(folder, state_dict=weights, max_shard_size=FILE_SIZE)
+    _copy_processor(base.name_or_path, folder)
 
 
-def _export_shards(policy: Policy, folder: Path) -> None:
-    """Write the merged weights of a sharded model; rank 0 holds one file in memory at a time.
-
-    All ranks gather one weight after the other.
-    """
-    base: Any = policy.base
-    weights = fsdp.base_weights(policy)
-    updates = adapter_updates(policy)
-    files = _split_into_files(weights, policy.compute_dtype.itemsize)
-    for number, names in enumerate(files, 1):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            weight = fsdp.full_tensor(weights[name])
-            if name in updates:
-                weight = weight + updates[name]().to(weight.dtype)
-            if distributed.is_main_process():
-                dtype = policy.compute_dtype if weight.is_floating_point() else weight.dtype
-                tensors[name] = weight.to("cpu", dtype)
-        if distributed.is_main_process():
-            folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / _file_name(number, len(files)), metadata={"format": "pt"})
-    if not distributed.is_main_process():
-        return
-    if len(files) > 1:
-        weight_map = {
-            name: _file_name(number, len(files))
-            for number, names in enumerate(files, 1)
-            for name in names
-        }
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    base.config.dtype = policy.compute_dtype
-    base.config.save_pretrained(folder)
-    if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
-
-
-def _split_into_files(weights: dict[str, Tensor], itemsize: int) -> list[list[str]]:
-    """Weight names per file; a file holds at most `FILE_BYTES`, or a single weight."""
-    files: list[list[str]] = []
-    room = 0
-    for name, weight in weights.items():
-        size = weight.numel() * itemsize
-        if size > room:
-            files.append([])
-            room = FILE_BYTES
-        files[-1].append(name)
-        room -= size
-    return files
-
-
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-
-
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors on the CPU, floating-point ones in `dtype`; tied tensors stay tied."""
-    casts: dict[int, Tensor] = {}
-    for value in state.values():
-        if value.data_ptr() not in casts:
-            target = dtype if value.is_floating_point() else value.dtype
-            casts[value.data_ptr()] = value.to("cpu", target)
-    return {name: casts[value.data_ptr()] for name, value in state.items()}
+def _copy_processor(source: str, folder: Path) -> None:
+    """Copy the files of a model's processor from its folder or from the cache of the Hub."""
+    for name in _PROCESSOR_FILES if source else ():
+        path = cached_file(
+            source,
+            name,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if path is not None:
+            shutil.copyfile(path, folder / name)

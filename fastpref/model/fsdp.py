@@ -1,4 +1,4 @@
-"""Shard the policy over ranks with FSDP2; no rank ever holds the full weights.
+"""Shard the policy over ranks with FSDP2; no GPU ever holds the full weights.
 
 Each block is gathered for its forward and backward pass and then resharded. The other weights
 (embeddings, last norm, head) belong to the root module and stay gathered for a whole forward pass,
@@ -13,13 +13,11 @@ replicated in this way.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,14 +27,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref import config as configs
 from fastpref import distributed
 from fastpref.config import ConfigError
-from fastpref.model.policy import Policy
+from fastpref.model.policy import FORWARD_METHODS, Policy
 from fastpref.trunk.model import BLOCK_METHOD
-from fastpref.utils.errors import ModelError
 
 
 def make_mesh(options: configs.Parallel, device: torch.device) -> DeviceMesh | None:
@@ -83,7 +80,7 @@ def shard(policy: Policy, mesh: DeviceMesh, options: configs.Parallel) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     # These methods run forward passes of the root too.
-    for method in ("check_head", "check_trunk", "packing_error"):
+    for method in FORWARD_METHODS:
         register_fsdp_forward_method(policy, method)
     policy.sharded = True
 
@@ -102,22 +99,32 @@ def materialize(policy: Policy, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def load(policy: Policy, folder: Path) -> None:
-    """Read this rank's shards of the base from the safetensors files of a Hugging Face folder.
+@torch.no_grad()
+def load(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Fill the base with the weights and buffers of rank 0, one after the other, a collective.
 
-    Raises ModelError if the files lack a weight under its name in the model.
+    weights: by name in the base, on rank 0; they are removed.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
-    state = base_weights(policy)
-    missing = sorted(state.keys() - stored.keys())
-    if missing:
-        raise ModelError(
-            f"model.path: {folder} has no weights named {missing[0]} (of {len(missing)} that are "
-            "missing) in safetensors files, which loading on several ranks needs; load the model "
-            "on one rank and save it again"
-        )
-    dcp.load(state, storage_reader=reader)
+    buffers = {_plain_name(name): buffer for name, buffer in policy.base.named_buffers()}
+    for name, target in (base_weights(policy) | buffers).items():
+        full = torch.empty(target.shape, dtype=target.dtype, device=_device_to_send_on(target))
+        if distributed.is_main_process():
+            full.copy_(weights.pop(name))
+        dist.broadcast(full, 0)
+        if isinstance(target, DTensor):
+            shard = distribute_tensor(
+                full, target.device_mesh, target.placements, src_data_rank=None
+            )
+            target.to_local().copy_(shard.to_local())
+        else:
+            target.copy_(full)
+
+
+def _device_to_send_on(tensor: Tensor) -> torch.device:
+    """Device of collectives: that of the mesh, although shards may be offloaded to the CPU."""
+    if isinstance(tensor, DTensor):
+        return torch.device(tensor.device_mesh.device_type)
+    return tensor.device
 
 
 def base_weights(policy: Policy) -> dict[str, Tensor]:
@@ -132,7 +139,12 @@ def base_weights(policy: Policy) -> dict[str, Tensor]:
         if id(parameter) not in adapters
     ]
     tensors += [(name, buffer) for name, buffer in base.named_buffers() if name in persistent]
-    return {name.replace(".base_layer", ""): tensor for name, tensor in tensors}
+    return {_plain_name(name): tensor for name, tensor in tensors}
+
+
+def _plain_name(name: str) -> str:
+    """Name in a model without adapters."""
+    return name.replace(".base_layer", "")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

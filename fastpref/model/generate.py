@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpref.data.tokenize import chunks
+from fastpref.data.tokenize import Ids, chunks
 from fastpref.utils.errors import UserError
 
 ENGINES = ("auto", "transformers", "vllm")
@@ -72,15 +73,20 @@ def engine(name: str, device: torch.device, adapter: bool) -> str:
     return "transformers" if name == "transformers" or unavailable_reason else "vllm"
 
 
-@torch.inference_mode()
+# Without gradients, but not in inference mode, whose tensors training could not use later.
+@torch.no_grad()
 def with_transformers(
     model: PreTrainedModel,
     prompts: Sequences,
     ends: set[int],  # end-of-sequence tokens
     sampling: Sampling,
-    progress: Progress,
+    progress: Progress = lambda count: None,
+    synced: bool = False,
 ) -> Sequences:
-    """Generate one completion per prompt; tokens after the first of `ends` are padding."""
+    """Generate one completion per prompt; tokens after the first of `ends` are padding.
+
+    synced: let all ranks run as many forward passes as the longest takes, for sharded weights.
+    """
     lm: Any = model
     do_sample = sampling.temperature > 0
     options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -105,11 +111,29 @@ def with_transformers(
             torch.tensor(ids, device=lm.device),
             attention_mask=torch.tensor(mask, device=lm.device),
             generation_config=generation_config,
+            synced_gpus=synced,
         )
         completions += output[:, width:].tolist()
         progress(len(completions))
     lm.generation_config = models_config
     return completions
+
+
+def until_end(tokens: list[int], ends: set[int]) -> Ids:
+    """Return the tokens up to the first end token, which is included."""
+    last = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
+    return np.asarray(tokens[: last + 1], dtype=np.int32)
+
+
+def text_after(tokenizer: PreTrainedTokenizerBase, prompt: Ids, ids: Ids) -> str:
+    """Decode a completion after its prompt; alone, some tokenizers drop its first space."""
+    before, full = (
+        tokenizer.decode(
+            tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for tokens in (prompt, np.concatenate([prompt, ids]))
+    )
+    return str(full)[len(before) :]
 
 
 def with_vllm(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref.config import Adapter, Model, Parallel, Training
@@ -18,6 +16,7 @@ from fastpref.model import fsdp
 from fastpref.model.layer_kernels import use_kernels
 from fastpref.model.lora import add_adapter, initialize
 from fastpref.model.policy import Policy
+from fastpref.model.pretrained import read_on_main_process, read_pretrained
 from fastpref.model.quantize import check_quantization, load_in_4bit, reload_in_4bit
 from fastpref.model.recomputation import recompute
 from fastpref.utils.errors import ModelError, UserError, cannot_load, shown
@@ -44,7 +43,7 @@ def load_policy(
     """Load or build the model, add adapters, shard it over the ranks, and verify its head.
 
     Trained weights are stored in fp32 or fp64 and cast by autocast; frozen weights are stored in
-    the compute dtype. Each rank reads only its own shards of a pretrained model.
+    the compute dtype. For a sharded model, rank 0 reads the weights and the others their shards.
 
     training: its seed, activation checkpointing and compilation are used.
     keep_initial_adapter: also add a frozen copy of the adapter, for `reference: adapter`.
@@ -61,7 +60,7 @@ def load_policy(
     if adapter is None:
         stored_dtype = torch.promote_types(compute_dtype, torch.float32)
     torch.manual_seed(training.seed)
-    causal_lm = _build(
+    causal_lm, weights = _build(
         model, tokenizer, stored_dtype, mesh is not None, device if in_4bit else None
     )
     _check_vocabulary(causal_lm, tokenizer)
@@ -82,12 +81,13 @@ def load_policy(
         fsdp.shard(policy, mesh, parallel)
         fsdp.materialize(policy, torch.device("cpu") if parallel.cpu_offload else device)
         if model.path is not None:
-            fsdp.load(policy, _local_folder(model.path))
+            fsdp.load(policy, weights)
     if adapter is not None:
         initialize(policy, adapter, training.seed)
     try:
         policy.check_head()
         policy.check_trunk()
+        policy.check_causal()
     except UserError:
         raise
     # For example, a width that is no multiple of the number of attention heads.
@@ -107,25 +107,17 @@ def _check_vocabulary(causal_lm: Any, tokenizer: PreTrainedTokenizerBase) -> Non
         )
 
 
-def _local_folder(path: str) -> Path:
-    """Folder of a model's safetensors files, downloaded from the Hub if need be."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
-
-
 def _build(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
-    empty: bool,
+    sharded: bool,
     in_4bit_on: torch.device | None,
-) -> Any:
+) -> tuple[Any, dict[str, Tensor]]:
     """Build the model on the CPU, or in 4 bits on a device.
 
-    empty: leave the weights of a pretrained model on the meta device; buffers are allocated.
+    sharded: leave the weights of a pretrained model on the meta device, and return them by name on
+        rank 0; buffers are allocated.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation != "auto":
@@ -139,20 +131,21 @@ def _build(
         config = model_config(model, defaults)
         if model.path is None:
             causal_lm = AutoModelForCausalLM.from_config(config, **options)
-            if in_4bit_on is None:
-                return causal_lm
-            return reload_in_4bit(causal_lm, in_4bit_on, options)
-        check_quantization(model.path, config, allow_nf4=in_4bit_on is not None)
+            if in_4bit_on is not None:
+                causal_lm = reload_in_4bit(causal_lm, in_4bit_on, options)
+            return causal_lm, {}
+        path = model.path
+        check_quantization(path, config, allow_nf4=in_4bit_on is not None)
         if in_4bit_on is not None:
-            return load_in_4bit(model.path, config, in_4bit_on, options)
-        if empty:
-            return build_empty(config, options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model.path, config=config, output_loading_info=True, **options
-        )
-        causal_lm, loading = loaded
-        _check_complete(model.path, loading["missing_keys"])
-        return causal_lm
+            return load_in_4bit(path, config, in_4bit_on, options), {}
+        if not sharded:
+            return read_pretrained(path, config, options), {}
+
+    def read() -> Any:
+        with naming_the_model(model):
+            return read_pretrained(path, config, options)
+
+    return read_on_main_process(read, config, options)
 
 
 @contextmanager
@@ -179,23 +172,6 @@ def model_config(model: Model, defaults: dict[str, Any]) -> Any:
     return without_dropout(
         AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     )
-
-
-def build_empty(config: Any, options: dict[str, Any]) -> Any:
-    """Build a model whose weights are on the meta device; buffers are allocated."""
-    with init_empty_weights(include_buffers=False):
-        causal_lm = AutoModelForCausalLM.from_config(config, **options)
-    causal_lm.tie_weights()
-    return causal_lm
-
-
-def _check_complete(path: str, missing: Collection[str]) -> None:
-    """Raise ModelError for missing weights, which transformers would initialize at random."""
-    if missing:
-        raise ModelError(
-            f"model.path: {path} has no weights named {min(missing)} (of {len(missing)} that are "
-            "missing); are its files complete, and of this config.json?"
-        )
 
 
 def _random_config(values: dict[str, Any], defaults: dict[str, Any]) -> Any:

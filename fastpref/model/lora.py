@@ -43,6 +43,7 @@ def add_adapter(
     import peft
 
     field = "adapter.path" if adapter.path else "adapter.target_modules"
+    _check_parameters(causal_lm, adapter)
     config = _read_config(adapter.path) if adapter.path else _new_config(adapter)
     if sharded and config.use_dora:
         raise ModelError(
@@ -52,13 +53,25 @@ def add_adapter(
     try:
         wrapped: Any = peft.get_peft_model(causal_lm, config)
     except ValueError as error:
-        source = adapter.path or str(adapter.target_modules)
-        raise ModelError(cannot_load(field, source, error)) from None
+        raise ModelError(_refusal(adapter, field, error)) from None
     _check_head_is_plain(causal_lm, field)
+    _check_layers(causal_lm, field, adapter)
     if with_reference and (adapter.path or config.use_dora):
         frozen = replace(config, lora_dropout=0.0, inference_mode=True, init_lora_weights=False)
         wrapped.add_adapter(REFERENCE_ADAPTER, frozen)
     return wrapped
+
+
+def _refusal(adapter: configs.Adapter, field: str, error: ValueError) -> str:
+    """Message for an exception of peft."""
+    for option, name in (("lora_dropout", "dropout"), ("use_dora", "dora")):
+        if option in str(error) and not adapter.path:
+            return (
+                f"adapter.{name}: adapters on weights outside linear layers, such as fused "
+                "experts, cannot have it; remove it, or leave these weights out of "
+                "adapter.target_modules and adapter.target_parameters"
+            )
+    return cannot_load(field, adapter.path or str(adapter.target_modules), error)
 
 
 def initialize(policy: Policy, adapter: configs.Adapter, seed: int) -> None:
@@ -113,39 +126,52 @@ def reference_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.scaling", torch.tensor(scale, dtype=torch.float64)
 
 
-def adapter_updates(policy: Policy) -> dict[str, Callable[[], Tensor]]:
-    """For each base weight with an adapter, a function that returns the update to be merged."""
-    return {
-        f"{name}.weight": partial(layer.get_delta_weight, TRAINED_ADAPTER)
-        for name, layer in _adapted_layers(policy.base)
-    }
+def merges(policy: Policy) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Functions from a full weight or bias of the base to its value in the merged model, by name.
 
-
-def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Names in the base, and values with the adapter merged, of all weights that differ from it.
-
-    The policy does not change. 4-bit weights are dequantized, with an adapter or without one.
+    All others are equal in both. 4-bit weights are dequantized, with an adapter or without one.
+    The policy does not change.
     """
-    layers = dict(_adapted_layers(policy.base))
+    functions: dict[str, Callable[[Tensor], Tensor]] = {}
+    adapters = dict(_adapted_layers(policy.base))
     for name, module in policy.base.named_modules():
+        plain_name = name.replace(".base_layer", "")
         weight: Any = getattr(module, "weight", None)
-        if name in layers:
-            base_layer = layers[name].get_base_layer()
-            weight = _plain(base_layer.weight, policy.compute_dtype)
-            yield f"{name}.weight", _merged(layers[name], weight)
-            if layers[name].lora_bias.get(TRAINED_ADAPTER):
-                bias = layers[name].lora_B[TRAINED_ADAPTER].bias
-                merged = base_layer.bias + bias * layers[name].scaling[TRAINED_ADAPTER]
-                yield f"{name}.bias", merged.to(base_layer.bias.dtype)
+        if name in adapters:
+            parameter = f"{plain_name}.{_adapted_parameter(module)}"
+            functions[parameter] = partial(_merged, module, policy.compute_dtype)
+            if adapters[name].lora_bias.get(TRAINED_ADAPTER):
+                functions[f"{plain_name}.bias"] = partial(_merged_bias, module)
         elif hasattr(weight, "quant_state") and not name.endswith(".base_layer"):
-            yield f"{name}.weight", _plain(weight, policy.compute_dtype)
+            functions[f"{name}.weight"] = partial(_dequantized, weight, policy.compute_dtype)
+    return functions
 
 
-def _merged(layer: Any, weight: Tensor) -> Tensor:
+def adapted_weights(policy: Policy) -> list[Tensor]:
+    """Weights of the base that have an adapter."""
+    return [
+        getattr(layer.get_base_layer(), _adapted_parameter(layer))
+        for _, layer in _adapted_layers(policy.base)
+    ]
+
+
+def _adapted_parameter(layer: Any) -> str:
+    """Name in its layer of the weight that has the adapter."""
+    name: str = getattr(layer, "parameter_name", "weight")
+    return name
+
+
+def _merged(layer: Any, dtype: torch.dtype, weight: Tensor) -> Tensor:
     """Weight of a layer with its adapter merged, a new tensor."""
+    stored = getattr(layer.get_base_layer(), _adapted_parameter(layer))
+    in_4bit = hasattr(stored, "quant_state")
+    if in_4bit:
+        weight = _dequantized(stored, dtype)
     if TRAINED_ADAPTER not in layer.lora_magnitude_vector:
-        return (weight + layer.get_delta_weight(TRAINED_ADAPTER)).to(weight.dtype)
-    if hasattr(layer.get_base_layer().weight, "quant_state"):  # always a linear layer
+        # Adapters of a sharded model may be offloaded to the CPU.
+        update = layer.get_delta_weight(TRAINED_ADAPTER).to(weight.device)
+        return (weight + update).to(weight.dtype)
+    if in_4bit:  # always a linear layer
         total = weight + layer.get_delta_weight(TRAINED_ADAPTER)
         magnitude = layer.lora_magnitude_vector[TRAINED_ADAPTER].weight
         scale = magnitude / torch.linalg.norm(total, dim=1)
@@ -155,13 +181,16 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
     return merged
 
 
-def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight, dequantized to `dtype` if it has 4 bits."""
-    if not hasattr(weight, "quant_state"):
-        return weight
+def _merged_bias(layer: Any, bias: Tensor) -> Tensor:
+    update = layer.lora_B[TRAINED_ADAPTER].bias * layer.scaling[TRAINED_ADAPTER]
+    return (bias + update).to(bias.dtype)
+
+
+def _dequantized(stored: Any, dtype: torch.dtype, _packed: Tensor | None = None) -> Tensor:
+    """A 4-bit weight in `dtype`."""
     from bitsandbytes.functional import dequantize_4bit
 
-    dequantized: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    dequantized: Tensor = dequantize_4bit(stored.data, stored.quant_state)
     return dequantized.to(dtype)
 
 
@@ -173,6 +202,7 @@ def _new_config(adapter: configs.Adapter) -> Any:
         lora_alpha=float(adapter.alpha),  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
+        target_parameters=adapter.target_parameters,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         task_type="CAUSAL_LM",
@@ -226,6 +256,29 @@ def _check_head_is_plain(causal_lm: PreTrainedModel, field: str) -> None:
             f"{field}: the embeddings of {name} are also its head, which an adapter on them would "
             "not change; remove the adapter on them"
         )
+
+
+def _check_parameters(causal_lm: PreTrainedModel, adapter: configs.Adapter) -> None:
+    """Refuse names of `adapter.target_parameters` that no weight has, which peft passes over."""
+    names = [f".{name}" for name, _ in causal_lm.named_parameters()]
+    for target in adapter.target_parameters or ():
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ModelError(
+                f"adapter.target_parameters: {type(causal_lm).__name__} has no weight {target}; "
+                "write the end of a weight's name, without the number of the layer"
+            )
+
+
+def _check_layers(causal_lm: PreTrainedModel, field: str, adapter: configs.Adapter) -> None:
+    """Refuse adapters that cannot be merged after training."""
+    for name, layer in _adapted_layers(causal_lm):
+        parameter = f"{name.replace('.base_layer', '')}.{_adapted_parameter(layer)}"
+        has_bias = layer.lora_bias.get(TRAINED_ADAPTER)
+        if has_bias and adapter.merge and layer.get_base_layer().bias is None:
+            raise ModelError(
+                f"{field}: the adapter of {parameter} has a bias (lora_bias), and the layer has "
+                "none to merge it into; set adapter.merge=false"
+            )
 
 
 def _load_weights(wrapped: Any, path: str) -> None:

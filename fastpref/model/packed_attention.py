@@ -9,20 +9,47 @@ all layers with the same window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastpref import attention
 from fastpref.attention import Segments
 from fastpref.data.dataset import TokenGroup
 from fastpref.data.packing import PackedRow, pack_groups
+from fastpref.model.layout_check import relative_error
 
 NAME = "fastpref_packed"
+OUT_OF_MEMORY = torch.OutOfMemoryError
+# Arguments of an attention function that do not change its output, or not in training.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "attentions_to_return",
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "layer_idx",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_value",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
 
 
 def register() -> str:
@@ -36,6 +63,22 @@ def register() -> str:
     return NAME
 
 
+@contextmanager
+def without(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager in which a model attends by code that knows masks and key-value caches."""
+    if model.config._attn_implementation != NAME:
+        yield
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # the model does not support it
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # (N, H, L, D)
@@ -47,18 +90,18 @@ def packed_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     segments: Segments | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Any]:
     """Causal attention (N, L, H, D) of each token to its response and that response's prompt.
 
     Without `segments` every row is one sequence, padded on the right if at all. A window counts
-    positions within the unpacked sequence. Raises ValueError for a mask and for dropout.
+    positions within the unpacked sequence. Raises ValueError for a mask, for dropout and for an
+    argument that is not known, such as the sinks of gpt-oss.
     """
-    if attention_mask is not None or dropout:
+    if problem := argument_problem(module, attention_mask, dropout, others):
         raise ValueError(
-            f"{NAME} attention expected no mask and no dropout, got "
-            f"{'a mask' if attention_mask is not None else f'dropout {dropout}'}; pad on the "
-            "right, and set the model's attention dropout to 0"
+            f"{NAME} attention expected no mask and no dropout, got {problem}; pad on the right, "
+            "and set the model's attention dropout to 0"
         )
     # Under autocast a rotary embedding may leave queries and keys wider than the values.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -70,6 +113,28 @@ def packed_attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     output = attention.packed_attention(q, k, v, segments, scale=scaling, **options)
     return output.unflatten(0, (count, length)), None
+
+
+def argument_problem(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float,
+    others: Mapping[str, Any],
+) -> str:
+    """Argument of an attention call that is not known, as a message says it; empty if none."""
+    if attention_mask is not None:
+        return "a mask"
+    if dropout:
+        return f"dropout {dropout}"
+    is_causal = others.get("is_causal")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        return "no causal order"
+    unknown = [
+        name
+        for name, value in others.items()
+        if value is not None and name != "is_causal" and name not in _WITHOUT_EFFECT
+    ]
+    return f"an option {min(unknown)}" if unknown else ""
 
 
 def _flex(
@@ -157,13 +222,13 @@ def packing_error(
     row = pack_groups(groups, sequences)
     try:
         if packed_hidden is not None:
-            difference = packed_hidden(row)[row.predictor_positions.to(model.device)] - expected
+            packed = packed_hidden(row)[row.predictor_positions.to(model.device)]
         else:
             model.set_attn_implementation(register())
             if model.config._attn_implementation != NAME:
                 return math.inf
-            difference = hidden_states(row, segments=row.segments) - expected
-        return (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item()
+            packed = hidden_states(row, segments=row.segments)
+        return relative_error(packed, expected)
     # The model's forward does not accept `segments`, or builds a mask.
     except (TypeError, ValueError):
         return math.inf

@@ -6,7 +6,8 @@ them with the head's weight to `fastpref.ops`. Logits in full never exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -18,9 +19,13 @@ from transformers import PreTrainedModel
 from fastpref import attention, ops
 from fastpref.data.batch_plan import Layout
 from fastpref.data.collate import Batch, collate
-from fastpref.data.dataset import Groups, TokenGroup
+from fastpref.data.dataset import IndexedGroups, TokenGroup
 from fastpref.data.packing import PackedRow, varlen_arguments
+from fastpref.model import head_check, layout_check, packed_attention
+from fastpref.model.generate import Sampling, Sequences, with_transformers
+from fastpref.model.layout_proof import packing_obstacle
 from fastpref.model.packed_attention import packing_error
+from fastpref.model.positions import context_length_of, of_rows, rotaries_by_length
 from fastpref.trunk import Trunk
 from fastpref.utils.errors import ModelError
 
@@ -78,6 +83,16 @@ class ForwardOptions:
 
 
 _LOGPS_ONLY = ForwardOptions()
+# Methods that run forward passes of the model, in addition to `forward`: FSDP2 must know them.
+FORWARD_METHODS = (
+    "check_head",
+    "check_trunk",
+    "check_causal",
+    "complete",
+    "packing_error",
+    "packing_obstacle",
+    "padding_error",
+)
 
 
 class Policy(nn.Module):
@@ -95,13 +110,19 @@ class Policy(nn.Module):
         self.not_fused = ""  # reason why "auto" did not choose them
         self.fresh_adapter = True  # False for an adapter that was loaded
         base = self.base
-        self.logit_scale, self.softcap = _head_options(base.config)
+        self.logit_scale, self.softcap = head_check.head_options(base.config)
+        self.rotaries = rotaries_by_length(base)
         head = base.get_output_embeddings()
         if type(head) is not nn.Linear:
             kind = "none" if head is None else type(head).__name__
             raise ModelError(
                 f"model: the head of {type(base).__name__} must be a plain linear layer, got "
                 f"{kind}; adapters or quantization on the head are not supported"
+            )
+        if base.base_model is base:
+            raise ModelError(
+                f"model: {type(base).__name__} does not give its hidden states apart from its "
+                "head; use another model"
             )
 
     @property
@@ -189,7 +210,7 @@ class Policy(nn.Module):
         """Whether each group has its own forward pass; see `batches`."""
         return self.batch_invariant and self.device.type == "cpu" and not self.sharded
 
-    def batches(self, groups: Groups, indices: Sequence[int]) -> list[Batch]:
+    def batches(self, groups: IndexedGroups, indices: Sequence[int]) -> list[Batch]:
         """Collate the batches of a micro-batch's forward passes, on the device of the policy.
 
         On CUDA, and for a sharded model, whose ranks gather weights together, one batch holds all
@@ -204,6 +225,10 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
         """Last hidden states (R·L, D) of all positions; `embeddings` (R, L, D) replace the ids."""
+        with of_rows(self.rotaries, batch.row_lengths):
+            return self._hidden_states(batch, embeddings)
+
+    def _hidden_states(self, batch: Batch, embeddings: Tensor | None) -> Tensor:
         if self.trunk is not None:
             return self._explicit(batch.input_ids, batch.position_ids, batch.segments, embeddings)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
@@ -215,16 +240,16 @@ class Policy(nn.Module):
                 inputs |= varlen_arguments(batch.segments, self.device)
             else:
                 inputs["segments"] = batch.segments
-        return self._hidden(**inputs).flatten(0, 1)
+        return self.last_hidden_state(**inputs).flatten(0, 1)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) of the head, in the compute dtype."""
         head = self.base.get_output_embeddings()
         return self._compute(head.weight), self._compute(head.bias)
 
-    def _hidden(self, **inputs: Any) -> Tensor:
+    def last_hidden_state(self, **inputs: Any) -> Tensor:
         """Last hidden states (R, L, D) after the final norm, in the compute dtype."""
-        with self._autocast():
+        with self.autocast():
             hidden = self.base.base_model(use_cache=False, **inputs).last_hidden_state
         return hidden.to(self.compute_dtype)
 
@@ -245,7 +270,7 @@ class Policy(nn.Module):
         dtype = dtype or self.compute_dtype
         return self.trunk(input_ids, position_ids, segments, dtype, embeddings)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         half = self.compute_dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
@@ -295,58 +320,62 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compare log-probs of the fused head with those of the model's logits, on eight tokens.
+        """Compare log-probs of the fused head with those of the model's logits.
 
         Raises ModelError that names the model if they differ or are not finite.
         """
-        rows = self.head()[0].shape[0]
-        ids = torch.arange(1, 9, device=self.device).remainder(rows).unsqueeze(0)
+        with self._evaluating():
+            head_check.check_head(self)
+
+    @torch.no_grad()
+    def check_causal(self) -> None:
+        """Raise ModelError if the hidden state of a token depends on later tokens."""
+        if self.trunk is not None:
+            return
+        with self._evaluating():
+            layout_check.check_causal(self)
+
+    def packing_obstacle(self, groups: Sequence[TokenGroup]) -> str:
+        """Apply `layout_proof.packing_obstacle` to transformers' layers; empty for our own."""
+        if self.trunk is not None:
+            return ""
+        return packing_obstacle(self.base, groups, self.rounding)
+
+    @torch.no_grad()
+    def padding_error(self, groups: Sequence[TokenGroup]) -> float:
+        """Relative error of hidden states in padded rows, against each sequence alone."""
+        with self._evaluating():
+            return layout_check.padding_error(self, groups)
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequences, ends: set[int], max_new_tokens: int) -> Sequences:
+        """Complete prompts greedily, by the layers of transformers in the compute dtype.
+
+        ends: tokens that end a completion; what follows is padding.
+
+        On all ranks if the weights are sharded. Random states and the layout do not change.
+        """
+        sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            self._evaluating(),
+            self.autocast(),
+            torch.random.fork_rng(devices),
+            packed_attention.without(self.base),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            return with_transformers(self.base, prompts, ends, sampling, synced=self.sharded)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.training
         self.eval()
-        with self._autocast():
-            logits = self.base(input_ids=ids, use_cache=False).logits
-        labels = ids.flatten().roll(-1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        expected = logits[0].to(dtype).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        hidden = self._hidden(input_ids=ids)[0]
-        weight, bias = self.head()
-        ours = ops.linear_logps(hidden, weight, labels, bias=bias, **self.head_options)
-        self.train(was_training)
-        tolerance = 1e-3
-        if self.compute_dtype == torch.bfloat16:
-            # The model rounds its logits to bfloat16, with a relative error of up to 2^-9.
-            tolerance = max(0.1, 2**-7 * logits.abs().max().item())
-        error = (ours - expected).abs().max().item()
-        if not ours.isfinite().all():
-            raise ModelError(
-                f"model: the log-probs of {type(self.base).__name__} are not finite; look for NaN "
-                "or infinity in its weights"
-            )
-        if not error <= tolerance:
-            raise ModelError(
-                f"model: {type(self.base).__name__} computes its logits in a way that the fused "
-                f"head does not know (log-probs differ by {error:.3g}); use another model"
-            )
-
-
-def _head_options(config: Any) -> tuple[float, float | None]:
-    """Return (logit_scale, softcap) of an architecture; `Policy.check_head` verifies them."""
-    config = config.get_text_config()
-    kind = config.model_type
-    scale = 1.0
-    if kind.startswith("cohere"):
-        scale = config.logit_scale
-    elif kind.startswith("granite"):
-        scale = 1.0 / config.logits_scaling
-    elif kind.startswith("falcon_h1"):
-        scale = config.lm_head_multiplier
-    return scale, getattr(config, "final_logit_softcapping", None)
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
 
 def context_length(policy: Policy) -> int | None:
     """Number of positions that the model supports, or None if its config has no such entry."""
-    config = policy.base.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
+    return context_length_of(policy.base.config)

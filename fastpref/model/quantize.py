@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
+from fastpref.model.pretrained import read_pretrained
 from fastpref.utils.errors import ModelError
 from fastpref.utils.optional_packages import require
 
@@ -54,7 +55,7 @@ def load_in_4bit(
             bnb_4bit_compute_dtype=dtype,
         )
     options["device_map"] = {"": device}
-    causal_lm = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
+    causal_lm = read_pretrained(source, config, options)
     module: Any
     for module in causal_lm.modules():
         if hasattr(module, "compute_dtype"):

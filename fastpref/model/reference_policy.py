@@ -154,9 +154,9 @@ def _compute(
     """Compute the missing log-probs with the policy as it is now."""
     was_training = policy.training
     policy.eval()
-    steps, local_logps = plan.steps_per_epoch, torch.zeros_like(partial.logps)
-    for number in range(steps):
-        missing = [index for index in plan.groups(number) if not partial.groups[index]]
+    every, local_logps = max(1, plan.steps_per_epoch // SAVES), torch.zeros_like(partial.logps)
+    for number, step in enumerate(plan.coverage(), start=1):
+        missing = [index for index in dict.fromkeys(step) if not partial.groups[index]]
         for indices in plan.parts(missing) if missing else ():
             # A rank that has run out of groups takes part in the collectives with the shortest one.
             for batch in policy.batches(groups, indices or [plan.shortest]):
@@ -169,9 +169,9 @@ def _compute(
                     local_logps[_token_indices(batch, starts)] = output.token_logps
         partial.groups[missing] = True
         progress(int(partial.groups.sum()))
-        last = number + 1 == steps
-        if last or (number + 1) % max(1, steps // SAVES) == 0:
-            partial.merge(local_logps, save=not last)
+        if number % every == 0:
+            partial.merge(local_logps, save=True)
+    partial.merge(local_logps, save=False)
     policy.train(was_training)
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.config import Config, Data, Model
-from fastpref.data.dataset import load_groups
 from fastpref.data.sft import group_kind, row_kind
+from fastpref.data.sources import load_data, missing_files
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.losses import Kind, Objective
 from fastpref.losses.normalized import SFT
@@ -87,9 +87,14 @@ def _print(console: Console, text: str) -> None:
 
 def _read_lengths(model: Model, data: Data, loss: Objective) -> tuple[GroupLengths, int]:
     """Lengths of the groups in the data, and the number of tokens of the tokenizer."""
-    if not Path(data.train).expanduser().is_file():
+    if data.streaming:
         raise UserError(
-            f"data.train: {data.train} is not a file here; give --lengths PROMPT,RESPONSE, "
+            "data.streaming: lengths are not known before; give --lengths PROMPT,RESPONSE, mean "
+            "tokens"
+        )
+    if missing := missing_files(data):
+        raise UserError(
+            f"data.train: {missing[0]} is not a file here; give --lengths PROMPT,RESPONSE, "
             "mean tokens"
         )
     rows = row_kind(loss, data)
@@ -97,7 +102,7 @@ def _read_lengths(model: Model, data: Data, loss: Objective) -> tuple[GroupLengt
         tokenizer = tokenizer_of(model, data, rows)
     except ModelError as error:
         raise UserError(f"{error}; or give --lengths PROMPT,RESPONSE, mean tokens") from None
-    groups = load_groups(data.train, tokenizer, data, rows)
+    groups = load_data(data, "train", tokenizer, rows)
     return GroupLengths.of(groups), len(tokenizer)
 
 
@@ -108,7 +113,7 @@ def _uniform_lengths(lengths: str, loss: Objective, config: Config) -> GroupLeng
     """
     kind = loss.kind
     if isinstance(loss, SFT):
-        is_here = Path(config.data.train).expanduser().is_file()
+        is_here = not missing_files(config.data)
         kind = group_kind(row_kind(loss, config.data) if is_here else "sft")
     try:
         prompt, *responses = [int(part) for part in lengths.split(",")]

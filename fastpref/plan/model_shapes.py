@@ -11,9 +11,10 @@ from torch import nn
 
 from fastpref.config import Adapter, Model
 from fastpref.model.layer_kernels import fuse
-from fastpref.model.load import build_empty, model_config, naming_the_model
+from fastpref.model.load import model_config, naming_the_model
 from fastpref.model.lora import add_adapter
 from fastpref.model.policy import Policy
+from fastpref.model.pretrained import build_empty
 from fastpref.model.quantize import check_quantization
 from fastpref.model.recomputation import recompute
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastpref.report import dynamics_charts, preference_charts, style, tables
+from fastpref.report import dynamics_charts, preference_charts, samples, style, tables
 from fastpref.report.chart import ChartSpec
 from fastpref.report.line_charts import LineChart
 from fastpref.report.runs import Run, load, run_folders
@@ -189,6 +189,7 @@ def html(
         "missing": missing,
         "metrics": tables.final_metrics(runs),
         "differences": tables.differences(runs),
+        "sample_tables": samples.sample_tables(runs),
         "refresh": REFRESH if refresh else None,
     }
     return environment.get_template("report.html").render(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastpref import config as configs
 from fastpref import metrics
 from fastpref.utils.errors import UserError
 
+_DEPTH = 3  # levels of folders in which runs are looked for
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -53,6 +54,7 @@ class Run:
     name: str
     config: configs.Config
     records: list[dict[str, Any]]  # of training and evaluation, in order
+    samples: Sequence[dict[str, Any]] = ()  # lines of `samples.jsonl`
 
     @property
     def step(self) -> int:
@@ -105,8 +107,17 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
 def _runs_in(path: Path) -> list[Path]:
     if _is_run(path) or not path.is_dir():
         return []
-    runs = sorted(filter(_is_run, path.iterdir()), key=lambda run: _natural(run.name))
+    runs = sorted(_below(path, _DEPTH), key=lambda run: _natural(str(run.relative_to(path))))
     return [run for run in runs if has_metrics(run)] or runs
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """Runs in a folder and in the folders that it holds, such as grids; not those inside a run."""
+    for inner in folder.iterdir():
+        if _is_run(inner):
+            yield inner
+        elif depth > 1 and inner.is_dir() and not inner.is_symlink():
+            yield from _below(inner, depth - 1)
 
 
 def has_metrics(folder: Path) -> bool:
@@ -165,7 +176,17 @@ def _load(folder: Path, name: str) -> Run:
         )
     if not records:
         raise UserError(f"{path}: holds no metrics yet; wait for the first step of the run")
-    return Run(name, config, records)
+    return Run(name, config, records, _samples(folder))
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the run's samples; none if there is no such file, or one that is damaged."""
+    keys = ("step", "prompt", "completion", "finished")
+    try:
+        lines = metrics.read_records(folder / "samples.jsonl")
+    except (ValueError, RecursionError):
+        return []
+    return [line for line in lines if isinstance(line, dict) and all(key in line for key in keys)]
 
 
 def _finite(value: object) -> bool:

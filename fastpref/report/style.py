@@ -23,7 +23,7 @@ DASHES = {"chosen": "-", "rejected": (0, (4, 1.5))}
 LINE = {"linewidth": 1.6, "solid_capstyle": "round"}
 _WIDTH = 4.2  # inches; at the width of a phone, a point is a little more than a pixel
 _ROW = 0.19  # inches, height of a legend row
-_NAME = 26  # characters of a run's name that fit in a legend column
+_NAME = 40  # characters of a run's name that fit in a line
 _SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -68,9 +68,9 @@ def panels(count: int = 1, height: float = 2.3, **options: Any) -> tuple[Figure,
     return figure, list(axes)
 
 
-def short(name: str) -> str:
-    """Name of a run, shortened from the left to fit into a legend."""
-    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+def in_lines(name: str) -> str:
+    """Name of a run in lines that fit into a chart."""
+    return "\n".join(name[start : start + _NAME] for start in range(0, len(name), _NAME))
 
 
 def color(position: int) -> str:
@@ -82,13 +82,13 @@ def name_panel(axis: Any, name: str, position: int) -> None:
     """Set the name of a run as the title of its panel, in its color."""
     title = axis.set_title("", color=color(position), fontweight="bold")
     title.set_parse_math(False)  # a name may contain dollar signs
-    title.set_text(short(name))
+    title.set_text(in_lines(name))
 
 
 def run_entries(names: Sequence[str]) -> list[Entry]:
     """Legend entries of the runs; none for a single run."""
     styles = [{"color": color(k), "linewidth": 3} for k in range(len(names))]
-    return list(zip(map(short, names), styles, strict=True)) if len(names) > 1 else []
+    return list(zip(map(in_lines, names), styles, strict=True)) if len(names) > 1 else []
 
 
 def legend(figure: Figure, entries: Sequence[Entry]) -> None:
@@ -96,9 +96,12 @@ def legend(figure: Figure, entries: Sequence[Entry]) -> None:
     if not entries:
         return
     handles = [Line2D([], [], **{"color": INK, **line_style}) for _, line_style in entries]
-    columns = max(1, 60 // (max(len(text) for text, _ in entries) + 6))
+    lines = [text.split("\n") for text, _ in entries]
+    columns = max(1, 60 // (max(len(line) for text in lines for line in text) + 6))
+    # Texts of several lines leave room for one column only.
+    rows = sum(map(len, lines)) if columns == 1 else -(-len(entries) // columns)
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + _ROW * -(-len(entries) // columns))
+    figure.set_size_inches(width, height + _ROW * rows)
     box = figure.legend(handles, [" "] * len(entries), loc="outside lower left", ncols=columns)
     # Set afterwards: matplotlib parses labels with dollars as math and skips labels that begin
     # with "_".

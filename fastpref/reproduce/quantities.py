@@ -75,14 +75,14 @@ def margin(runs: Runs, label: str) -> Values:
 
 @_of_pairs
 def accuracy(runs: Runs, label: str) -> Values:
-    """1 where the policy prefers the chosen response."""
-    return (margin(runs, label) > 0).astype(float)
+    """1 where the policy prefers the chosen response, 1/2 where it prefers neither."""
+    return (1 + np.sign(margin(runs, label))) / 2
 
 
 @_of_pairs
 def reward_accuracy(runs: Runs, label: str) -> Values:
-    """1 where the margin has grown since the start."""
-    return (margin(runs, label) > margin(runs, START)).astype(float)
+    """1 where the margin has grown since the start, 1/2 where it is what it was."""
+    return (1 + np.sign(margin(runs, label) - margin(runs, START))) / 2
 
 
 @_of_pairs

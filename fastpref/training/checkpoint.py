@@ -21,6 +21,7 @@ from fastpref.model.policy import Policy
 from fastpref.training.checkpoint_files import (
     CheckpointError,
     CheckpointWriter,
+    best_step,
     complete_steps,
     read_run_state,
     write_failure,
@@ -88,12 +89,18 @@ class Checkpoints:
             raise CheckpointError(f"cannot write {folder}: {write_failure(error)}") from None
         if distributed.is_main_process():
             replace(folder, temporary)
-            self._delete(complete_steps(self._root)[: -self._keep])
+            self._delete(self._superseded())
 
     def delete_after(self, step: int) -> None:
         """Delete checkpoints of later steps, which a run that resumes from `step` replaces."""
         if distributed.is_main_process():
             self._delete([later for later in complete_steps(self._root) if later > step])
+
+    def _superseded(self) -> list[int]:
+        """Steps before the newest `keep`, but for those of the best evaluations that these name."""
+        steps = complete_steps(self._root)
+        best = {best_step(self._root / f"step-{step}") for step in steps[-self._keep :]}
+        return [step for step in steps[: -self._keep] if step not in best]
 
     def close(self) -> None:
         self.wait()
@@ -129,14 +136,15 @@ def restore(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
 
 
 def restore_weights(folder: Path, policy: Policy, field: str) -> None:
-    """Load the trained weights alone, on one process.
+    """Load the trained weights alone; a collective call.
 
     field: how a message begins.
 
     Raises CheckpointError for a checkpoint of another model or adapter.
     """
     _check_weights(folder, policy, field)
-    dcp.load(_weights(policy), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    reader = HuggingFaceStorageReader(str(folder))
+    dcp.load(_weights(policy), storage_reader=reader, no_dist=distributed.world_size() == 1)
 
 
 def _check_weights(folder: Path, policy: Policy, field: str) -> None:

@@ -173,6 +173,15 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     return run_state
 
 
+def best_step(folder: Path) -> int | None:
+    """Step of the best evaluation up to a checkpoint, or None; None too if it cannot be read."""
+    try:
+        step: int | None = read_run_state(folder)["position"]["best"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step
+
+
 def complete_steps(root: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
     if not root.is_dir():

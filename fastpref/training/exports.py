@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import distributed
 from fastpref.config import Config, Parallel, load
-from fastpref.data.dataset import load_groups
 from fastpref.data.sft import row_kind
+from fastpref.data.sources import load_data
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.model.export import export
 from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy
 from fastpref.training import checkpoint, checkpoint_files, model_card
 from fastpref.training.checkpoint_files import CheckpointError
+from fastpref.utils import hub
 from fastpref.utils.atomic_files import discard, remove, replacing
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
@@ -62,6 +63,20 @@ class Exporter:
         # The next process of the run clears the run directory of what a killed one left.
         self.write(target, step, scratch=self.folder)
         return target
+
+    def upload(self, folder: Path, display: Display) -> None:
+        """Upload an export to the Hub, from rank 0, if the config asks for it.
+
+        Raises UploadError in one line; the export stays.
+        """
+        training = self.config.training
+        if not training.push_to_hub or not distributed.is_main_process():
+            return
+        assert training.hub_model_id is not None
+        name = training.hub_model_id
+        retry = f"fastpref export {self.folder} --push-to-hub {name}"
+        address = hub.upload(folder, name, training.hub_private_repo, retry)
+        display.note(f"uploaded: {address}")
 
     def delete_after(self, step: int) -> None:
         """Delete exports of later steps, which a run that resumes from `step` writes again."""
@@ -106,10 +121,10 @@ def _tokenizer(config: Config, fingerprint: str) -> PreTrainedTokenizerBase:
     tokenizer = tokenizer_of(config.model, config.data, rows)
     is_trained = config.model.tokenizer is None and config.model.path is None
     if is_trained:
-        groups = load_groups(config.data.train, tokenizer, config.data, rows)
+        groups = load_data(config.data, "train", tokenizer, rows)
         if groups.fingerprint != fingerprint:
             raise UserError(
-                f"data.train: {config.data.train} has changed since the run, whose tokenizer was "
+                f"data.train: {groups.source} has changed since the run, whose tokenizer was "
                 "trained on it; restore it"
             )
     return tokenizer

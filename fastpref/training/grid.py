@@ -23,7 +23,9 @@ from fastpref.config import Config, ConfigError, load
 from fastpref.config.grid import Grid, Point
 from fastpref.config.yaml_io import flatten, parse_yaml
 from fastpref.training import checkpoint_files, run_lock, signals
-from fastpref.training.trainer import Diverged, train
+from fastpref.training.nonfinite import Diverged
+from fastpref.training.rank_checks import check_same_config
+from fastpref.training.trainer import train
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
@@ -63,6 +65,7 @@ def run(grid: Grid, display: Display, profile: bool = False) -> list[Outcome]:
         raise ConfigError(
             f"training.output_dir: {grid.folder} holds a run; choose another folder for a grid"
         )
+    check_same_config(point.config for point in grid.points)
     with run_lock.hold(grid.folder), signals.raising():
         outcomes = _earlier_outcomes(grid.points)
         _write(grid.folder, outcomes)
@@ -124,7 +127,7 @@ def _interrupted(signum: int, outcomes: Sequence[Outcome], last: Outcome) -> sig
     """Error that ends the grid; rank 0 says how it continues."""
     count = sum(outcome.status in _ENDED for outcome in outcomes)
     message = (
-        f"grid stopped by {signal.Signals(signum).name} in run {last.point.name}, {count} of "
+        f"grid stopped by {signals.describe(signum)} in run {last.point.name}, {count} of "
         f"{len(outcomes)} runs are done; continue with the same command"
     )
     return signals.Interrupted(signum, message if distributed.is_main_process() else "")

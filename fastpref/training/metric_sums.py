@@ -15,11 +15,17 @@ from fastpref.training.forward import MicroBatchLogps
 NAMES = metrics.PAIR_METRICS + preference.MONITORS
 
 
+def metric_names(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the sums: NAMES, then PAIR_METRICS of each source."""
+    return NAMES + metrics.names_by_source(sources)
+
+
 class MetricSums:
     """Sums of a step or an evaluation; nothing waits for the device until they are read.
 
     detailed: also the histogram of contrastive logits and the calibration of preferences, which
         only an evaluation reports.
+    sources: names of the sources of the data, each of which gets PAIR_METRICS of its own.
     """
 
     def __init__(
@@ -28,21 +34,27 @@ class MetricSums:
         margins: tuple[float, float],
         device: torch.device,
         detailed: bool = False,
+        sources: tuple[str, ...] = (),
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self._loss, self._margins, self._detailed = loss, margins, detailed
-        self.sums = zeros(2, len(NAMES))  # of NAMES, and how many values each sums
+        self._sources, self._names = sources, metric_names(sources)
+        self.sums = zeros(2, len(self._names))  # of the names, and how many values each sums
         self._entropy = zeros(2)
         self._contrasts, self._calibration = [zeros(0)], zeros(3, 10)
 
-    def add(self, logps: MicroBatchLogps, output: Output) -> None:
-        """Add a micro-batch."""
+    def add(self, logps: MicroBatchLogps, output: Output, sources: Tensor | None = None) -> None:
+        """Add a micro-batch; `sources` is the number of the source of each of its groups, (G,)."""
         policy, reference = logps.policy, logps.reference
         contrast = preference.contrastive_logits(policy, reference, self._loss.needs_reference)
         monitors = preference.monitor_sums(policy, reference, contrast, self._margins)
-        self.sums += torch.cat([metrics.sums_and_counts(output, policy), monitors], 1)
+        sums = [metrics.sums_and_counts(output, policy), monitors]
+        if sources is not None:
+            count = len(self._sources)
+            sums.append(metrics.sums_by_source(output, policy, sources.to(self.sums.device), count))
+        self.sums += torch.cat(sums, 1)
         if logps.entropy is not None:
             self._entropy += logps.entropy
         if self._detailed and contrast is not None:
@@ -55,7 +67,8 @@ class MetricSums:
 
     def evaluation(self, soft_labels: bool) -> dict[str, Any]:
         """All metrics of all ranks, under names that begin with `eval_`."""
-        values: dict[str, Any] = metrics.means(distributed.all_reduce_sum_(self.sums), NAMES)
+        sums = distributed.all_reduce_sum_(self.sums)
+        values: dict[str, Any] = metrics.means(sums, self._names)
         values["entropy"] = self.entropy()
         if self._loss.kind == "pairwise":
             contrasts = distributed.gather(torch.cat(self._contrasts))

@@ -10,6 +10,11 @@ from fastpref import metrics
 from fastpref.docgen import markdown
 from fastpref.utils.version import __version__
 
+_LOADING = (
+    "Load it with transformers 5 or later. Earlier versions refuse its `tokenizer_config.json` "
+    "and do not read the `rope_parameters` of its `config.json`."
+)
+
 
 def write(folder: Path, objective: str, config_yaml: str, metrics_file: Path, step: int) -> None:
     """Write `folder/README.md`: the config, and the last training and evaluation metrics.
@@ -35,6 +40,7 @@ def write(folder: Path, objective: str, config_yaml: str, metrics_file: Path, st
         f"# {Path(config['training']['output_dir']).name}\n\n"
         f"Trained with `{objective}` by fastpref {__version__} "
         f"on `{config['data']['train']}`.\n\n"
+        f"{_LOADING}\n\n"
         f"## Metrics of the last step\n\n{markdown.table(('metric', 'value'), rows)}\n\n"
         f"## Config\n\n```yaml\n{config_yaml}```\n",
         encoding="utf-8",

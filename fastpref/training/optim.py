@@ -82,6 +82,17 @@ def _eight_bit_class(paged: bool) -> type[torch.optim.Optimizer]:
     return type(base.__name__, (_TensorState, base), {})
 
 
+def warmup_advice(config: Optim, steps: int) -> str | None:
+    """Note about a warm-up that lasts as long as the run, or longer; None for a shorter one."""
+    warmup = config.warmup(steps)
+    if warmup < max(steps, 2):
+        return None
+    return (
+        f"note: the warm-up takes {warmup:,} steps and the run has {steps:,}, so the learning rate "
+        f"only grows, to {config.lr * min(1, steps / warmup):.3g}; lower optim.warmup_steps"
+    )
+
+
 def learning_rate(config: Optim, step: int, steps: int) -> float:
     """Learning rate of `step`, counted from 0, of `steps`: linear warm-up, then the schedule."""
     warmup = config.warmup(steps)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastpref import distributed
 from fastpref.config import ConfigError
+from fastpref.training.rank_checks import check_shared
 
 
 class InUse(ConfigError):
@@ -29,26 +30,37 @@ class InUse(ConfigError):
 def hold(folder: Path) -> Iterator[None]:
     """Context manager that locks `folder`, and creates it if needed.
 
-    Rank 0 holds the lock for all ranks. Raises InUse, with the process and host of the holder.
+    Rank 0 holds the lock for all ranks, which must see its files. Raises InUse, with the process
+    and host of the holder, and ConfigError for a folder that cannot be used.
     """
-    path = folder / "lock"
+    descriptor, error = _open(folder) if distributed.is_main_process() else (None, None)
+    acquired = descriptor is not None and _acquire(descriptor)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(
-            f"training.output_dir: {error.filename}: {error.strerror}; choose another folder"
-        ) from None
-    acquired = False
-    try:
-        acquired = distributed.is_main_process() and _acquire(descriptor)
-        if not distributed.all_ranks(acquired or not distributed.is_main_process()):
-            raise InUse(_refusal(folder, _holder(descriptor)))
+        if descriptor is not None and not acquired:
+            error = InUse(_refusal(folder, _holder(descriptor)))
+        told = distributed.broadcast(
+            None if error is None else (isinstance(error, InUse), str(error))
+        )
+        if told is not None:
+            raise (InUse if told[0] else ConfigError)(told[1])
+        check_shared(folder)
         yield
     finally:
-        if acquired:
-            os.ftruncate(descriptor, 0)
-        os.close(descriptor)
+        if descriptor is not None:
+            if acquired:
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def _open(folder: Path) -> tuple[int | None, ConfigError | None]:
+    """Create the folder and open its lock file, or say why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644), None
+    except OSError as error:
+        return None, ConfigError(
+            f"training.output_dir: {error.filename}: {error.strerror}; choose another folder"
+        )
 
 
 def _acquire(descriptor: int) -> bool:

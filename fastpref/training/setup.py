@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref import distributed
 from fastpref.config import Config, ConfigError, ReferenceMode, Training
-from fastpref.data.batch_plan import Plan
+from fastpref.data.batch_plan import Plan, tokens_of
 from fastpref.data.collate import Batch
-from fastpref.data.dataset import GroupDataset, Groups, load_groups
+from fastpref.data.dataset import Groups
+from fastpref.data.formats import RowKind
 from fastpref.data.kto_mismatch import MismatchedGroups
 from fastpref.data.sft import row_kind
+from fastpref.data.sources import load_data
+from fastpref.data.stream_plan import StreamedLengths, longest_possible, plan_stream
+from fastpref.data.streaming import AnyDataset, StreamedGroups, in_memory
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.losses import Objective, PairwiseLoss, TokenLevelLoss
 from fastpref.losses.groupwise import PROS
@@ -26,6 +31,7 @@ from fastpref.losses.pointwise import KTO
 from fastpref.losses.response_sft import ResponseSFT
 from fastpref.losses.wrappers import TokenWeighted
 from fastpref.model.batch_layout import choose_layout, use_layout
+from fastpref.model.coverage import announce_coverage
 from fastpref.model.load import announce_code, load_policy
 from fastpref.model.policy import Policy, context_length
 from fastpref.model.reference_policy import (
@@ -35,10 +41,18 @@ from fastpref.model.reference_policy import (
     cached_reference,
     no_reference,
 )
-from fastpref.training import checkpoint_files
+from fastpref.training import base_weights, checkpoint_files, run_folder
+from fastpref.training.data_checks import (
+    advise_on_margins,
+    advise_on_weights,
+    check_labels,
+    check_margins,
+    check_scores,
+)
 from fastpref.training.memory_budget import MemoryBudget, usable_bytes
 from fastpref.training.optim import check_eight_bit
 from fastpref.training.profiler import part
+from fastpref.training.rank_checks import check_same_config, check_same_data
 from fastpref.utils.atomic_files import clear_leftovers
 from fastpref.utils.progress import Display
 
@@ -60,7 +74,7 @@ class MicroBatch(NamedTuple):
 class DataView:
     """Groups, their order, and their reference log-probs."""
 
-    groups: Groups
+    groups: Groups | StreamedGroups
     plan: Plan
     reference: Reference
 
@@ -85,8 +99,26 @@ class DataView:
 class DataSplit(DataView):
     """The data of training or of evaluation; for KTO also its mismatched responses."""
 
-    groups: GroupDataset
+    groups: AnyDataset
     mismatched: DataView | None = None  # in the steps of `plan` and in the same order
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources, none if the data has one without a name."""
+        mixture = self.groups.mixture
+        return () if mixture is None else mixture.names
+
+    def sources_of(self, indices: list[int]) -> Tensor | None:
+        """Number of the source of each group, (len(indices),) int64; None without names."""
+        mixture = self.groups.mixture
+        return None if mixture is None else torch.from_numpy(mixture.sources_of(indices))
+
+    @property
+    def lengths(self) -> Any:
+        """Tokens of each group, each response with its prompt, to be indexed by lists of groups."""
+        if isinstance(self.groups, StreamedGroups):
+            return StreamedLengths(self.groups, "packed")
+        return tokens_of(self.groups, "packed")
 
     def with_micro_batch_tokens(self, tokens: int) -> Self:
         mismatched = self.mismatched and self.mismatched.with_micro_batch_tokens(tokens)
@@ -120,6 +152,8 @@ def prepare(config: Config, display: Display) -> TrainingSetup:
     """Claim the run directory and `load`; raises UserError in one line."""
     folder = Path(config.training.output_dir)
     checkpoint = _claim(folder, config.resume, display)
+    if checkpoint is not None:
+        base_weights.check(checkpoint, config)
     loaded = load(config, display, folder if checkpoint is not None else None)
     return TrainingSetup(**vars(loaded), folder=folder, checkpoint=checkpoint)
 
@@ -133,6 +167,7 @@ def precompute(config: Config, display: Display) -> None:
         raise ConfigError(
             f"reference: {config.reference_mode} keeps no log-probs; use reference: cached"
         )
+    check_same_config([config])
     load(config, display)
     display.note(f"reference log-probs are in {Path(config.data.cache).expanduser()}/reference")
 
@@ -149,17 +184,25 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
         loss = _on_responses(loss, config)
     with distributed.main_process_first():
         tokenizer = tokenizer_of(config.model, data, rows)
-        datasets = [load_groups(data.train, tokenizer, data, rows)]
+        datasets: list[AnyDataset] = [_training_data(loss, config, tokenizer, rows)]
         if data.eval is not None:
-            datasets.append(load_groups(data.eval, tokenizer, data, rows, "test"))
+            datasets.append(load_data(data, "eval", tokenizer, rows))
     for name, dataset in zip(("train", "eval"), datasets, strict=False):
-        display.note(f"{name}: {dataset.summary()}")
-        _check_labels(loss, dataset)
-    _check_scores(loss, datasets[0])
+        check_same_data(f"data.{name}", dataset)
+        for line in dataset.summary().splitlines():
+            display.note(f"{name}: {line}")
+        check_labels(loss, dataset)
+        check_margins(loss, dataset)
+    check_scores(loss, datasets[0])
     if isinstance(loss, PairwiseLoss) and any(data.has_token_weights for data in datasets):
         loss = TokenWeighted(loss)
-    _advise_on_weights(loss, datasets[0], display)
-    mismatched = [MismatchedGroups(d, data.max_length) for d in datasets if isinstance(loss, KTO)]
+    advise_on_weights(loss, datasets[0], display)
+    advise_on_margins(loss, datasets[0], display)
+    mismatched = [
+        MismatchedGroups(dataset, data.max_length)
+        for dataset in datasets
+        if isinstance(loss, KTO) and not isinstance(dataset, StreamedGroups)
+    ]
     device = device_of(training.device)
     check_eight_bit(config.optim, device)
     usable = usable_bytes(device)
@@ -176,8 +219,10 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
         )
 
     policy = new_policy(device)
-    choose_layout(policy, training, config.model.attn_implementation, datasets[0], display)
-    everything: list[Groups] = [*datasets, *mismatched]
+    announce_coverage(policy, config.adapter, display.note)
+    everything: list[Groups] = [*map(in_memory, datasets), *mismatched]
+    choose_layout(policy, training, config.model.attn_implementation, everything, display)
+    everything += [longest_possible(d) for d in datasets if isinstance(d, StreamedGroups)]
     memory = MemoryBudget(config, policy, len(tokenizer), usable, everything, display, resumed)
     seeds = (training.seed, None)  # held-out data has an order of its own
     # Every budget is checked before the reference takes its time.
@@ -202,7 +247,7 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
         for groups, plan in zip(mismatched, mismatched_plans, strict=True)
     ]
     splits = [
-        DataSplit(dataset, plan, reference(dataset, plan), view)
+        DataSplit(dataset, plan, reference(in_memory(dataset), plan), view)
         for dataset, plan, view in zip_longest(datasets, plans, views)
     ]
     torch.manual_seed(training.seed + distributed.rank())  # dropout differs between ranks
@@ -225,9 +270,39 @@ def _on_responses(loss: SFT, config: Config) -> ResponseSFT:
     return ResponseSFT(average=loss.average)
 
 
+def _training_data(
+    loss: Objective, config: Config, tokenizer: PreTrainedTokenizerBase, rows: RowKind
+) -> AnyDataset:
+    data, training = config.data, config.training
+    if not data.streaming:
+        return load_data(data, "train", tokenizer, rows)
+    if isinstance(loss, KTO | PROS):
+        reason = "responses to other prompts" if isinstance(loss, KTO) else "the largest scores"
+        raise ConfigError(
+            f"data.streaming: {loss.name} needs {reason} of all the data before the first step; "
+            "use another objective, or remove streaming"
+        )
+    return StreamedGroups(data, tokenizer, rows, training.batch_size, training.seed)
+
+
 def _plan(
-    training: Training, policy: Policy, max_tokens: int, groups: Groups, seed: int | None
+    training: Training,
+    policy: Policy,
+    max_tokens: int,
+    groups: Groups | StreamedGroups,
+    seed: int | None,
 ) -> Plan:
+    if isinstance(groups, StreamedGroups):
+        _check_context(longest_possible(groups), policy)
+        return plan_stream(
+            groups,
+            training.batch_size,
+            max_tokens,
+            training.seed,
+            policy.layout,
+            distributed.world_size(),
+            distributed.rank(),
+        )
     _check_context(groups, policy)
     return Plan.of(
         groups,
@@ -265,62 +340,6 @@ def _references(
     return lambda groups, plan: reference
 
 
-def _check_labels(loss: Objective, dataset: GroupDataset) -> None:
-    if isinstance(loss, PairwiseLoss) and not loss.soft_labels and dataset.has_preferences:
-        raise ConfigError(
-            f"loss: {loss.name} does not take soft labels, and the data has them; set "
-            f"data.soft_labels=false or choose another objective"
-        )
-
-
-def _check_scores(loss: Objective, dataset: GroupDataset) -> None:
-    """Refuse an alpha at or below which PRO-S has no optimum for some group."""
-    if not isinstance(loss, PROS):
-        return
-    scores, offsets = torch.tensor(dataset.label_values()), torch.tensor(dataset.offsets)
-
-    def required(first: int, last: int) -> float:
-        cu_groups = offsets[first : last + 1]
-        part = scores[cu_groups[0] : cu_groups[-1]]
-        return loss.required_alpha(part, cu_groups - cu_groups[0]).item()
-
-    size = 64  # the matrices of required_alpha grow with its square
-    starts = range(0, len(dataset), size)
-    start = max(starts, key=lambda k: required(k, min(k + size, len(dataset))))
-    worst = max(range(start, min(start + size, len(dataset))), key=lambda k: required(k, k + 1))
-    bound = required(worst, worst + 1)
-    if loss.alpha <= bound:
-        first, last = dataset.offsets[worst : worst + 2]
-        spread = (scores[first:last] - scores[first:last].mean()).abs().max().item()
-        raise ConfigError(
-            f"loss.alpha: must be > {bound:.4g} for these scores, got {loss.alpha:g}; at or below "
-            f"it pro_s has no optimum (row {dataset[worst].row} of {dataset.source}, whose "
-            f"{last - first} scores lie up to {spread:.4g} from their mean); raise it or scale the "
-            "scores down"
-        )
-
-
-def _advise_on_weights(loss: Objective, dataset: GroupDataset, display: Display) -> None:
-    """Note where the weights of KTO's classes are outside the advised range (see `KTO`)."""
-    if not isinstance(loss, KTO):
-        return
-    desirable = int(dataset.label_values().sum())
-    undesirable = len(dataset) - desirable
-    if not desirable or not undesirable:
-        missing = "undesirable" if desirable else "desirable"
-        display.note(f"note: there is no {missing} response; kto is meant for both classes")
-        return
-    weights = (loss.desirable_weight * desirable, loss.undesirable_weight * undesirable)
-    ratio = weights[0] / weights[1]
-    if not 1 <= ratio <= 4 / 3:
-        low = loss.undesirable_weight * undesirable / desirable
-        display.note(
-            f"note: desirable responses weigh {ratio:.2f} times as much as undesirable ones; "
-            f"between 1 and 1.33 is advised, e.g. loss.desirable_weight from {low:.3g} to "
-            f"{low * 4 / 3:.3g}"
-        )
-
-
 def _check_context(groups: Groups, policy: Policy) -> None:
     longest, context = int(groups.padded_lengths.max()), context_length(policy)
     if context is not None and longest > context:
@@ -333,8 +352,7 @@ def _check_context(groups: Groups, policy: Policy) -> None:
 def _claim(folder: Path, resume: str | None, display: Display) -> Path | None:
     """Make the run directory; return the checkpoint to continue from, if `resume` asks for one."""
     root = folder / "checkpoints"
-    has_run = (folder / "metrics.jsonl").exists() or bool(checkpoint_files.complete_steps(root))
-    if not distributed.all_ranks(resume is not None or not has_run):
+    if not distributed.all_ranks(resume is not None or not run_folder.holds_run(folder)):
         raise ConfigError(
             f"training.output_dir: {folder} already holds a run; continue it with resume=auto or "
             "choose another folder"
@@ -361,5 +379,5 @@ def device_of(name: str) -> torch.device:
             "training.device: cuda is asked for, but torch finds no GPU; use cpu or auto"
         )
     if name == "cuda" and distributed.world_size() > 1:
-        return torch.device("cuda", distributed.local_rank())
+        return torch.device("cuda", distributed.gpu_of_rank())
     return torch.device(name)

@@ -8,10 +8,8 @@ is the only normalization, so micro-batches and accumulation do not change the r
 from __future__ import annotations
 
 import gc
-import json
 import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,37 @@ import torch
 from torch import nn
 
 from fastpref import distributed, losses, metrics
-from fastpref.config import Config, ConfigError
-from fastpref.data.batch_plan import tokens_of
+from fastpref.config import Config
+from fastpref.data.streaming import in_memory
 from fastpref.model import fsdp
-from fastpref.training import checkpoint, checkpoint_files, run_lock, signals
-from fastpref.training.anomalies import (
-    MOST_SKIPPED,
-    NonFiniteTracker,
-    SkippedSteps,
-    SpikeDetector,
+from fastpref.model.batch_layout import check_after_training
+from fastpref.training import (
+    base_weights,
+    checkpoint,
+    checkpoint_files,
+    rank_checks,
+    run_folder,
+    run_lock,
+    signals,
 )
+from fastpref.training.anomalies import SpikeDetector
+from fastpref.training.best_evaluation import BestEvaluation
 from fastpref.training.calibration_step import make_calibration
+from fastpref.training.clock import Clock
 from fastpref.training.exports import Exporter
 from fastpref.training.forward import Forward
-from fastpref.training.metric_sums import NAMES, MetricSums
-from fastpref.training.optim import learning_rate, make_optimizer
+from fastpref.training.metric_sums import MetricSums, metric_names
+from fastpref.training.nonfinite import NonFiniteGuard
+from fastpref.training.optim import learning_rate, make_optimizer, warmup_advice
 from fastpref.training.profiler import Profiler, part, profiling
 from fastpref.training.reference_point import make_reference_point
+from fastpref.training.samples import Samples
 from fastpref.training.setup import DataSplit, prepare
 from fastpref.training.step_gradient import Gradient, ProjectedGradient
 from fastpref.training.step_hook import StepHook
 from fastpref.utils import progress
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
-
-
-class Diverged(UserError):
-    """The loss or the gradient is no longer finite."""
 
 
 def train(
@@ -60,6 +62,7 @@ def train(
     received: gets the first signal, if one arrives during the steps; the last step ignores it.
     Raises UserError in one line, and Interrupted after SIGTERM or Ctrl-C.
     """
+    rank_checks.check_same_config([config])
     with run_lock.hold(Path(config.training.output_dir)):
         trainer = Trainer(config, display)
         writes_profile = profile and distributed.is_main_process()
@@ -91,35 +94,44 @@ class Trainer:
         self.calibration = make_calibration(
             config.calibration, config.monitor, self.loss, self.policy
         )
-        self.nonfinite, self.spikes = NonFiniteTracker(), SpikeDetector()
-        self.skipped = SkippedSteps()
+        self.best = BestEvaluation(config.evaluation)
+        self.spikes = SpikeDetector()
+        self.metric_names = metric_names(self.run.train.source_names)
+        self.window = metrics.Window(self.metric_names)
+        self.guard = NonFiniteGuard(
+            self.window, self.run.train, self.policy.device, self.run.folder, display
+        )
         self.stateful: dict[str, StepHook] = {  # by their key in a checkpoint
             "reference_point": self.reference_point,
             "balance": self.calibration,
             "spikes": self.spikes,
-            "skipped": self.skipped,
+            "skipped": self.guard.skipped,
         }
-        self.hooks = [*self.stateful.values(), self.nonfinite]
+        self.hooks = [*self.stateful.values(), self.guard.tracker]
         self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self.parameters)
+        advice = warmup_advice(config.optim, self.steps)
+        if advice is not None:
+            display.note(advice)
         self.memory = self.run.memory
         self.memory.save(self.run.folder)
-        self.window = metrics.Window(NAMES)
         self.margins = config.margins
-        self.lengths = tokens_of(self.run.train.groups, "packed")
+        self.lengths = self.run.train.lengths
         self.checkpoints = checkpoint.Checkpoints(
             self.run.folder / "checkpoints", config.training.keep_checkpoints
         )
         self.exporter = Exporter(config, self.policy, self.run.tokenizer, self.run.folder)
         self.profiler = Profiler()
         self.step = self.tokens = 0
+        self.base_weights = base_weights.fingerprints(config)
         if self.run.checkpoint is not None:
             self._resume(self.run.checkpoint)
         self.checkpoints.delete_after(self.step)
         self.exporter.delete_after(self.step)
         self.trackers = metrics.open_trackers(
-            self.run.folder, config.training.report_to, config.model_dump(), self.step
+            self.run.folder, config.training.report_to, config.model_dump(), self.step, display.note
         )
+        self.samples = Samples.of(config.evaluation, self.run, self.step, display.note)
         self._save_config(self.run.folder / "config.yaml")
 
     def loop(self, received: list[int]) -> None:
@@ -137,10 +149,11 @@ class Trainer:
     def _loop(self, received: list[int]) -> None:
         t = self.config.training
         self.display.phase("train", self.steps, self.step)
+        self.clock = Clock()
         if self.run.eval and self.step == 0:
             self._evaluate(self.run.eval)
-        first, self._started, self._logged_at = self.step, time.monotonic(), (self.tokens, 0.0)
-        while self.step < self.steps:
+        first, self._logged_at = self.step, (self.tokens, 0.0)
+        while self.step < self.steps and not self.best.stops:
             last = self.step + 1 == self.steps
             logs = last or self.step == 0 or _is_due(self.step + 1, t.log_every)
             metric_sums = self._train_step(with_entropy=logs)
@@ -152,25 +165,33 @@ class Trainer:
             saves |= last and t.checkpoint_every is not None
             evaluates = self.run.eval and (last or _is_due(self.step, t.eval_every))
             if logs or evaluates:
-                self._stop_unless_finite()
+                self.guard.stop_unless_finite()
             if logs:
                 self._log(metric_sums, done=(self.step - first) / (self.steps - first))
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
+                saves |= self.best.is_at(self.step)
+                if self.best.stops and not last:
+                    saves |= t.checkpoint_every is not None
+                    if not logs:
+                        self._log(None, done=(self.step - first) / (self.steps - first))
             # Read once a step, here: a signal may come at any moment, and the ranks must agree.
+            if self.display.is_closed and not received:
+                received.append(signal.SIGPIPE)
             stops = not distributed.all_ranks(not received) and not last
             # Before the checkpoint, after which a resumed run does not come to this step again.
             if _is_due(self.step, t.export_every):
-                self._stop_unless_finite()
-                self.display.note(f"export: {self.exporter.write_step(self.step)}")
+                self.guard.stop_unless_finite()
+                with self.clock.pause():
+                    self.display.note(f"export: {self.exporter.write_step(self.step)}")
             if saves or stops:
-                self._stop_unless_finite()
+                self.guard.stop_unless_finite()
                 self._save()
             if stops:
                 number = received[0] if received else signal.SIGTERM  # another rank's
                 raise signals.Interrupted(
                     number,
-                    f"stopped by {signal.Signals(number).name} after step {self.step}; "
+                    f"stopped by {signals.describe(number)} after step {self.step}; "
                     "continue with resume=auto",
                 )
 
@@ -190,7 +211,7 @@ class Trainer:
             self.step += 1
             self.tokens += int(self.lengths[groups_in_step].sum())
             self.window.add(self.step, grad_norm, metric_sums.sums)
-            if self.config.training.nonfinite == "skip" and self._skips():
+            if self.config.training.nonfinite == "skip" and self.guard.skips(self.hooks):
                 return None
             self.optimizer.step()
         for hook in self.hooks:
@@ -212,7 +233,9 @@ class Trainer:
             hook.before_step(self.step)
         reference_point = self.reference_point.of_step(data, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        metric_sums = MetricSums(self.loss, self.margins, self.policy.device)
+        metric_sums = MetricSums(
+            self.loss, self.margins, self.policy.device, sources=data.source_names
+        )
         for micro_batch in data.micro_batches(self.policy, self.step):
             self.memory.observe(micro_batch.batches)
             with part("forward and loss"):
@@ -228,36 +251,42 @@ class Trainer:
             if micro_batch.is_real:
                 for hook in self.hooks:
                     hook.after_micro_batch(micro_batch.groups, logps, output)
-                metric_sums.add(logps, output)
+                metric_sums.add(logps, output, data.sources_of(micro_batch.groups))
         return metric_sums
 
     @torch.no_grad()
     def _evaluate(self, split: DataSplit) -> None:
         """Log metrics over the held-out data, under names that begin with `eval_`."""
+        began = self.clock.seconds()
         self.policy.eval()
-        metric_sums = MetricSums(self.loss, self.margins, self.policy.device, detailed=True)
+        metric_sums = MetricSums(
+            self.loss, self.margins, self.policy.device, detailed=True, sources=split.source_names
+        )
         for step in range(split.plan.steps_per_epoch):
             reference_point = self.reference_point.of_step(split, step)
             for micro_batch in split.micro_batches(self.policy, step):
                 logps = self.forward(micro_batch.batches, split.reference, with_entropy=True)
                 output = losses.evaluate(self.loss, logps.policy, logps.reference, reference_point)
                 if micro_batch.is_real:
-                    metric_sums.add(logps, output)
+                    metric_sums.add(logps, output, split.sources_of(micro_batch.groups))
         self.policy.train()
         values = metric_sums.evaluation(split.groups.has_preferences)
         record = {"step": self.step, "epoch": self._epoch, **values}
+        record["eval_runtime"] = self.clock.evaluated(self.step, began)
         self._track(record)
         self.display.note(progress.evaluation(record))
+        self.best.add(self.step, record)
+        self.samples.write(self.step)
 
     def _log(self, metric_sums: MetricSums | None, done: float) -> None:
         gc.collect(1)
-        seconds, (tokens, then) = time.monotonic() - self._started, self._logged_at
+        seconds, (tokens, then) = self.clock.seconds(), self._logged_at
         self._logged_at = (self.tokens, seconds)
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self._epoch,
             **self._spikes(),
-            **self.skipped.metrics(),
+            **self.guard.skipped.metrics(),
             **self.window.flush(),
             **self.calibration.metrics(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -268,7 +297,9 @@ class Trainer:
         record["tokens_per_second"] = (self.tokens - tokens) / max(seconds - then, 1e-9)
         record["peak_memory_gib"] = metrics.peak_memory(self.policy.device)
         self._track(record)
-        self.display.metrics(record, seconds_left=seconds * (1 - done) / done)
+        every = self.config.training.eval_every
+        evaluations = self.clock.evaluations_left(self.step, self.steps, every)
+        self.display.metrics(record, seconds * (1 - done) / done, evaluations)
 
     def _track(self, record: dict[str, Any]) -> None:
         for tracker in self.trackers:
@@ -278,58 +309,13 @@ class Trainer:
         """Loss spikes of the window's steps, by step."""
         steps, rows = self.window.state_dict()
         spikes = {}
-        for step, loss in zip(steps, (rows[:, 1] / rows[:, 1 + len(NAMES)]).tolist(), strict=True):
+        losses_of_steps = rows[:, 1] / rows[:, 1 + len(self.metric_names)]
+        for step, loss in zip(steps, losses_of_steps.tolist(), strict=True):
             usual = self.spikes.usual
             if self.spikes.is_spike(loss):
                 spikes[str(step)] = loss
                 self.display.note(f"loss spike at step {step:,}: {loss:.4g}, usually {usual:.4g}")
         return {"loss/spikes": spikes} if spikes else {}
-
-    def _stop_unless_finite(self) -> None:
-        """Raise Diverged if a loss or gradient since the last call is not finite."""
-        nonfinite = self.window.first_non_finite()
-        if nonfinite is not None:
-            raise self._diverged(nonfinite, self._rows(nonfinite.step))
-        self.nonfinite.clear()
-
-    def _skips(self) -> bool:
-        """Discard the step if its loss or gradient is not finite; return whether it was.
-
-        Raises Diverged at the last of MOST_SKIPPED in a row.
-        """
-        nonfinite = self.window.first_non_finite()
-        if nonfinite is None:
-            self.nonfinite.clear()
-            return False
-        rows = self._rows(nonfinite.step)
-        if self.skipped.record(nonfinite.step, rows):
-            raise self._diverged(nonfinite, rows, f", after {MOST_SKIPPED - 1} that were skipped")
-        for hook in self.hooks:
-            hook.discard_step()
-        self.nonfinite.clear()
-        self.window.drop_last()
-        self.display.note(
-            f"step {nonfinite.step:,} is skipped: {nonfinite.metric} is {nonfinite.value}, "
-            f"rows {_some(rows)}"
-        )
-        return True
-
-    def _rows(self, step: int) -> list[int]:
-        """Rows of a step whose loss is not finite; all its rows if only the gradient is not."""
-        groups = self.nonfinite.groups(step, self.policy.device) or self.plan.groups(step - 1)
-        return sorted({self.run.train.groups[index].row for index in groups})
-
-    def _diverged(self, nonfinite: metrics.NonFinite, rows: list[int], when: str = "") -> Diverged:
-        """Save the row numbers and return the error."""
-        step, metric, value = nonfinite
-        path = self.run.folder / "nonfinite.json"
-        if distributed.is_main_process():
-            report = {"step": step, "metric": metric, "value": str(value), "rows": rows}
-            path.write_text(json.dumps(report, indent=1))
-        return Diverged(
-            f"training stopped: {metric} is {value} at step {step}{when}, rows {_some(rows)} "
-            f"(all in {path}); look at them or lower optim.lr"
-        )
 
     def _save(self) -> None:
         steps, rows = self.window.state_dict()
@@ -337,6 +323,8 @@ class Trainer:
             "tokens": self.tokens,
             "window": [steps, rows.tolist()],
             "plan": self._plan_key,
+            "base": self.base_weights,
+            "best": self.best.state_dict(),
             **{name: hook.state_dict() for name, hook in self.stateful.items()},
         }
         self.checkpoints.save(self.step, self.policy, self.optimizer, position)
@@ -345,16 +333,14 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         position = checkpoint_files.position(folder)
-        if position["plan"] != self._plan_key:
-            raise ConfigError(
-                "resume: the data, training.batch_size or training.seed are not those of "
-                f"{folder}; restore them or choose another training.output_dir"
-            )
+        run_folder.check_order(folder, self.config, self._plan_key, position["plan"])
+        run_folder.check_steps(folder, position["step"], self.steps)
         checkpoint.restore(folder, self.policy, self.optimizer)
         steps, rows = position["window"]
         self.window.load_state_dict(steps, torch.tensor(rows, dtype=torch.float64))
         for name, hook in self.stateful.items():
             hook.load_state_dict(position[name])
+        self.best.load_state_dict(position.get("best"))
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
 
@@ -376,11 +362,18 @@ class Trainer:
     def export(self) -> Path:
         """Close trackers, write the model in Hugging Face format, and return its folder."""
         self.close()
+        step = self.best.restore(self.run.folder, self.policy, self.step)
+        splits = [split for split in (self.run.train, self.run.eval) if split is not None]
+        datasets = [in_memory(split.groups) for split in splits]
+        check_after_training(self.policy, datasets, self.display)
         folder = self.run.folder / "model"
-        self.exporter.write(folder, self.step)
-        if self.skipped.count:
-            self.display.note(f"skipped: {self.skipped.count:,} of {self.steps:,} steps")
+        self.exporter.write(folder, step)
+        if self.guard.skipped.count:
+            self.display.note(f"skipped: {self.guard.skipped.count:,} of {self.steps:,} steps")
+        for line in self.best.summary(self.step, self.steps, step):
+            self.display.note(line)
         self.display.note(f"model: {folder}")
+        self.exporter.upload(folder, self.display)
         return folder
 
     @property
@@ -391,10 +384,6 @@ class Trainer:
     @property
     def _epoch(self) -> float:
         return round(self.step / self.plan.steps_per_epoch, 4)
-
-
-def _some(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
 def _is_due(step: int, every: int | None) -> bool:

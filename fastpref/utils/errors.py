@@ -16,7 +16,11 @@ class ModelError(UserError):
 
 def cannot_load(field: str, source: str, error: BaseException) -> str:
     """Message of a ModelError for an exception of another library."""
-    return f"{field}: cannot load {source}: {first_line(error)}; fix it or use another"
+    reason = first_line(error)
+    # What the Hub's client says of a path.
+    if reason.startswith("Repo id must "):
+        reason = "no such folder, and no name of the Hub"
+    return f"{field}: cannot load {source}: {reason}; fix it or use another"
 
 
 def shown(value: object) -> str:

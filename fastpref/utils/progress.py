@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -31,6 +35,47 @@ class _Bar(Progress):
             yield Text(self.status)
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """Time that the phase says is left, else an estimate from its pace."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return super().render(task) if left is None else Text(left)
+
+
+class _Output:
+    """Stream that takes no more once nobody reads it: a pipe or a terminal that was closed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self.is_closed = False
+
+    def write(self, text: str) -> int:
+        with self._noticing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._noticing():
+            self._stream.flush()
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self.is_closed = True
+            # Python would fail again when it flushes the stream at its end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 _PLAIN_EVERY = 5.0  # seconds between plain lines of phases other than training
 
 
@@ -39,6 +84,8 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._output = _Output(console.file)
+        console.file = self._output  # type: ignore[assignment]
         self._bar: _Bar | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._last = "", 0, 0.0
@@ -51,7 +98,7 @@ class Display:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                _TimeLeft(),
                 console=self.console,
             )
             self._bar.start()
@@ -65,6 +112,11 @@ class Display:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody reads the output any more; what is printed then is dropped."""
+        return self._output.is_closed
 
     def note(self, text: str) -> None:
         """Print a line of text above the progress bar."""
@@ -87,15 +139,32 @@ class Display:
             self._last = time.monotonic()
             self.note(f"{self._name} {done:,}/{self._total:,}")
 
-    def metrics(self, record: dict[str, Any], seconds_left: float | None = None) -> None:
-        """Show one record of training metrics."""
+    def metrics(
+        self,
+        record: dict[str, Any],
+        seconds_left: float | None = None,
+        evaluations_left: float = 0.0,
+    ) -> None:
+        """Show one record of training metrics.
+
+        seconds_left: of training alone; evaluations_left: seconds of the evaluations to come.
+        """
         shown = status(record)
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.status = shown
+            self._bar.update(self._task, left=_left(seconds_left, evaluations_left))
             self._bar.refresh()
         else:
-            left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
-            self.note(f"step {record['step']:,}/{self._total:,}  {shown}{left}")
+            left = _left(seconds_left, evaluations_left)
+            text = f"step {record['step']:,}/{self._total:,}  {shown}"
+            self.note(f"{text}  {left} left" if left else text)
+
+
+def _left(seconds: float | None, evaluations: float) -> str | None:
+    if seconds is None:
+        return None
+    left = format_duration(seconds)
+    return f"{left} + {format_duration(evaluations)} of evaluation" if evaluations else left
 
 
 def status(record: dict[str, Any]) -> str:
@@ -124,6 +193,8 @@ def evaluation(record: dict[str, Any]) -> str:
         parts.append(f"PCI {record['eval_preference/pci']:.3f}")
     elif "eval_rewards/accuracies" in record:
         parts.append(f"accuracy {record['eval_rewards/accuracies']:.3f}")
+    if "eval_runtime" in record:
+        parts.append(format_duration(record["eval_runtime"]))
     return "  ".join(parts)
 
 

@@ -134,6 +134,8 @@ class Shell:
         self.folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
         monkeypatch.chdir(folder)
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        # Without torch the missing GPU would be found before the data are read.
+        monkeypatch.setattr("fastpref.cli.preflight.has_no_gpu", lambda: False)
         monkeypatch.setenv("COLUMNS", "200")
 
     def prepare(self, case: Case) -> None:

@@ -201,7 +201,7 @@ PAIRS = [
            {name: value})
       for name in ("chosen", "rejected") for value in (3, 1.5, True, {"role": "user"}, [YES])],
     _row("both objects", "chosen and rejected must be text, or be *, got an object",
-         {"chosen": YES, "rejected": NO}),
+         {"chosen": {"text": "a"}, "rejected": {"text": "b"}}),
     *[_row(f"prompt {value}", "prompt must be text like chosen and rejected, got *",
            {"prompt": value}) for value in (3, 1.5, True, {"a": 1}, [USER], [])],
     *[_row(f"{name} with half a pair", f"{name} is not valid Unicode at character 1; *",
@@ -236,8 +236,18 @@ MESSAGES = [
           ("of text", ["a"]), ("of null", [None]), ("without a role", [{"content": "a"}]),
           ("with role 3", [{"role": 3, "content": "a"}]),
           ("with role null", [{"role": None, "content": "a"}]), ("in a list", [[USER]]),
-          ("of ShareGPT", [{"from": "human", "value": "a"}]),
+          ("of ShareGPT, 3", [{"from": 3, "value": "a"}]),
       )],
+    _legal("ShareGPT", {"prompt": [{"from": "human", "value": "Q?"}],
+                        "chosen": [{"from": "gpt", "value": "yes"}],
+                        "rejected": [{"from": "GPT", "value": "no"}]}),
+    Case("chat template: no file", "data.chat_template: none.jinja: no such file; check the path",
+         {"data": {"chat_template": "none.jinja"}}, [PAIR], arguments=TO_THE_DATA),
+    _row("a critic", "chat template failed: the role 'critic' is unknown; name it user, *",
+         {**PAIR, "chosen": [{**YES, "role": "critic"}]}),
+    *[_row(f"chosen {how}", "chosen must go on from the prompt with an assistant message",
+           {**PAIR, "chosen": [{"from": role, "value": "a"}]})
+      for how, role in (("by a human", "human"), ("by the System", "System"))],
     _row("prompt an object", "prompt must be a list of {role, content} messages",
          {**PAIR, "prompt": USER}),
     _row("prompt a number", "prompt must be a list of {role, content} messages",
@@ -249,9 +259,21 @@ MESSAGES = [
                          ("by the system", [{"role": "system", "content": "a"}]))],
     _row("no prompt, nothing shared", "chosen must go on from the prompt with an *",
          {"prompt": None, "chosen": [USER], "rejected": [YES]}),
-    *[_row(f"content {str(content)[:12]}", "chat template failed: *; fix the row, or *",
-           {**PAIR, "chosen": [{"role": "assistant", **content}]})
-      for content in ({"content": None}, {"content": 3}, {"content": ["a"]}, {})],
+    *[_row(f"content {content}", says, {**PAIR, "chosen": [{"role": "assistant", **content}]})
+      for content, says in (
+          ({"content": None}, "chosen has a message of role 'assistant' without content; give *"),
+          ({}, "chosen has a message of role 'assistant' without content; give *"),
+          ({"content": 3}, "chosen has a content that is int; it must be text or a list of *"),
+          ({"content": [{"type": "image"}]}, "chosen has a part of type 'image' in its content; *"),
+          ({"content": [{"type": "text"}]}, "chosen has a part other than text in its content; *"),
+      )],
+    _legal("parts", {**PAIR, "chosen": [{**YES, "content": [{"type": "text", "text": "yes"}]}]}),
+    *[_row(f"chat_template_kwargs {str(value)[:9]}", says, {**PAIR, "chat_template_kwargs": value})
+      for value, says in (
+          (3, "chat_template_kwargs must be an object, got int"),
+          ("{oops", "chat_template_kwargs must be an object or its JSON text: *"),
+          ({"tools": []}, "chat_template_kwargs: tools is set by fastpref; remove it"),
+      )],
     *[_row(f"half a pair in {where}", f"{name} is not valid Unicode at character 1; *",
            {**PAIR, name: value})
       for name, where, value in (

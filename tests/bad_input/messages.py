@@ -25,13 +25,15 @@ _USER_ERRORS = {
     "LostRank",
     "MissingPackage",
     "ModelError",
+    "UploadError",
 }
 # Where a ValueError, too, is what a config or a row says; functions that return messages.
 _OF_A_CONFIG = ("config/*.py", "losses/*.py", "data/bpe.py", "data/chat_template.py")
+_OF_A_CONFIG += ("data/nested.py", "data/conversation.py")
 _RETURNED = {"cannot_load", "one_line", "translation", "_refusal"}
 # Arguments of objectives that no config sets, only callers in Python.
 _OF_PYTHON = ("reference: ", "reference_point: ", "preference: ", "objective: ", "parts", "state: ")
-_OF_PYTHON += ("anchors: ", "{column}: ", "impl: ")
+_OF_PYTHON += ("anchors: ", "{column}: ", "impl: ", "margin: {name}")
 _ELSEWHERE = ("fused/",)
 
 

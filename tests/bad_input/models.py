@@ -47,6 +47,14 @@ def _edited(name: str, **values: Any) -> Callable[[Path], Any]:
     return change
 
 
+def _tie(model: Path) -> None:
+    """Make a model's embeddings its head, in its config and its files."""
+    _edited("config.json", tie_word_embeddings=True)(model)
+    weights = load_file(model / WEIGHTS)
+    del weights["lm_head.weight"]
+    save_file(weights, model / WEIGHTS, {"format": "pt"})
+
+
 def _written(name: str, content: bytes) -> Callable[[Path], Any]:
     return lambda model: (model / name).write_bytes(content)
 
@@ -254,7 +262,7 @@ ADAPTERS = [
     Case("adapter: on tied embeddings",
          "adapter.target_modules: the embeddings of LlamaForCausalLM are also its head, *",
          {"model": {"path": "m"}, "adapter": {**LORA, "target_modules": ["embed_tokens"]}}, PAIRS,
-         make=_copied(_edited("config.json", tie_word_embeddings=True)), arguments=TRAIN),
+         make=_copied(_tie), arguments=TRAIN),
 ]  # fmt: skip
 
 _BIASED = {
@@ -300,13 +308,14 @@ TOGETHER = [
             "resume: elsewhere is not a checkpoint folder*", resume="elsewhere"),
     Case("a run: onto another", "training.output_dir: run already holds a run; continue it with *",
          {}, PAIRS, arguments=TRAIN, make=_put("run/metrics.jsonl")),
-    Case("a run: its folder is a file", "training.output_dir: out*: *exist*",
+    Case("a run: its folder is a file",
+         "training.output_dir: out: Not a directory; choose another folder",
          {"training": {"output_dir": "out"}}, PAIRS, arguments=TRAIN,
          make=_put("out")),
     Case("a run: its folder lies in a file", "training.output_dir: out*: Not a directory*",
          {"training": {"output_dir": "out/run"}}, PAIRS, arguments=TRAIN,
          make=_put("out")),
-    Case("a run: the cache is a file", "*; check path and disk",
+    Case("a run: the cache is a file", "data.cache: c: Not a directory; choose another folder",
          {"data": {"cache": "c"}}, PAIRS, arguments=TRAIN,
          make=_put("c")),
     Case("precompute: nothing to keep",

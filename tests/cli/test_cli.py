@@ -80,7 +80,7 @@ def test_dry_run_prints_the_whole_config(
         ("training.device=cuda", "error: training.device: cuda is asked for"),
         ("resume=elsewhere", "error: resume: elsewhere is not a checkpoint folder"),
         ("training.output_dir=/proc/no", "error: training.output_dir: /proc/no: "),
-        ("data.cache=/dev/null/x", "error: /dev/null/x"),
+        ("data.cache=/dev/null/x", "error: data.cache: /dev/null/x: Not a directory; choose"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line_and_exit_code_two(

@@ -8,27 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastpref.cli.train import repeat_grid
 from fastpref.config import Config
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("c.yaml a=1 --grid b=1,2", "c.yaml a=1 --grid b=1,2"),
-        ("c.yaml --grid b=1,2 c=3,4", "c.yaml --grid b=1,2 --grid c=3,4"),
-        ("c.yaml --grid=b=1,2 c=3,4", "c.yaml --grid=b=1,2 --grid c=3,4"),
-        ("--grid b=1,2 c=3 --dry-run c.yaml d=5", "--grid b=1,2 --grid c=3 --dry-run c.yaml d=5"),
-        ("--grid b=1,2 c.yaml d=5", "--grid b=1,2 c.yaml --grid d=5"),
-        ("c.yaml --grid b=1,2 --grid c=3,4 d=5", "c.yaml --grid b=1,2 --grid c=3,4 --grid d=5"),
-        ("c.yaml --grid", "c.yaml --grid"),
-        ("c.yaml a=1 b=2 --profile", "c.yaml a=1 b=2 --profile"),
-    ],
-)
-def test_a_grid_takes_all_values_up_to_the_next_option(typed: str, meant: str) -> None:
-    assert repeat_grid(typed.split()) == meant.split()
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("training.eval_every", 5, "training.eval_every: there is nothing to evaluate"),
         (
             "training.report_to",
-            ["mlflow"],
-            "training.report_to.0: must be 'tensorboard' or 'wandb'",
+            ["neptune"],
+            "training.report_to.0: must be 'tensorboard', 'wandb', 'mlflow' or 'trackio'",
         ),
     ],
 )

@@ -67,11 +67,9 @@ def test_present_names_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     "odd",
     [
-        {"training": None},
         {"training": ["output"]},
         {"training": {"layout": ["shared"]}},
         {"mesh": {"reshard": True}, "parallel": 3},
-        {"mesh": None},
         {"mesh": {1: 2}},
         {3: {"output": "x"}},
     ],

@@ -155,10 +155,11 @@ def test_a_smaller_share_is_a_part_of_a_larger_one(tmp_path: Path) -> None:
 def test_parquet_keeps_tools_and_refuses_what_it_would_drop(tmp_path: Path) -> None:
     tools = [{"name": "kettle"}]
     row = {"prompt": USER, "completions": [[{"role": "assistant", "content": c}] for c in "ab"]}
-    row |= {"scores": [1, 0], "tools": tools}
+    row |= {"scores": [1, 0], "tools": tools, "chat_template_kwargs": {"think": False}}
     write_pairs(job(tmp_path, [row, {**row, "tools": None}], "p.parquet"))
     with_tools, without = (group for _, group in read_groups(str(tmp_path / "p.parquet")))
     assert (with_tools.tools, without.tools) == (tools, None)
+    assert with_tools.chat_template_kwargs == {"think": False}
     called = [{"role": "assistant", "content": "", "tool_calls": [{}]}, row["completions"][0][0]]
     odd = {**row, "completions": [called, row["completions"][1]]}
     with pytest.raises(UserError, match="--out: messages with tool_calls do not fit into Parquet"):

@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastpref.data.formats import to_groups
 from tests.helpers.data import rows, write_jsonl
 
 ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DOCS = ROOT / "docs"
 
 
@@ -45,6 +47,31 @@ class Resources(HTMLParser):
         values = dict(attrs)
         address = values.get("href") if tag == "link" else values.get("src")
         self.addresses += [address] if address else []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the site with")
+def test_the_search_finds_pages_opened_from_the_disk(site: Path, tmp_path: Path) -> None:
+    options = "--headless --no-sandbox --disable-gpu --virtual-time-budget=20000 --dump-dom"
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            *options.split(),
+            f"--user-data-dir={tmp_path}",
+            f"{(site / 'config.html').as_uri()}?q=warmup_steps",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.search(r"\d+ matching documents", done.stdout)
+    assert f'href="{(site / "config.html").as_uri()}" class="md-search-result__link"' in done.stdout
+
+
+def test_the_search_needs_no_server_and_no_network(site: Path) -> None:
+    assert (site / "search" / "search_index.js").read_text("utf-8").startswith("var __index = {")
+    for page in (site / "index.html", *site.glob("repository/*/index.html")):
+        (address,) = re.findall(r'<script src="([^"]*iframe-worker.js)"', page.read_text("utf-8"))
+        assert (page.parent / address).is_file()
 
 
 def test_pages_load_nothing_from_the_network(site: Path) -> None:
@@ -136,6 +163,9 @@ def test_the_objectives_to_choose_from_exist() -> None:
 
 COLUMNS_AND_OPTIONS = {
     "p",
+    "margin",
+    "offset",
+    "chosen",
     "ld_alpha",
     "chosen_weights",
     "rejected_weights",

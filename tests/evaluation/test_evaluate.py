@@ -113,7 +113,7 @@ def test_every_metric_of_two_pairs() -> None:
     assert metrics == pytest.approx(
         {
             "accuracy": 1 / 2,
-            "accuracy_per_token": 0,  # -1 and -1, -3 and -1.5
+            "accuracy_per_token": 1 / 4,  # -1 and -1, of which half counts, -3 and -1.5
             "margins": 0,
             "margins_per_token": -0.75,
             "logps/chosen": -3.5,

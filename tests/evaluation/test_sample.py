@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from fastpref.data.formats import TextGroup, to_groups
 from fastpref.data.prompts import Prompt, read_prompts
 from fastpref.evaluation.sample import Completion, Sampler, record, run
-from fastpref.model.generate import Sampling
+from fastpref.model.generate import Sampling, text_after
 from fastpref.utils.errors import ModelError, UserError
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
@@ -132,7 +132,7 @@ def test_a_row_has_the_form_of_its_prompt_and_can_be_trained_on(
         assert text == completions.text
 
 
-def test_the_space_that_begins_a_completion_is_kept(sampler: Sampler) -> None:
+def test_the_space_that_begins_a_completion_is_kept() -> None:
     """Decoders of sentencepiece's kind drop it where it begins a text."""
     pieces = {"▁tea": 0, "▁or": 1, "▁coffee": 2, "<unk>": 3}
     raw = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
@@ -141,9 +141,7 @@ def test_the_space_that_begins_a_completion_is_kept(sampler: Sampler) -> None:
     spaced = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert spaced.decode([1, 2]) == "or coffee"
     prompt = Prompt(1, TextGroup("tea", ()), np.asarray([0], dtype=np.int32))
-    other = object.__new__(Sampler)
-    other.tokenizer = spaced
-    assert other._text(prompt, np.asarray([1, 2], dtype=np.int32)) == " or coffee"
+    assert text_after(spaced, prompt.ids, np.asarray([1, 2], dtype=np.int32)) == " or coffee"
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])

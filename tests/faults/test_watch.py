@@ -26,8 +26,9 @@ from fastpref.data.collate import Batch
 from fastpref.data.readers import DataError
 from fastpref.model.policy import Policy
 from fastpref.training.anomalies import MOST_SKIPPED, SpikeDetector
+from fastpref.training.nonfinite import Diverged
 from fastpref.training.signals import Interrupted
-from fastpref.training.trainer import Diverged, Trainer
+from fastpref.training.trainer import Trainer
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
 from tests.helpers.pairs import batch

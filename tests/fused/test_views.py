@@ -173,8 +173,8 @@ def test_metrics_of_single_responses_and_of_groups():
         rewards, logps = output.rewards, policy.logps
         if name == "kto":
             good, bad = DESIRABLE, ~DESIRABLE
-            right = (rewards > 0) == DESIRABLE
-            right[1] = False  # an empty response has reward 0, which is neither
+            right = ((rewards > 0) == DESIRABLE).double()
+            right[1] = 0.5  # an empty response has reward 0, which is neither
         else:  # groups 1 and 3; that of one response and the empty one have no order
             good, bad = torch.tensor([2, 5]), torch.tensor([1, 4])
             right = torch.stack([rewards[2] > rewards[[1, 3]].max(), rewards[5] > rewards[4]])

@@ -56,7 +56,7 @@ def assert_same(run: Path, whole: Path) -> None:
     lines = [metrics.read_records(folder / "metrics.jsonl") for folder in (run, whole)]
     for line in [*lines[0], *lines[1]]:
         for name in metrics.TIMING_METRICS:
-            line.pop(name)
+            line.pop(name, None)
     assert lines[0] == lines[1]
     ours, expected = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))
     assert all(torch.equal(ours[name], weight) for name, weight in expected.items())
@@ -74,6 +74,18 @@ def run(config: Config, display: Display) -> Trainer:
     trainer.loop([])
     trainer.export()
     return trainer
+
+
+def lose_power_after(trainer: Trainer, step: int) -> None:
+    """Let the loop of a trainer fail with "power cut" once it has taken this step."""
+    train_step = trainer._train_step
+
+    def failing(with_entropy: bool) -> Any:
+        if trainer.step == step:
+            raise RuntimeError("power cut")
+        return train_step(with_entropy)
+
+    trainer._train_step = failing  # type: ignore[method-assign]
 
 
 def records(config: Config) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from fastpref.losses.combined import TokenLevelSum, WeightedSum
 from fastpref.losses.groupwise import InfoNCA
 from fastpref.losses.margin import BPO, CDPO, DPO, FDPO, IPO, Hinge, Robust
 from fastpref.losses.normalized import ORPO, SFT, DPONorm, IPOAvg, SimPO, StaPORef
+from fastpref.losses.offset import OF_REWARDS
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.token_level import TDPO2, TIDPO, TokenLevelLoss, token_incentives
 from fastpref.losses.wrappers import (
@@ -388,11 +389,18 @@ def test_a_reference_is_needed_where_the_objective_needs_it(objective):
 
 APPLIES = {
     "f_divergence": set(OF_MARGIN),
+    "offset": set(OF_REWARDS),
     "label_smoothing": {o.name for o in PAIRWISE if o.soft_labels},  # or has its own
     "ld_alpha": {o.name for o in PAIRWISE},
     "wpo": {o.name for o in PAIRWISE if o.soft_labels} | {"tdpo1", "tdpo2", "ti_dpo"},
 }
-VALUES = {"f_divergence": "js", "label_smoothing": 0.2, "ld_alpha": 0.3, "wpo": True}
+VALUES = {
+    "f_divergence": "js",
+    "offset": 0.5,
+    "label_smoothing": 0.2,
+    "ld_alpha": 0.3,
+    "wpo": True,
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -426,7 +434,8 @@ def test_options_compose_from_the_inside_out():
 
 @pytest.mark.parametrize("kind", [DPO, ORPO, AOT, TDPO2, KTO, InfoNCA], ids=lambda k: k.name)
 def test_options_that_change_nothing_wrap_nothing(kind):
-    off = {"f_divergence": "reverse_kl", "label_smoothing": 0, "ld_alpha": 1.0, "wpo": False}
+    off = {"f_divergence": "reverse_kl", "offset": 0, "label_smoothing": 0, "ld_alpha": 1.0}
+    off |= {"wpo": False}
     assert build_with_options(kind, off) == kind(**({"label_smoothing": 0} if kind is AOT else {}))
 
 
@@ -456,6 +465,8 @@ def test_config_of_builds_it_again(kind, parameters):
         (DPO, {"gamma": 1}, "^gamma: not a parameter of dpo, which accepts beta; options of many"),
         (anchored.DDRO, {"beta": 1}, "^beta: not a parameter of ddro, which accepts none; "),
         (DPO, {"beta": 0}, "^beta: must be > 0"),
+        (DPO, {"offset": -1}, "^offset: must be >= 0, got -1"),
+        (DPO, {"offset": 1, "f_divergence": "js"}, r"^f_divergence: does not apply to dpo\(offset"),
         (DPO, {"label_smoothing": 0.5}, r"^label_smoothing: must be >= 0 and < 0\.5, got 0\.5"),
         (DPO, {"label_smoothing": False}, "^label_smoothing: must be a number, got False"),
         (DPO, {"label_smoothing": None}, "^label_smoothing: must be a number, got None"),

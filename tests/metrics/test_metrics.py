@@ -11,6 +11,7 @@ import torch
 from fastpref import losses, metrics
 from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
 from fastpref.losses import GroupwiseOutput, PointwiseOutput
+from fastpref.metrics.preference import preferences
 
 
 def logps(margins: list[float], p: list[float]) -> SequenceLogps:
@@ -29,6 +30,17 @@ def test_pair_sums_are_sums_over_pairs() -> None:
     assert values["rewards/accuracies"] == 1
     assert values["rewards/margins"] == pytest.approx(2.0 * (1.0 - 2.0))  # beta 2, one token each
     assert values["logps/rejected"] == -2
+
+
+def test_half_of_the_equal_rewards_count_as_right() -> None:
+    values = torch.tensor([1.0, 2.0, 2.0, float("nan")])
+    assert metrics.share_above(values, 2.0).tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert metrics.share_above(values, values).tolist() == [0.5, 0.5, 0.5, 0.0]
+    policy = logps([0.0, 0.0, 1.0], [0.9, 0.5, 0.5])
+    sums = metrics.pair_sums(losses.build("simpo")(policy), policy)
+    assert sums[metrics.PAIR_METRICS.index("rewards/accuracies")] == 0.5 + 0.5 + 1
+    margin, p = torch.tensor([[0.0, 1.0, -1.0, 1.0], [0.9, 0.5, 0.2, 0.2]]).double()
+    assert preferences(margin, p)["accuracy"].tolist() == [0.5, 0.5, 1.0, 0.0]
 
 
 def test_pairs_are_counted_all_alike() -> None:
@@ -56,7 +68,7 @@ def test_responses_are_counted_by_their_class() -> None:
         "loss": 2 * 3 / 4,
         "rewards/chosen": 0.5,
         "rewards/rejected": 1.0,
-        "rewards/accuracies": 2 / 4,  # a reward of 0 has no sign
+        "rewards/accuracies": (2 + 1 / 2) / 4,  # a reward of 0 has no sign
         "rewards/margins": -0.5,
         "logps/chosen": 5.0,
         "logps/rejected": 10.0,
@@ -129,15 +141,3 @@ def test_a_resumed_file_forgets_later_and_broken_lines(tmp_path: Path) -> None:
     lines.log({"step": 3, "loss": 0.1})
     lines.close()
     assert metrics.read_records(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.1}]
-
-
-def test_trackers_that_are_not_installed_say_how_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ValueError, match=r"training.report_to: wandb is not installed; pip install"
-    ):
-        metrics.open_trackers(tmp_path, ["wandb"], {}, 0)

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from fastpref.config import Config, ConfigError
+from fastpref.model.policy import Policy
 from fastpref.training.trainer import Trainer
+from fastpref.utils.errors import ModelError
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, scored, write_jsonl
 from tests.helpers.training_runs import records, run, weights
@@ -60,6 +62,66 @@ def test_a_model_that_cannot_share_is_padded_and_the_user_told(
                 training__output_dir=str(tmp_path / "other"),
             )
         )
+
+
+QWEN = {
+    "model_type": "qwen2_moe", "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+    "use_sliding_window": True, "sliding_window": 24, "max_position_embeddings": 128,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("longer", ["data__train", "data__eval"])
+def test_one_long_sequence_of_either_file_forbids_a_window_of_the_mask_alone(
+    make_config: MakeConfig, tmp_path: Path, longer: str
+) -> None:
+    short = [{"prompt": "a", "chosen": " tea" * (1 + k % 2), "rejected": " no"} for k in range(6)]
+    files = {
+        name: str(write_jsonl(tmp_path / f"{name}.jsonl", short))
+        for name in ("data__train", "data__eval")
+    }
+    model = {"init": "random", "config": QWEN, "dtype": "float32"}
+    trainer, _ = notes(make_config(model=model, **files))
+    assert trainer.policy.layout == "prefix_shared"
+    long = [*short, {"prompt": "a", "chosen": " tea" * 40, "rejected": " no"}]
+    files[longer] = str(write_jsonl(tmp_path / "long.jsonl", long))
+    out = str(tmp_path / "other")
+    trainer, said = notes(make_config(model=model, training__output_dir=out, **files))
+    assert trainer.policy.layout == "padded"
+    assert "cannot share prompts; each response has its own row: its layers keep a window" in said
+
+
+def test_a_model_whose_padding_changes_its_results_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Policy, "padding_error", lambda policy, groups: 0.5)
+    with pytest.raises(ModelError) as caught:
+        notes(make_config(model__attn_implementation="eager"))
+    assert str(caught.value) == (
+        "model: LlamaForCausalLM computes other hidden states in padded rows than for each "
+        "sequence alone (they differ by 0.5); use another model"
+    )
+
+
+def test_the_layout_is_compared_again_before_the_export(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(record=True, width=400)
+    with Display(console) as display:
+        trainer = Trainer(make_config(training__steps=1), display)
+        trainer.loop([])
+        assert "warning" not in console.export_text(clear=False)
+        trainer.export()
+        assert "warning" not in console.export_text(clear=False)
+        monkeypatch.setattr(Policy, "packing_error", lambda policy, groups: 0.25)
+        trainer.export()
+    assert (
+        "warning: after training, hidden states in the layout prefix_shared differ by 0.25 from "
+        "those of single sequences, which the exported model computes; do not use it, and train "
+        "again with training.layout=padded"
+    ) in console.export_text()
 
 
 def test_flat_rows_are_for_flash_attention(make_config: MakeConfig) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,11 +19,9 @@ from fastpref.config import ConfigError
 from fastpref.model import fsdp
 from fastpref.model.policy import Policy
 from fastpref.training.trainer import Trainer
-from fastpref.utils.errors import ModelError
 from fastpref.utils.progress import Display
 from tests.helpers import rank_processes
 from tests.helpers.data import labelled, rows, scored, write_jsonl
-from tests.helpers.policies import policy_of
 
 # Of 8 groups; the last step of an epoch has 5, fewer than the micro-batches of four ranks.
 STEPS = 5
@@ -246,12 +243,3 @@ def test_what_a_sharded_model_cannot_do_is_refused(
     monkeypatch.setattr(Policy, "reshard", lambda self: None, raising=False)
     with pytest.raises(ConfigError, match=message):
         Trainer(make_config(**change), display)
-
-
-def test_weights_under_other_names_are_named(make_config: Any, tmp_path: Path) -> None:
-    config = make_config()
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    policy = policy_of(config, tokenizer, torch.device("cpu"))
-    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"has no weights named lm_head.weight \(of 21 that are"):
-        fsdp.load(policy, tmp_path)

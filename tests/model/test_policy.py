@@ -16,7 +16,7 @@ from fastpref.config import Config
 from fastpref.data.collate import collate
 from fastpref.data.dataset import TokenGroup, load_groups
 from fastpref.data.tokenizers import load_tokenizer
-from fastpref.model import policy as module
+from fastpref.model import head_check
 from fastpref.model.policy import ForwardOptions, Policy
 from fastpref.utils.errors import ModelError
 from tests.helpers.data import LLAMA
@@ -224,7 +224,7 @@ def test_a_head_that_the_op_does_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Simulated by removing the logit scale of Granite from the table."""
-    monkeypatch.setattr(module, "_head_options", lambda config: (1.0, None))
+    monkeypatch.setattr(head_check, "head_options", lambda config: (1.0, None))
     values = {**LLAMA, "model_type": "granite", "logits_scaling": 3.0, "initializer_range": 0.5}
     config = make_config(model={"init": "random", "config": values, "dtype": "float32"})
     with pytest.raises(ModelError, match="GraniteForCausalLM computes its logits in a way"):

@@ -104,3 +104,10 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "grid" / "a", run([]))
     with pytest.raises(UserError, match=r"a/metrics\.jsonl: holds no metrics yet"):
         load(run_folders([tmp_path / "grid"]))
+
+
+def test_folders_of_runs_are_looked_through(tmp_path: Path) -> None:
+    for name in ("b", "grid/lr=2", "grid/lr=10", "a", "a/exports/inner", "1/2/3/too-deep"):
+        write(tmp_path / name, full(steps=3))
+    folders = [str(folder.relative_to(tmp_path)) for folder in run_folders([tmp_path])]
+    assert folders == ["a", "b", "grid/lr=2", "grid/lr=10"]

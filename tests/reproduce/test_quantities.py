@@ -47,6 +47,7 @@ RUNS = runs_of(
 
 def test_accuracies_count_margins_and_their_growth() -> None:
     assert accuracy(RUNS, "a").tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert accuracy(RUNS, START).tolist() == [0.5, 1.0, 0.5, 0.5]
     assert reward_accuracy(RUNS, "a").tolist() == [1.0, 0.0, 0.0, 1.0]
     assert chosen_change(RUNS, "a").tolist() == [1.0, -1.0, 0.0, 4.0]
 
@@ -88,7 +89,7 @@ def test_a_difference_of_runs_is_paired() -> None:
 
 def test_a_contrast_weighs_runs() -> None:
     number = contrast(accuracy, {"a": 1.0, "b": -0.5, START: -0.5})(RUNS)
-    assert number.value == pytest.approx(0.75 - 0.5 * 0.25 - 0.5 * 0.25)
+    assert number.value == pytest.approx(0.75 - 0.5 * 0.25 - 0.5 * (1 + 3 / 2) / 4)
 
 
 def test_a_bootstrap_has_the_error_of_a_mean() -> None:

@@ -126,7 +126,7 @@ def test_a_run_on_conversations_resumes(
     )
     run(whole, display)
     run(make_config(data__sft_on="assistant", training__steps=2, **options), display)
-    with pytest.raises(UserError, match=r"the data, training\.batch_size or training\.seed are"):
+    with pytest.raises(UserError, match=r"data\.sft_on: assistant → all; restore"):
         Trainer(make_config(data__sft_on="all", resume="auto", **options), display)
     resumed = make_config(data__sft_on="assistant", training__steps=3, resume="auto", **options)
     run(resumed, display)

@@ -23,8 +23,9 @@ from fastpref.data.collate import collate
 from fastpref.data.dataset import load_groups
 from fastpref.metrics import preference as monitors
 from fastpref.model.policy import Policy
+from fastpref.training.nonfinite import Diverged
 from fastpref.training.signals import Interrupted
-from fastpref.training.trainer import Diverged, Trainer
+from fastpref.training.trainer import Trainer
 from fastpref.trunk import build_trunk
 from fastpref.utils.progress import Display
 from tests.helpers.data import rows, write_jsonl
@@ -238,8 +239,8 @@ def test_only_the_newest_checkpoints_are_kept(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"training__seed": 1}, "training.seed are not those of"),
-        ({"training__batch_size": 2}, "training.batch_size or training.seed are not those"),
+        ({"training__seed": 1}, r"another order of it: training\.seed: 0 → 1; restore"),
+        ({"training__batch_size": 2}, r"order of it: training\.batch_size: 4 → 2; restore"),
         ({"adapter": {"name": "lora"}}, "is of another model or adapter"),
         ({"optim__name": "rmsprop"}, "is of a run with AdamW; restore optim.name"),
     ],
@@ -361,7 +362,7 @@ def test_the_export_loads_in_transformers_with_the_same_log_probs(
         assert torch.equal(again, ours)
     card = (folder / "README.md").read_text()
     assert "beta" not in card.split("## Config")[0] and "name: dpo" in card
-    assert "| logps/chosen |" in card
+    assert "| logps/chosen |" in card and "Load it with transformers 5 or later." in card
 
 
 def test_an_adapter_is_exported_alone_where_it_is_not_merged(

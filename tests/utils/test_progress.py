@@ -45,6 +45,16 @@ def test_elsewhere_a_line_has_it_all() -> None:
     assert shown(terminal=False) == expected
 
 
+def test_evaluations_have_a_time_of_their_own() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=80)) as display:
+        display.phase("train", 4)
+        display.metrics({"step": 2, "loss": 0.5}, seconds_left=61, evaluations_left=3.0)
+    assert out.getvalue() == "step 2/4  loss 0.5000  1.0 min + 3 s of evaluation left\n"
+    record = {"step": 3, "eval_loss": 0.7, "eval_runtime": 2.5}
+    assert evaluation(record) == "eval at step 3  loss 0.7000  2.5 s"
+
+
 def test_an_evaluation_shows_preference_metrics_where_there_are_targets() -> None:
     record = {"step": 3, "eval_loss": 0.7, "eval_rewards/margins": 0.1}
     hard = evaluation({**record, "eval_rewards/accuracies": 0.5})

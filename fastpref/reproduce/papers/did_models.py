@@ -82,7 +82,7 @@ def few_entropies(trainer: Trainer, job: Job) -> Record:
 
 def _entropies(trainer: Trainer, job: Job, pairs: int, limit: int | None) -> Record:
     """Entropies with a number of pairs for each training prompt, and a limit of the prompts."""
-    train = trainer.config.data.train
+    train = str(trainer.config.data.train)
     estimate = Estimate(
         policy=str(trainer.export()),
         reference=str(trainer.config.model.path),

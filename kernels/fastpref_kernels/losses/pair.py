@@ -126,7 +126,8 @@ def pair_losses_kernel(
         tl.store(out + 4 * B + pairs, reward_l, mask=mask)
         positive = (d_w > 0) & (d_l > 0)
         columns = (
-            loss, reward_w, reward_l, tl.where(reward_w > reward_l, 1.0, 0.0),
+            loss, reward_w, reward_l,
+            tl.where(reward_w > reward_l, 1.0, tl.where(reward_w == reward_l, 0.5, 0.0)),
             reward_w - reward_l, zw, zl, d_w, d_l, tl.where(positive, 0.0, 1.0),
         )  # fmt: skip
         sums = added(sums, columns, mask)
