@@ -54,10 +54,10 @@ BY_TRAINER: dict[str, dict[str, Counterpart]] = {
             "micro-batch",
         ),
         "gradient_checkpointing": Counterpart(
-            "training.activation_checkpointing", "full, selective or off"
+            "training.activation_checkpointing", "auto, full, selective, off or a number of blocks"
         ),
         "gradient_checkpointing_kwargs": Counterpart(
-            "training.activation_checkpointing", "full, selective or off"
+            "training.activation_checkpointing", "auto, full, selective, off or a number of blocks"
         ),
         "activation_offloading": Counterpart(
             "", "training.activation_checkpointing: full saves the memory of activations"
@@ -349,7 +349,7 @@ TORCHTITAN = {
     "checkpoint.load_step": Counterpart("resume", "auto, or the folder of a checkpoint"),
     "checkpoint.initial_load_path": Counterpart("model.path"),
     "activation_checkpoint.mode": Counterpart(
-        "training.activation_checkpointing", "full, selective or off"
+        "training.activation_checkpointing", "auto, full, selective, off or a number of blocks"
     ),
     "compile.enable": Counterpart("training.compile"),
     "metrics.log_freq": Counterpart("training.log_every"),

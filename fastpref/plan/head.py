@@ -10,6 +10,7 @@ from fastpref.plan.workload import Pass
 
 # Copied from the Triton kernels, which cannot be imported where triton is not installed.
 TRITON_CACHE_BYTES = 2 << 30
+TRITON_KL_CHUNK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Head:
         """
         s = self.shapes
         sketches = 2 * 2 * 4 * self.score_rows * s.width  # of the step, and of this pass
-        return p.tokens * s.width * s.compute + self._states(p) + self._chunk(p) + sketches
+        chunk = max(self._chunk(p), self._kl_chunk(p) if self.full_kl else 0)
+        return p.tokens * s.width * s.compute + self._states(p) + chunk + sketches
 
     def backward(self, p: Pass) -> int:
         """Bytes during its backward pass beyond `saved`."""
@@ -82,6 +84,13 @@ class Head:
         """Logits of all scored tokens, or their gradients."""
         size = max(4, self.shapes.compute) if self.on_cpu else self.shapes.compute
         return p.scored * self.shapes.vocabulary * size
+
+    def _kl_chunk(self, p: Pass) -> int:
+        """Logits of both models in fp32, and the gradient of the policy's."""
+        if self.on_cpu:
+            return self._chunk(p)
+        size = p.scored * self.shapes.vocabulary * (2 * 4 + self.shapes.compute)
+        return min(TRITON_KL_CHUNK_BYTES, size)
 
     def _chunk(self, p: Pass) -> int:
         return min(chunked.CHUNK_BYTES, self._dlogits(p))

@@ -7,6 +7,7 @@ from fastpref_kernels.common.attention_tile import head_parts
 from fastpref_kernels.common.configs import (
     ATTENTION_DELTA,
     COLUMN_SUMS,
+    DLOGITS_OF_KL,
     GATED,
     LABEL_LOGITS,
     MERGE,
@@ -20,7 +21,12 @@ from fastpref_kernels.common.configs import (
 )
 from fastpref_kernels.dlogits import label_logits_kernel, linear_dlogits_kernel
 from fastpref_kernels.gated_mlp import gated_bwd_kernel, gated_fwd_kernel
-from fastpref_kernels.linear_kl import kl_dlogits_kernel, linear_kl_fwd_kernel, merge_kl_kernel
+from fastpref_kernels.linear_kl import (
+    kl_dlogits_kernel,
+    linear_kl_fwd_kernel,
+    logits_to_dlogits_kernel,
+    merge_kl_kernel,
+)
 from fastpref_kernels.losses.pair import pair_losses_kernel
 from fastpref_kernels.losses.registry import PAIR_OBJECTIVES, RESPONSE_OBJECTIVES, Objective
 from fastpref_kernels.losses.response import response_losses_kernel
@@ -158,7 +164,12 @@ GEMM_KERNELS = {
         },
     ),
     "linear_kl_fwd": Kernel(
-        linear_kl_fwd_kernel, {"plain": without("softcap"), "softcap": without()}
+        linear_kl_fwd_kernel,
+        {
+            "plain": without("softcap"),
+            "softcap": without(),
+            "value alone": without("softcap", "p_logits_out", "q_logits_out"),
+        },
     ),
     "kl_dlogits": Kernel(kl_dlogits_kernel, {"plain": without("softcap"), "softcap": without()}),
     "linear_dlogits": Kernel(
@@ -180,6 +191,9 @@ ROW_KERNELS = {
         },
     ),
     "merge_kl": Kernel(merge_kl_kernel, {"plain": without()}),
+    "logits_to_dlogits": Kernel(
+        logits_to_dlogits_kernel, {"plain": without("softcap"), "softcap": without()}
+    ),
     "label_logits": Kernel(
         label_logits_kernel, {"plain": without("bias", "softcap"), "bias,softcap": without()}
     ),
@@ -236,6 +250,7 @@ KERNELS = {
 ROW_CONFIGS: dict[str, RowConfig] = {
     "merge_fwd": MERGE,
     "merge_kl": MERGE_KL,
+    "logits_to_dlogits": DLOGITS_OF_KL,
     "label_logits": LABEL_LOGITS,
     "fold": SCORE_FOLD,
     "attention_delta": ATTENTION_DELTA,

@@ -6,9 +6,10 @@
 Both models' tiles of a column block are in registers together, so the difference of two logits is
 never rounded; p - q is also formed in fp32 and is exactly 0 where the two models agree.
 
-GEMMs over a head: 2 for the value; 3 more for dkl_dhidden, computed forward and scaled backward; 3
-more for a trained head. Extra memory: 20 bytes a token and panel of 2048 columns, one chunk of
-(rows, V), and T x D for dkl_dhidden.
+GEMMs over a head: 2 for the value; 1 more for dkl_dhidden, computed forward and scaled backward; 3
+more for a trained head. For dkl_dhidden the logits of both models are kept in fp32 for a chunk of
+rows until their log-sum-exps are known, which takes less time than to compute them again. Extra
+memory: 20 bytes a token and panel of 2048 columns; with dkl_dhidden about KL_CHUNK_BYTES and T x D.
 """
 
 # mypy: allow-untyped-defs
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpref_kernels.common.configs import FP_FUSION, GROUP_T, MERGE_KL
+from fastpref_kernels.common.configs import DLOGITS_OF_KL, FP_FUSION, GROUP_T, MERGE_KL
 from fastpref_kernels.common.gemm_tile import (
     chain_rule,
     column_quarters,
@@ -41,6 +42,10 @@ from fastpref_kernels.linear_logps import head_gradients, rows_per_chunk, scale_
 if TYPE_CHECKING:
     from fastpref.ops.backend import Head
 
+# Both models' logits and p - q: 896 rows of 128k columns in bf16, so that the weights, which every
+# chunk reads, are no longer what its products wait for.
+KL_CHUNK_BYTES = 1 << 30
+
 
 @triton.jit
 def linear_kl_fwd_kernel(
@@ -49,6 +54,8 @@ def linear_kl_fwd_kernel(
     ref_hidden,  # (T, D_REF)
     ref_weight,  # (V, D_REF)
     panels_out,  # (5, panels, T): max and sum of the policy, of the reference, and dot
+    p_logits_out,  # (T, V) fp32, written, or None
+    q_logits_out,  # (T, V) fp32, written, or None
     T,
     V,
     D,
@@ -57,6 +64,7 @@ def linear_kl_fwd_kernel(
     stride_w,
     stride_rh,
     stride_rw,
+    stride_logits,
     logit_scale,
     softcap,
     BLOCK_T: tl.constexpr,
@@ -71,6 +79,8 @@ def linear_kl_fwd_kernel(
     panels = tl.cdiv(tiles, PANEL_TILES)
     row_block, panel = grouped_tile(tl.program_id(0), tl.cdiv(T, BLOCK_T), panels, GROUP)
     row = row_block * BLOCK_T
+    rows = row + tl.arange(0, BLOCK_T)
+    mask = rows < T
     p_max = tl.full((BLOCK_T,), -1e30, dtype=tl.float32)  # finite: -inf - -inf would be NaN
     q_max = tl.full((BLOCK_T,), -1e30, dtype=tl.float32)
     p_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
@@ -99,6 +109,15 @@ def linear_kl_fwd_kernel(
                 q_logits = finish_logits(
                     q_quarters[quarter], col, None, V, logit_scale, softcap, BLOCK_V // 4
                 )
+                if p_logits_out is not None:
+                    store_columns(
+                        p_logits_out, p_logits, rows, mask[:, None], col, V, stride_logits,
+                        BLOCK_V // 4,
+                    )  # fmt: skip
+                    store_columns(
+                        q_logits_out, q_logits, rows, mask[:, None], col, V, stride_logits,
+                        BLOCK_V // 4,
+                    )  # fmt: skip
                 p_new = tl.maximum(p_max, tl.max(p_logits, axis=1))
                 q_new = tl.maximum(q_max, tl.max(q_logits, axis=1))
                 # Past V: q_exp = 0, times the difference of two finite numbers is 0.
@@ -115,8 +134,6 @@ def linear_kl_fwd_kernel(
                 q_sum = q_sum * q_decay + tl.sum(q_exp, axis=1)
                 p_max, q_max = p_new, q_new
 
-    rows = row + tl.arange(0, BLOCK_T)
-    mask = rows < T
     size = tl.cast(panels, tl.int64) * T
     offsets = panel.to(tl.int64) * T + rows
     tl.store(panels_out + offsets, p_max, mask=mask)
@@ -164,6 +181,31 @@ def merge_kl_kernel(
     tl.store(kl + rows, dot / q_sum - q_log_sum + p_log_sum, mask=mask)
     tl.store(lse + rows, p_max + p_log_sum, mask=mask)
     tl.store(ref_lse + rows, q_max + q_log_sum, mask=mask)
+
+
+@triton.jit
+def logits_to_dlogits_kernel(
+    p_logits,  # (T, V) fp32
+    q_logits,  # (T, V) fp32
+    lse,  # (T,)
+    ref_lse,  # (T,)
+    dlogits,  # (T, V), written: d KL / d (hidden @ weight.T)
+    V,
+    stride_logits,
+    stride_dlogits,
+    logit_scale,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < V
+    p = tl.load(p_logits + row * stride_logits + columns, mask=mask, other=0.0)
+    q = tl.load(q_logits + row * stride_logits + columns, mask=mask, other=0.0)
+    grad = tl.exp(p - tl.load(lse + row)) - tl.exp(q - tl.load(ref_lse + row))
+    values = chain_rule(grad, p, logit_scale, softcap)
+    pointers = dlogits + row * stride_dlogits + columns
+    tl.store(pointers, values.to(dlogits.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -242,32 +284,59 @@ def linear_kl_fwd(
     T, V = hidden.shape[0], head.weight.shape[0]
     if T == 0:
         return
-    config = pair_config(hidden)
-    panels = triton.cdiv(triton.cdiv(V, config.block_v), config.panel_tiles)
-    partials = torch.empty((5, panels, T), dtype=torch.float32, device=hidden.device)
     with launching_on(hidden):
-        linear_kl_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)](
-            panels_out=partials,
-            PANEL_TILES=config.panel_tiles,
-            GROUP=GROUP_T,
-            **head_scalars(head),
-            **pair_operands(hidden, head.weight, ref_hidden, ref_weight, config),
-        )
-        merge_kl_kernel[(triton.cdiv(T, MERGE_KL.block_t),)](
-            partials, kl, lse, ref_lse, T, panels,
-            BLOCK_T=MERGE_KL.block_t, num_warps=MERGE_KL.num_warps, enable_fp_fusion=FP_FUSION,
-        )  # fmt: skip
         if dkl_dhidden is None:
+            _statistics(hidden, head, ref_hidden, ref_weight, kl, lse, ref_lse, None)
             return
-        rows = rows_per_chunk(V, hidden.element_size())
+        rows = rows_per_chunk(V, 2 * 4 + hidden.element_size(), KL_CHUNK_BYTES)
+        logits = hidden.new_empty((2, min(rows, T), V), dtype=torch.float32)
         buffer = aligned_rows(min(rows, T), V, hidden)
         for start in range(0, T, rows):
             part = slice(start, min(start + rows, T))
-            dlogits = kl_dlogits(
-                hidden[part], head, ref_hidden[part], ref_weight, lse[part], ref_lse[part],
-                buffer[: part.stop - start],
+            size = part.stop - start
+            _statistics(
+                hidden[part], head, ref_hidden[part], ref_weight, kl[part], lse[part],
+                ref_lse[part], logits[:, :size],
+            )  # fmt: skip
+            dlogits = buffer[:size]
+            logits_to_dlogits_kernel[(triton.cdiv(V, DLOGITS_OF_KL.block_t), size)](
+                logits[0], logits[1], lse[part], ref_lse[part], dlogits, V,
+                stride_logits=V, stride_dlogits=dlogits.stride(0), **head_scalars(head),
+                BLOCK=DLOGITS_OF_KL.block_t, num_warps=DLOGITS_OF_KL.num_warps,
+                enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
             torch.mm(dlogits, head.weight, out=dkl_dhidden[part])
+
+
+def _statistics(
+    hidden: Tensor,  # (T, D)
+    head: "Head",
+    ref_hidden: Tensor,  # (T, D_ref)
+    ref_weight: Tensor,  # (V, D_ref)
+    kl: Tensor,  # (T,), written
+    lse: Tensor,  # (T,), written, of the policy
+    ref_lse: Tensor,  # (T,), written
+    logits: Tensor | None,  # (2, T, V) fp32, written: those of policy and reference
+) -> None:
+    """KL of each token, both log-sum-exps, and on request the logits."""
+    T, V = hidden.shape[0], head.weight.shape[0]
+    config = pair_config(hidden)
+    panels = triton.cdiv(triton.cdiv(V, config.block_v), config.panel_tiles)
+    partials = torch.empty((5, panels, T), dtype=torch.float32, device=hidden.device)
+    linear_kl_fwd_kernel[(triton.cdiv(T, config.block_t) * panels,)](
+        panels_out=partials,
+        p_logits_out=None if logits is None else logits[0],
+        q_logits_out=None if logits is None else logits[1],
+        stride_logits=V,
+        PANEL_TILES=config.panel_tiles,
+        GROUP=GROUP_T,
+        **head_scalars(head),
+        **pair_operands(hidden, head.weight, ref_hidden, ref_weight, config),
+    )
+    merge_kl_kernel[(triton.cdiv(T, MERGE_KL.block_t),)](
+        partials, kl, lse, ref_lse, T, panels,
+        BLOCK_T=MERGE_KL.block_t, num_warps=MERGE_KL.num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
 
 
 def linear_kl_bwd(

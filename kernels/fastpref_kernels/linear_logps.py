@@ -138,9 +138,9 @@ def head_gradients(
             grad_bias[columns] = weighted_column_sums(dlogits, upstream)
 
 
-def rows_per_chunk(width: int, element_size: int) -> int:
-    """Number of rows of this width in about CHUNK_BYTES, in 128s so that no GEMM tile is cut."""
-    return max(1, round(CHUNK_BYTES / (max(width, 1) * element_size * 128))) * 128
+def rows_per_chunk(width: int, element_size: int, budget: int = CHUNK_BYTES) -> int:
+    """Number of rows of this width in about `budget` bytes, in 128s so that no GEMM tile is cut."""
+    return max(1, round(budget / (max(width, 1) * element_size * 128))) * 128
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:

@@ -337,6 +337,8 @@ def test_a_frozen_reference_is_a_second_model(make_config: MakeConfig) -> None:
 def test_dlogits_are_cached_within_the_budgets_of_the_kernels(make_config: MakeConfig) -> None:
     kernels = pytest.importorskip("fastpref_kernels.linear_logps")
     assert heads.TRITON_CACHE_BYTES == kernels.CACHE_BYTES
+    kl = pytest.importorskip("fastpref_kernels.linear_kl")
+    assert heads.TRITON_KL_CHUNK_BYTES == kl.KL_CHUNK_BYTES
     head = memory_of(make_config()).head
     assert head.passes(Pass(1, 1000, 0)) == 3 + 1
     assert head.passes(Pass(1, 2**31 // (4 * V) + 1, 0)) == 4 + 1

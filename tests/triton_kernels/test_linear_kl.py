@@ -43,7 +43,7 @@ def linear_kl(request):
 
 def small_chunks(monkeypatch, V: int) -> None:
     """Set chunks of 7 rows in every implementation."""
-    monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size: 7)
+    monkeypatch.setattr(module, "rows_per_chunk", lambda width, element_size, budget: 7)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 2 * 4 * V)
 
 
@@ -151,3 +151,30 @@ def test_no_two_panels_of_logits_are_alive_at_once(monkeypatch) -> None:
     with Watch():
         kl.sum().backward()
     assert most == 1
+
+
+def test_the_gradient_computes_each_product_once(monkeypatch) -> None:
+    """Two products for the logits of both models and one for the gradient, in every chunk."""
+    small_chunks(monkeypatch, 100)
+    launches = {"linear_kl_fwd_kernel": 0, "kl_dlogits_kernel": 0, "logits_to_dlogits_kernel": 0}
+    for name in launches:
+        kernel = getattr(module, name)
+
+        class Counted:
+            def __init__(self, name, kernel):
+                self.name, self.kernel = name, kernel
+
+            def __getitem__(self, grid):
+                launches[self.name] += 1
+                return self.kernel[grid]
+
+        monkeypatch.setattr(module, name, Counted(name, kernel))
+    hidden, weight, ref_hidden, ref_weight = make(20, 16, 16, 100)
+    weight = weight.detach()
+    ops.linear_kl(hidden, weight, ref_hidden, ref_weight, impl="triton").sum().backward()
+    chunks = 3  # of seven rows
+    assert launches == {
+        "linear_kl_fwd_kernel": chunks,
+        "kl_dlogits_kernel": 0,
+        "logits_to_dlogits_kernel": chunks,
+    }

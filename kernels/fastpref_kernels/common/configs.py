@@ -101,12 +101,17 @@ HALF_PAIR: dict[int, tuple[GemmConfig, ...]] = {
     90: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
     100: (GemmConfig(128, 128, 64, 8, 3, tma=True),),
 }
+FLOAT_PAIR: dict[int, tuple[GemmConfig, ...]] = {
+    **FLOAT_GEMM,
+    100: (GemmConfig(128, 64, 32, 8, 3, tma=True),),
+}
 INTERPRETER_GEMM = GemmConfig(16, 32, 16, 1, 1, tma=True, panel_v=64)
 
 MERGE = RowConfig(16, 4)
 MERGE_PANELS = 64  # partials of a row that are read at once
 REDO_PANELS = 16  # panels that one program of REDO walks; nearly all of them have no row to redo
 MERGE_KL = RowConfig(128, 4)
+DLOGITS_OF_KL = RowConfig(2048, 4)  # columns of one row
 LABEL_LOGITS = RowConfig(1024, 4)  # columns of one row
 SCORE_FOLD = RowConfig(1024, 4)  # columns of one row
 
@@ -218,7 +223,7 @@ def gemm_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
 
 def pair_configs(arch: int, element_size: int) -> tuple[GemmConfig, ...]:
     """The candidates for kernels with two accumulators; the first is used."""
-    return (FLOAT_GEMM if element_size == 4 else HALF_PAIR)[arch]
+    return (FLOAT_PAIR if element_size == 4 else HALF_PAIR)[arch]
 
 
 def attention_configs(
