@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,10 @@ from fastpref.utils.errors import UserError
 if TYPE_CHECKING:
     from fastpref.config import Config
     from fastpref.config.grid import Grid
+
+
+# Until torchrun has ended the other ranks of a node after an error of the first one.
+_FIRST_RANK_SECONDS = 3.0
 
 
 class TrainCommand(ConfigCommand):
@@ -201,11 +206,16 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 
 @contextmanager
 def _refused_once() -> Iterator[None]:
-    """Context manager in which one rank of each node prints an error, which they all find."""
+    """Context manager in which one rank of each node prints an error, which they all find.
+
+    An error of another rank alone is printed later: torchrun ends that rank before, unless the first
+    one has none.
+    """
     try:
         yield
-    except UserError as error:
-        error.should_print &= os.environ.get("LOCAL_RANK", "0") == "0"
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_FIRST_RANK_SECONDS)
         raise
 
 

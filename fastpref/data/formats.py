@@ -4,7 +4,7 @@ A row becomes a `TextGroup`: the prompt of the model and the responses that cont
 
 | kind | columns |
 |---|---|
-| pairwise | `prompt`, `chosen`, `rejected`; or no `prompt`: what both begin with in common |
+| pairwise | `prompt`, `chosen`, `rejected`; without `prompt`, what both begin with in common |
 | pointwise | `prompt`, `completion`, `label`, true or 1 for a desirable completion |
 | groupwise | `prompt`, `completions`, `scores`, two lists of the same length, at least 1 |
 
@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastpref.config.template_kwargs import check_template_kwargs
 from fastpref.data.messages import Messages, normalized
+from fastpref.data.prompt_column import prompt_of
 from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
 from fastpref.losses import Kind
 from fastpref.utils.errors import shown
@@ -126,7 +127,7 @@ def _require(row: Record, kind: Kind) -> None:
 def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
     _require(row, "pairwise")
     responses = {name: row[name] for name in ("chosen", "rejected")}
-    prompt, both = split_prompt(row.get("prompt"), responses)
+    prompt, both = split_prompt(prompt_of(row), responses)
     p = _preference(row)
     labels = (p,) if p is not None and soft_labels else None
     weights = _token_weights(row)

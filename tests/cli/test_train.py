@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fastpref.cli import train
 from fastpref.config import Config
+from fastpref.utils.errors import UserError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -63,3 +65,16 @@ def test_a_grid_without_metrics_has_no_report(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("│ diverged │ –    │") == 2
     assert done.stdout.endswith(f"grid: {tmp_path}/run/grid.json\n")
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3.0])])
+def test_the_first_rank_reports_first(
+    monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[float]
+) -> None:
+    """An error of another rank alone is not lost; torchrun ends the rank where both have one."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(UserError) as caught, train._refused_once():
+        raise UserError("data.train: no such file")
+    assert slept == waits and caught.value.should_print
