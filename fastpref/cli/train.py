@@ -208,8 +208,8 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 def _refused_once() -> Iterator[None]:
     """Context manager in which one rank of each node prints an error, which they all find.
 
-    An error of another rank alone is printed later: torchrun ends that rank before, unless the first
-    one has none.
+    An error of another rank alone is printed later: torchrun ends that rank before, unless the
+    first one has none.
     """
     try:
         yield

@@ -174,7 +174,7 @@ class MemoryBudget:
         tokens, count = self.budget.micro_batch_tokens, self.budget.recomputed_blocks
         if self._recomputes and count < blocks:
             smaller = replace(self.budget, recomputed_blocks=min(blocks, count + -(-blocks // 4)))
-        elif self._training.micro_batch_tokens == "auto" and tokens > self._longest:
+        elif self._chooses_tokens and tokens > self._longest:
             smaller = replace(self.budget, micro_batch_tokens=max(self._longest, tokens // 2))
         else:
             return False
@@ -197,6 +197,12 @@ class MemoryBudget:
         """Whether the number of recomputed blocks is to be chosen."""
         mode = self._training.activation_checkpointing
         return mode == "auto" and self._policy.base.supports_gradient_checkpointing
+
+    @property
+    def _chooses_tokens(self) -> bool:
+        """Whether the size of a micro-batch is to be chosen; it must not decide the objective."""
+        is_auto = self._training.micro_batch_tokens == "auto"
+        return is_auto and not depends_on_batch(self._setup.config)
 
     def _set(self, budget: Budget) -> None:
         self.budget = budget
@@ -244,8 +250,7 @@ class MemoryBudget:
         budget = self._careful()
         if self._training.activation_checkpointing == "auto":
             budget = replace(budget, recomputed_blocks=0)
-        chosen_by_batch = depends_on_batch(self._setup.config)
-        if self._training.micro_batch_tokens == "auto" and not chosen_by_batch:
+        if self._chooses_tokens:
             budget = replace(budget, micro_batch_tokens=self._longest)
         return budget
 
@@ -268,17 +273,18 @@ class MemoryBudget:
 
     def _read(self, path: Path) -> Budget | None:
         """Settings of the run that is resumed, if they suit the config and the data."""
+        careful, is_readable = self._careful(), True
         try:
             budget = Budget(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            return None
-        careful = self._careful()
+            budget, is_readable = careful, False
         if self._training.micro_batch_tokens != "auto":
             budget = replace(budget, micro_batch_tokens=careful.micro_batch_tokens)
         if not self._recomputes:
             budget = replace(budget, recomputed_blocks=careful.recomputed_blocks)
         fits = budget.bytes <= self._usable and budget.micro_batch_tokens >= self._longest
-        return budget if distributed.all_ranks(fits) else None
+        # All ranks call this, whatever they have read.
+        return budget if distributed.all_ranks(is_readable and fits) else None
 
 
 def _random_state(device: torch.device) -> Tensor:

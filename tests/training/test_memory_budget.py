@@ -121,6 +121,18 @@ def test_micro_batches_are_halved_down_to_the_longest_group(
     assert settings(config) == (trainer.plan.max_tokens, 0)
 
 
+def test_the_batch_of_an_objective_that_depends_on_it_is_not_halved(
+    make_config: MakeConfig, display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another micro-batch would be another objective."""
+    config = make_config(loss="beta_dpo", training__activation_checkpointing="off")
+    trainer = Trainer(config, display)
+    assert trainer.plan.max_tokens == 16384
+    run_out(monkeypatch, {0})
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.loop([])
+
+
 def test_settings_of_the_user_are_not_lowered(
     make_config: MakeConfig, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
