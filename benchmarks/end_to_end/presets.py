@@ -102,7 +102,8 @@ CONTESTANTS = (
 )
 
 
-def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], **more: Any) -> Values:
+def llama(width: int, inner: int, layers: int, heads: tuple[int, int], **more: Any) -> Values:
+    """Hugging Face config of a Llama; heads: of queries, and of keys."""
     return {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -119,7 +120,7 @@ def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], **more: 
 
 _CPU = Preset(
     "cpu",
-    _llama(256, 640, 4, (4, 4), vocab_size=16000),  # 11.2M parameters
+    llama(256, 640, 4, (4, 4), vocab_size=16000),  # 11.2M parameters
     max_length=1024,
     device="cpu",
     dtype="float32",
@@ -138,7 +139,7 @@ _CPU_LORA = replace(
     _CPU,
     name="cpu-lora",
     # SmolLM2-135M
-    model=_llama(576, 1536, 30, (9, 3), vocab_size=49152, tie_word_embeddings=True),
+    model=llama(576, 1536, 30, (9, 3), vocab_size=49152, tie_word_embeddings=True),
     max_length=512,
     steps=4,
     curve_steps=6,
@@ -148,7 +149,7 @@ _CPU_LORA = replace(
 )
 _LORA = Preset(
     "lora-8b",
-    _llama(4096, 14336, 32, (32, 8)),  # Llama-3-8B
+    llama(4096, 14336, 32, (32, 8)),  # Llama-3-8B
     max_length=2048,
     device="cuda",
     dtype="bfloat16",
@@ -166,14 +167,14 @@ _LORA = Preset(
 )
 # The same path in a minute, as a check before a run of an hour.
 _SMALL = replace(
-    _LORA, name="small", model=_llama(1024, 2816, 4, (8, 4)), steps=4, curve_steps=4, minutes=3
+    _LORA, name="small", model=llama(1024, 2816, 4, (8, 4)), steps=4, curve_steps=4, minutes=3
 )
 _QLORA = replace(_LORA, name="qlora-8b", adapter={**(_LORA.adapter or {}), "quantize": "nf4"})
 # TRL's policy, gradient, moments and reference in fp32 are 20 bytes a parameter: 30 GB.
 _FULL = replace(
     _LORA,
     name="full-1.5b",
-    model=_llama(1536, 8960, 28, (12, 2), tie_word_embeddings=True),
+    model=llama(1536, 8960, 28, (12, 2), tie_word_embeddings=True),
     adapter=None,
     lr=5e-7,
 )

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.end_to_end.presets import llama
 from fastpref import config as configs
 from fastpref.plan import flops
 from fastpref.plan.budget import token_ladder
@@ -44,21 +45,8 @@ DEVICES = tuple(
 )
 
 
-def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], **more: Any) -> Any:
-    return {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        **more,
-    }
-
-
-_8B = _llama(4096, 14336, 32, (32, 8), tie_word_embeddings=False)
-_1B = _llama(2048, 8192, 16, (32, 8), tie_word_embeddings=True)
+_8B = llama(4096, 14336, 32, (32, 8))
+_1B = llama(2048, 8192, 16, (32, 8), tie_word_embeddings=True)
 MODELS: dict[str, dict[str, Any]] = {
     "8B, LoRA": {"model": _8B, "adapter": {"name": "lora", "r": 16}},
     "8B, QLoRA": {"model": _8B, "adapter": {"name": "lora", "r": 16, "quantize": "nf4"}},

@@ -58,8 +58,10 @@ def choose(
 
     fastest, seconds = None, float("inf")
     for tokens in token_choices:
-        # More blocks need less memory.
-        index = bisect_left(block_choices, True, key=lambda n: peak(tokens, n) <= usable)
+        # More blocks need less memory. The first choice alone often needs no second trace.
+        index = 0
+        if peak(tokens, block_choices[0]) > usable:
+            index = bisect_left(block_choices, True, key=lambda n: peak(tokens, n) <= usable)
         if index == len(block_choices):
             continue
         blocks = block_choices[index]
