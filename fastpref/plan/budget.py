@@ -58,10 +58,11 @@ def choose(
 
     fastest, seconds = None, float("inf")
     for tokens in token_choices:
-        # More blocks need less memory. The first choice alone often needs no second trace.
+        # From the second choice on, more blocks need less memory. One recomputed block can need
+        # more than none: its activations come back while those of the others are still alive.
         index = 0
         if peak(tokens, block_choices[0]) > usable:
-            index = bisect_left(block_choices, True, key=lambda n: peak(tokens, n) <= usable)
+            index = bisect_left(block_choices, True, 1, key=lambda n: peak(tokens, n) <= usable)
         if index == len(block_choices):
             continue
         blocks = block_choices[index]
