@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures, calibration, trunk
+from benchmarks import architectures, trunk
+from benchmarks.calibration import tables as calibration
 from benchmarks.plans import examples
 from benchmarks.real_model.tables import objectives_table, trl_table
 from fastpref import reproduce

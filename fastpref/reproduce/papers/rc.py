@@ -247,8 +247,8 @@ CLAIMS = (
     Claim(
         "Calibration takes −3 to 37 % of the training time",
         "C.3, Table 8",
-        untested="is a property of the authors' program; `benchmarks/calibration.py --overhead` "
-        "measures this one",
+        untested="is a property of the authors' program; "
+        "`python -m benchmarks.calibration --overhead` measures this one",
     ),
 )
 
