@@ -138,7 +138,6 @@ def _run(policy: Policy, batch: Batch) -> _Run:
         if p.requires_grad
     ]
     # As in training: tensors in reference cycles live until a collection between steps.
-    gc.collect()
     gc.disable()
     try:
         return _counted(policy, batch, embeddings, shape)

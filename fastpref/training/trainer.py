@@ -48,6 +48,7 @@ from fastpref.training.step_hook import StepHook
 from fastpref.utils import progress
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
+from fastpref.utils.garbage import manual_collection
 
 
 def train(
@@ -136,15 +137,11 @@ class Trainer:
 
     def loop(self, received: list[int]) -> None:
         """Train from the current step to the last; a signal in `received` ends it after a step."""
-        gc.collect()
-        gc.freeze()  # later collections need not look at what exists now
-        gc.disable()  # automatic collections pause ranks at different times and stall collectives
-        try:
-            self._loop(received)
-        finally:
-            gc.enable()
-            gc.unfreeze()
-            self.checkpoints.wait()
+        with manual_collection():
+            try:
+                self._loop(received)
+            finally:
+                self.checkpoints.wait()
 
     def _loop(self, received: list[int]) -> None:
         t = self.config.training
