@@ -36,8 +36,8 @@ class Data(Section):
     columns: Columns = Field(
         {},
         description="Columns of the data under other names, e.g. `{prompt: question, chosen: "
-        "response_j}`: the name that fastpref reads, then the name in the data. A source has its "
-        "own in `columns`.",
+        "response_j}`: the name that fastpref reads, then the name in the data, or null to leave "
+        "the column out. A source has its own in `columns`.",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
         2048, description="Longest prompt + response, in tokens; longer ones are truncated."

@@ -37,7 +37,7 @@ _TRAINED_ON: dict[SftOn, str] = {
 }
 UNITS: dict[Kind, str] = {"pairwise": "pair", "pointwise": "response", "groupwise": "group"}
 # Part of the cache key: bump it when tokenization or the file format changes.
-_VERSION = "5"
+_VERSION = "6"
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),

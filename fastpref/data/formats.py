@@ -8,9 +8,10 @@ A row becomes a `TextGroup`: the prompt of the model and the responses that cont
 | pointwise | `prompt`, `completion`, `label`, true or 1 for a desirable completion |
 | groupwise | `prompt`, `completions`, `scores`, two lists of the same length, at least 1 |
 
-Prompts and responses are plain text or lists of `{"role", "content"}` messages (see
+Prompts and responses are text or lists of `{"role", "content"}` messages (see
 `fastpref.data.messages`), then with the optional columns `tools` and `chat_template_kwargs`, which
-hold variables of the chat template. Pairs may have `p`, the probability that `chosen` is preferred;
+hold variables of the chat template, and `system` or `system_prompt`, the text of a first message
+(`fastpref.data.prompt_parts`). Pairs may have `p`, the probability that `chosen` is preferred;
 `margin`, by which the reward of `chosen` should be larger, for objectives with an `offset`;
 `ref_chosen_logps`, `ref_rejected_logps`, summed reference log-probs in nats; and `chosen_weights`,
 `rejected_weights`, lists with a weight for the log-prob of each token of the response. Other
@@ -29,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 from fastpref.config.template_kwargs import check_template_kwargs
 from fastpref.data.messages import Messages, normalized
 from fastpref.data.prompt_column import prompt_of
+from fastpref.data.prompt_parts import whole_prompt
 from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
 from fastpref.losses import Kind
 from fastpref.utils.errors import shown
@@ -78,7 +80,7 @@ def read_groups(
     default_split: str = "train",
     soft_labels: bool = True,
     token_weights: bool = True,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
     streaming: bool = False,
 ) -> Iterator[tuple[int, TextGroup]]:
     """Yield the groups of all rows, each with its row number; DataError at the first bad row.
@@ -132,7 +134,7 @@ def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
     labels = (p,) if p is not None and soft_labels else None
     weights = _token_weights(row)
     return TextGroup(
-        prompt,
+        whole_prompt(row, prompt),
         both,
         tools_of(row.get("tools")),
         labels,
@@ -174,7 +176,7 @@ def _labeled(row: Record) -> TextGroup:
         raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
     prompt, responses = split_prompt(row["prompt"], {"completion": row["completion"]})
     return TextGroup(
-        prompt,
+        whole_prompt(row, prompt),
         responses,
         tools_of(row.get("tools")),
         (float(label),),
@@ -199,7 +201,7 @@ def _scored(row: Record) -> TextGroup:
     responses = {f"completions[{k}]": text for k, text in enumerate(completions)}
     prompt, texts = split_prompt(row["prompt"], responses)
     return TextGroup(
-        prompt,
+        whole_prompt(row, prompt),
         texts,
         tools_of(row.get("tools")),
         tuple(map(float, scores)),

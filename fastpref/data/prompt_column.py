@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastpref.data.prompt_parts import text_of
 from fastpref.data.readers import DataError, Record
 
 # Names that public data sets give to prompts.
@@ -26,21 +27,10 @@ def prompt_of(row: Record) -> Any:
         if answers and isinstance(row.get(name), list) and row[name]:
             return row[name]
     for name in (*_CONVERSATIONS, *_PROMPTS):
-        text = _text(row.get(name))
-        if text and text not in _text(chosen):
+        text = text_of(row.get(name))
+        if text and text not in text_of(chosen):
             raise DataError(
                 f"no prompt, and the column {name} is not in chosen; set data.columns: {{prompt: "
                 f"{name}}}, or remove the column"
             )
     return None
-
-
-def _text(value: Any) -> str:
-    """Text of a column: its own, or the contents of its messages."""
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_text, value)))
-    if isinstance(value, dict):
-        return next(
-            (_text(value[name]) for name in ("content", "value", "text") if name in value), ""
-        )
-    return value.strip() if isinstance(value, str) else ""

@@ -15,6 +15,9 @@ from fastpref.data.formats import COLUMNS, TextGroup, to_groups
 from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.tokenize import chunks, tokenize
 
+# Columns that a prompt is rendered with.
+_OF_PROMPTS = ("tools", "chat_template_kwargs", "system", "system_prompt", "input", "history")
+
 
 class Prompt(NamedTuple):
     """A prompt as text and as token ids."""
@@ -65,7 +68,7 @@ def prompt_of(row: Record) -> TextGroup:
                 "or chosen and rejected, whose common prefix is the prompt"
             )
         kind, empty = "pointwise", response_to(prompt, "")
-        kept = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+        kept = {name: row.get(name) for name in _OF_PROMPTS}
         row = {"prompt": prompt, **kept, "completion": empty, "label": 1}
     group = to_groups(row, kind, soft_labels=False)[0]
     return group._replace(responses=(), labels=None, reference_logps=None, token_weights=None)

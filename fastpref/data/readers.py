@@ -33,7 +33,7 @@ class DataError(UserError):
 def read_rows(
     source: str,
     default_split: str = "train",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
     streaming: bool = False,
 ) -> Iterator[tuple[int, Record]]:
     """Rows of a file or of a Hub data set (`org/name` or `org/name:split`), numbered from 1.
@@ -41,7 +41,8 @@ def read_rows(
     Messages, tools and arguments are in one form for all kinds of files, see
     `fastpref.data.nested`.
 
-    columns: names that fastpref knows, each with the column of the source that has its values.
+    columns: names that fastpref knows, each with the column of the source that has its values, or
+        with None for a column that is left out.
     streaming: read a Hub data set while it is downloaded, and keep none of it.
 
     Raises DataError if the source is missing, empty or not in the format of its file extension, or
@@ -68,21 +69,23 @@ def _objects(source: str, rows: Iterator[Any]) -> Iterator[Record]:
         yield row
 
 
-def _renamed(source: str, rows: Iterator[Record], columns: Mapping[str, str]) -> Iterator[Record]:
+def _renamed(
+    source: str, rows: Iterator[Record], columns: Mapping[str, str | None]
+) -> Iterator[Record]:
     """Rows with renamed columns; DataError if none of the first rows has one of them."""
     first = list(islice(rows, _ROWS_WITH_NAMES))
     names = dict.fromkeys(name for row in first for name in row)
     for target, name in columns.items():
-        if first and name not in names:
+        if first and (target if name is None else name) not in names:
             raise DataError(
-                f"data.columns.{target}: {source} has no column {name}; use one of "
+                f"data.columns.{target}: {source} has no column {name or target}; use one of "
                 f"{', '.join(map(str, names)) or 'none'}"
             )
     for row in chain(first, rows):
         yield rename(row, columns)
 
 
-def rename(row: Record, columns: Mapping[str, str]) -> Record:
+def rename(row: Record, columns: Mapping[str, str | None]) -> Record:
     """The row with the columns under the names that fastpref knows.
 
     A column of the row that has such a name already gives way to it.

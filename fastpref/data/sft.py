@@ -8,7 +8,8 @@
 
 `all` trains on every token of prompt and completion, or of all messages, but the first. Otherwise
 messages after the last assistant message are left out. Messages may have the optional columns
-`tools` and `chat_template_kwargs`. Other columns are ignored, but `label` must not be false.
+`tools`, `chat_template_kwargs` and `system`. Other columns are ignored, but `label` must not be
+false.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastpref.data.formats import (
     tools_of,
 )
 from fastpref.data.messages import Messages
+from fastpref.data.prompt_parts import whole_prompt
 from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.shards import shards_of
 from fastpref.losses import Kind, Objective
@@ -109,7 +111,7 @@ def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
     if row.get(column) is not None:
         if row.get("completion") is not None:
             raise DataError("has messages and completion; remove one of the columns")
-        messages = messages_of(column, row[column])
+        messages = whole_prompt(row, messages_of(column, row[column]))
         group = _conversation(messages, sft_on)
         return group._replace(tools=tools, chat_template_kwargs=options)
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
@@ -125,6 +127,7 @@ def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
             "column label"
         )
     prompt, (completion,) = split_prompt(row["prompt"], {"completion": row["completion"]})
+    prompt = whole_prompt(row, prompt)
     if isinstance(prompt, str):
         return _text(prompt, str(completion), sft_on)
     if sft_on == "completion":
