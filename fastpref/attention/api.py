@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastpref.attention.by_segment import Options
 from fastpref.attention.segments import Segments
+from fastpref.utils.first_order import refuse_second_order, refuse_transforms
+
+_REMEDY = "use torch.nn.functional.scaled_dot_product_attention"
 
 
 class Implementation(NamedTuple):
@@ -48,7 +51,8 @@ def packed_attention(
     out[i] = sum_j softmax_j(s_ij) value[j],  s_ij = softcap * tanh(scale * q_i·k_j / softcap)
 
     over the keys j that `Segments` lets token i see; of these, the last `window` positions of its
-    sequence if there is a window. Differentiable once. Forward and backward keep O(P) numbers.
+    sequence if there is a window. Differentiable once, by `torch.autograd` alone. Forward and
+    backward keep O(P) numbers.
 
     scale: 1 / sqrt(D) if None.
 
@@ -56,6 +60,7 @@ def packed_attention(
     not exist or cannot take such inputs.
     """
     _check(query, key, value, segments)
+    refuse_transforms("packed_attention", query, key, value, remedy=_REMEDY)
     options = Options(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
     backend = backend_for(query, options, impl)
     output: Tensor = _PackedAttention.apply(query, key, value, segments, options, backend)
@@ -96,8 +101,8 @@ class _PackedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("packed_attention", _REMEDY)
         segments, options, module = ctx.arguments
         grads = module.backward(grad, *ctx.saved_tensors, segments, options)
         return (*grads, None, None, None)

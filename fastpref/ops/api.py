@@ -9,17 +9,33 @@ nats. `fastpref.ops.reference` defines the logits, and how half precision and au
 `impl` is "auto" or the name of a row of `fastpref.ops.dispatch.TABLE`. "auto" takes the first
 row that is installed and accepts the device and dtype; a named implementation is used or refused,
 never replaced.
-Only shapes, dtypes and devices are checked: reading a label's value would stall the device. Inside
-`torch.compile` an op is one node of the graph.
-"""
+A label out of range, and offsets that do not rise from 0 to T, raise ValueError, too; on a GPU the
+device itself checks them, and stops (`fastpref.ops.bounds`). Inside `torch.compile` an op is one
+node of the graph.
 
-import math
+Under autocast a weight or bias may be fp32 where the hidden states have the autocast dtype: it is
+rounded to that dtype, as for a linear layer, and its gradient is fp32 and not rounded.
+
+Derivatives are those of `torch.autograd`, of first order. With a second derivative
+(`create_graph=True`), in a transform of `torch.func`, and in forward mode an op raises
+RuntimeError; `impl="reference"` has all of them.
+"""
 
 import torch
 from torch import Tensor
 
-from fastpref.ops import dispatch, reference, torch_ops
+from fastpref.ops import dispatch, kl_op, logps_op, reference, segments, statistics_op
 from fastpref.ops.backend import Head
+from fastpref.ops.bounds import labels_in_range, offsets_in_range
+from fastpref.ops.checks import (
+    check_device,
+    check_head,
+    check_labels,
+    check_offsets,
+    check_plain,
+    check_weights,
+    describe,
+)
 from fastpref.ops.reference import IGNORE_INDEX, ScoreGeometry, TokenStats
 from fastpref.ops.score_sketch import SKETCH_ROWS
 
@@ -56,19 +72,19 @@ def linear_logps(
         logits   = cap(logit_scale * (hidden @ weight.T + bias))
         cap(x)   = softcap * tanh(x / softcap), or x without a softcap
 
-    No bit of the value depends on which arguments require a gradient. Gradients are first-order
-    only: a gradient of a gradient raises RuntimeError.
+    No bit of the value depends on which arguments require a gradient.
 
     Raises ValueError, naming the argument, for a wrong shape, dtype, device, scale or `impl`.
     """
     head = Head(weight, bias, logit_scale, softcap)
-    _check_head(hidden, head)
-    _check_labels(labels, hidden)
+    check_head(hidden, head, rounds_parameters=True)
+    check_labels(labels, hidden)
     if impl == "reference":
+        weight, bias, labels = _for_reference(hidden, head, labels)
         return reference.linear_logps(
             hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
-    return torch_ops.linear_logps(hidden, head, labels, impl)
+    return logps_op.linear_logps(hidden, head, labels, impl)
 
 
 def linear_logps_and_scores(
@@ -99,8 +115,8 @@ def linear_logps_and_scores(
     `linear_logps` does, and for a number of tokens or rows out of range.
     """
     head = Head(weight, bias, logit_scale, softcap)
-    _check_head(hidden, head)
-    _check_labels(labels, hidden)
+    check_head(hidden, head, rounds_parameters=True)
+    check_labels(labels, hidden)
     if not 0 <= first_rejected <= len(hidden):
         raise ValueError(
             f"first_rejected: expected a number of tokens from 0 to {len(hidden)}, "
@@ -109,13 +125,14 @@ def linear_logps_and_scores(
     if rows is not None and rows < 1:
         raise ValueError(f"rows: must be >= 1, or None for exact sums, got {rows!r}")
     if token_weights is not None:
-        _check_weights(token_weights, hidden)
+        check_weights(token_weights, hidden)
     if impl == "reference":
+        weight, bias, labels = _for_reference(hidden, head, labels)
         return reference.linear_logps_and_scores(
             hidden, weight, labels, first_rejected, token_weights=token_weights, rows=rows,
             bias=bias, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
-    return torch_ops.linear_logps_and_scores(
+    return logps_op.linear_logps_and_scores(
         hidden, head, labels, first_rejected, token_weights, rows, impl
     )
 
@@ -160,13 +177,14 @@ def token_stats(
     `linear_logps` does.
     """
     head = Head(weight, bias, logit_scale, softcap)
-    _check_head(hidden, head)
-    _check_labels(labels, hidden)
+    check_head(hidden, head, rounds_parameters=True)
+    check_labels(labels, hidden)
     if impl == "reference":
+        weight, bias, labels = _for_reference(hidden, head.detach(), labels)
         return reference.token_stats(
-            hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+            hidden.detach(), weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
-    return torch_ops.token_stats(hidden, head, labels, impl)
+    return statistics_op.token_stats(hidden, head, labels, impl)
 
 
 def collision_entropy(
@@ -187,8 +205,12 @@ def collision_entropy(
     labels only say which tokens are ignored. Raises ValueError as `linear_logps` does.
     """
     if impl == "reference":
+        head = Head(weight, bias, logit_scale, softcap)
+        check_head(hidden, head, rounds_parameters=True)
+        check_labels(labels, hidden)
+        weight, bias, labels = _for_reference(hidden, head.detach(), labels)
         return reference.collision_entropy(
-            hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
+            hidden.detach(), weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap
         )
 
     def lse_of_scaled_logits(scale: float) -> Tensor:
@@ -219,9 +241,9 @@ def linear_kl(
     argument, for a wrong shape, dtype, device, scale or `impl`.
     """
     head = Head(weight, None, logit_scale, softcap)
-    _check_head(hidden, head)
-    _check_head(ref_hidden, head._replace(weight=ref_weight), prefix="ref_")
-    _check_device("ref_hidden", ref_hidden, hidden)
+    check_head(hidden, head, rounds_parameters=True)
+    check_head(ref_hidden, head._replace(weight=ref_weight), prefix="ref_")
+    check_device("ref_hidden", ref_hidden, hidden)
     if len(ref_hidden) != len(hidden):
         raise ValueError(
             f"ref_hidden: expected {len(hidden)} rows, one per token of hidden, "
@@ -233,10 +255,11 @@ def linear_kl(
             f"got {len(ref_weight)}; KL needs one vocabulary"
         )
     if impl == "reference":
+        weight = _rounded(weight, hidden)
         return reference.linear_kl(
             hidden, weight, ref_hidden, ref_weight, logit_scale=logit_scale, softcap=softcap
         )
-    return torch_ops.linear_kl(hidden, head, ref_hidden, ref_weight, impl)
+    return kl_op.linear_kl(hidden, head, ref_hidden, ref_weight, impl)
 
 
 def score_geometry(
@@ -265,22 +288,26 @@ def score_geometry(
     for a wrong shape, dtype, device, scale or `impl`.
     """
     head = Head(weight, None, logit_scale, softcap)
-    _check_head(hidden, head)
-    _check_labels(labels, hidden)
-    _check_offsets(cu_seqlens, hidden if cu_seqlens.device.type != "cpu" else cu_seqlens)
+    check_head(hidden, head, rounds_parameters=True)
+    check_labels(labels, hidden)
+    check_offsets(cu_seqlens, hidden if cu_seqlens.device.type != "cpu" else cu_seqlens)
     if len(cu_seqlens) < 3 or len(cu_seqlens) % 2 == 0:
         raise ValueError(
             f"cu_seqlens: expected 2 B + 1 offsets, B chosen and then B rejected sequences, "
             f"got {len(cu_seqlens)}"
         )
     if token_weights is not None:
-        _check_weights(token_weights, hidden)
+        check_weights(token_weights, hidden)
     if impl == "reference":
+        weight, _, labels = _for_reference(hidden, head.detach(), labels)
+        offsets = offsets_in_range(cu_seqlens, len(hidden)).to(hidden.device)
         return reference.score_geometry(
-            hidden, weight, labels, cu_seqlens.to(hidden.device), token_weights=token_weights,
+            hidden.detach(), weight, labels, offsets, token_weights=token_weights,
             per_pair=per_pair, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
-    return torch_ops.score_geometry(hidden, head, labels, cu_seqlens, token_weights, per_pair, impl)
+    return statistics_op.score_geometry(
+        hidden, head, labels, cu_seqlens, token_weights, per_pair, impl
+    )
 
 
 def segment_sum(
@@ -294,10 +321,11 @@ def segment_sum(
     Deterministic, accumulated in fp64, returned in the dtype of `values`. Raises ValueError,
     naming the argument, for a wrong shape, dtype or device.
     """
+    check_plain("values", values)
     if values.dim() != 1 or not values.is_floating_point():
-        raise ValueError(f"values: expected a floating-point vector (T,), got {_describe(values)}")
-    _check_offsets(cu_seqlens, values)
-    return reference.segment_sum(values, cu_seqlens)
+        raise ValueError(f"values: expected a floating-point vector (T,), got {describe(values)}")
+    check_offsets(cu_seqlens, values)
+    return segments.segment_sum(values, offsets_in_range(cu_seqlens, len(values)))
 
 
 def implementation(hidden: Tensor, impl: str = "auto") -> str:
@@ -309,96 +337,17 @@ def implementation(hidden: Tensor, impl: str = "auto") -> str:
     return dispatch.choose(impl, hidden.device.type, hidden.dtype).name
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
+def _for_reference(
+    hidden: Tensor, head: Head, labels: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight and bias as the other implementations round them, and labels as they check them."""
+    bias = None if head.bias is None else _rounded(head.bias, hidden)
+    return _rounded(head.weight, hidden), bias, labels_in_range(labels, len(head.weight))
 
 
-def _check_head(hidden: Tensor, head: Head, prefix: str = "") -> None:
-    weight, bias, logit_scale, softcap = head
-    hidden_name, weight_name = f"{prefix}hidden", f"{prefix}weight"
-    if hidden.dim() != 2 or hidden.dtype not in _FLOATS:
-        raise ValueError(
-            f"{hidden_name}: expected a (T, D) tensor of fp16, bf16, fp32 or fp64, "
-            f"got {_describe(hidden)}; flatten batch and time into T"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
-        raise ValueError(
-            f"{weight_name}: expected shape (V, {hidden.shape[1]}) with V >= 1 to match "
-            f"{hidden_name}, got {tuple(weight.shape)}"
-        )
-    if hasattr(weight, "device_mesh"):
-        raise ValueError(
-            f"{weight_name}: got a DTensor, of which this rank holds a shard; call the op inside "
-            f"the forward of the FSDP module that owns it, where it is gathered"
-        )
-    _check_dtype(weight_name, weight, hidden, hidden_name)
-    _check_device(weight_name, weight, hidden, hidden_name)
-    if bias is not None:
-        if bias.shape != (len(weight),):
-            raise ValueError(
-                f"bias: expected shape ({len(weight)},), one per row of weight, "
-                f"got {tuple(bias.shape)}"
-            )
-        _check_dtype("bias", bias, hidden)
-        _check_device("bias", bias, hidden)
-    if not _is_real(logit_scale) or logit_scale == 0:
-        raise ValueError(
-            f"logit_scale: expected a finite number other than 0, got {logit_scale!r}; "
-            f"1.0 leaves the logits as they are"
-        )
-    if softcap is not None and not (_is_real(softcap) and softcap > 0):
-        raise ValueError(
-            f"softcap: expected a finite number above 0, got {softcap!r}; None means no cap"
-        )
-
-
-def _check_labels(labels: Tensor, hidden: Tensor) -> None:
-    if labels.dtype not in _INTEGERS:
-        raise ValueError(f"labels: expected int64 or int32, got {labels.dtype}")
-    if labels.shape != (len(hidden),):
-        raise ValueError(
-            f"labels: expected shape ({len(hidden)},), one per row of hidden, "
-            f"got {tuple(labels.shape)}"
-        )
-    _check_device("labels", labels, hidden)
-
-
-def _check_weights(token_weights: Tensor, hidden: Tensor) -> None:
-    if token_weights.shape != (len(hidden),) or not token_weights.is_floating_point():
-        raise ValueError(
-            f"token_weights: expected floating point of shape ({len(hidden)},), one per row of "
-            f"hidden, got {_describe(token_weights)}"
-        )
-    _check_device("token_weights", token_weights, hidden)
-
-
-def _check_offsets(cu_seqlens: Tensor, tokens: Tensor) -> None:
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype not in _INTEGERS:
-        raise ValueError(
-            f"cu_seqlens: expected an int32 or int64 vector of S + 1 offsets starting at 0, "
-            f"got {_describe(cu_seqlens)}"
-        )
-    _check_device("cu_seqlens", cu_seqlens, tokens, "the tokens")
-
-
-def _check_dtype(name: str, tensor: Tensor, like: Tensor, like_name: str = "hidden") -> None:
-    if tensor.dtype != like.dtype:
-        raise ValueError(
-            f"{name}: expected {like.dtype} like {like_name}, got {tensor.dtype}; cast one of them"
-        )
-
-
-def _check_device(name: str, tensor: Tensor, like: Tensor, like_name: str = "hidden") -> None:
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name}: expected to be on {like.device} like {like_name}, got {tensor.device}; "
-            f"move one of them"
-        )
-
-
-def _is_real(number: object) -> bool:
-    return isinstance(number, int | float) and math.isfinite(number)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)} of {tensor.dtype}"
+def _rounded(parameter: Tensor, hidden: Tensor) -> Tensor:
+    """The parameter rounded to the dtype of hidden, with a gradient that is not rounded."""
+    if parameter.dtype == hidden.dtype:
+        return parameter
+    rounding = parameter.detach().to(hidden.dtype).to(parameter.dtype) - parameter.detach()
+    return parameter + rounding  # exact: the difference of a number and its rounding is

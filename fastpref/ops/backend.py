@@ -1,8 +1,8 @@
 """The head of a language model, and the methods that a backend implements.
 
-`fastpref.ops.torch_ops` turns the methods into differentiable ops. A backend is the object
-`BACKEND` of its module. Methods that end in `_fwd` and `_bwd` write into tensors that the caller
-allocated; arguments are checked, on one device and of one dtype.
+`fastpref.ops.logps_op` and `kl_op` turn the methods into differentiable ops. A backend is the
+object `BACKEND` of its module. Methods that end in `_fwd` and `_bwd` write into tensors that the
+caller allocated; arguments are checked, on one device and of one dtype.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,16 @@ class Head(NamedTuple):
         """The same head for a slice of the vocabulary."""
         bias = None if self.bias is None else self.bias[part]
         return self._replace(weight=self.weight[part], bias=bias)
+
+    def detach(self) -> Head:
+        """The same head without gradient, in forward mode, too."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weight=self.weight.detach(), bias=bias)
+
+    def rounded_to(self, dtype: torch.dtype) -> Head:
+        """The same head in the dtype of the hidden states, as autocast rounds it."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
 
 
 class ScoreSketch(NamedTuple):
@@ -89,8 +100,8 @@ class Backend(Protocol):
         lse: Tensor,  # (T,) of the forward pass
         dlogits: Tensor | None,  # (T, V) of the forward pass; None: recompute them
         row_scale: Tensor | None,  # (T,) of the forward pass
-        grad_weight: Tensor | None,  # (V, D), written
-        grad_bias: Tensor | None,  # (V,), written
+        grad_weight: Tensor | None,  # (V, D), written, in hidden's dtype or a wider one
+        grad_bias: Tensor | None,  # (V,), written, likewise
     ) -> None:
         """Gradients of the head's weight and bias."""
 
@@ -119,7 +130,7 @@ class Backend(Protocol):
         ref_weight: Tensor,  # (V, E)
         lse: Tensor,  # (T,) of the forward pass
         ref_lse: Tensor,  # (T,) of the forward pass
-        grad_weight: Tensor,  # (V, D), written
+        grad_weight: Tensor,  # (V, D), written, in hidden's dtype or a wider one
     ) -> None:
         """Gradient of the policy head's weight."""
 

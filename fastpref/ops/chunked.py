@@ -21,19 +21,19 @@ heads: 2 GEMMs for the value, one more for `dkl_dhidden`, 3 more for a trained h
 All modes compute the log-probs by the same operations on the same chunks, so that a policy with
 gradients and its reference without agree bit for bit.
 
-A `RowPass` is the elementwise work between two GEMMs. `TORCH_ROWS`, the one of this module, runs
-anywhere; `fastpref.ops.cpu` has another.
+A `RowPass` is the elementwise work between two GEMMs: that of `fastpref.ops.row_pass` runs
+anywhere, `fastpref.ops.cpu` has another.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.ops.backend import Head, ScoreSketch
 from fastpref.ops.reference import IGNORE_INDEX, TokenStats, statistics_dtype
+from fastpref.ops.row_pass import TORCH_ROWS, RowPass
 from fastpref.ops.score_sketch import fold
 
 # The memory of one chunk (forward) or panel (backward) of logits. On a 2-core CPU anything from 64
@@ -47,25 +47,6 @@ CHUNK_BYTES = 256 * 2**20
 SLICES = 16
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-class RowPass(NamedTuple):
-    """The elementwise work on rows of logits, in place, and the policy of caching dlogits.
-
-    score(logits, labels, entropy, scale) returns the statistics of each row (entropy 0 unless
-    requested). With a scale it replaces the logits by scale * (onehot - softmax); without one
-    they are left in any state. The statistics must not depend on scale or entropy.
-
-    dlogits(logits, labels, lse, row_scale) replaces some columns of the logits by
-    row_scale[t] * (onehot - exp(logits - lse)); labels outside the columns have no onehot.
-
-    caches_dlogits(hidden, weight) says whether the (T, V) dlogits of a trained head stay in memory
-    from forward to backward.
-    """
-
-    score: Callable[[Tensor, Tensor, bool, float | None], TokenStats]
-    dlogits: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    caches_dlogits: Callable[[Tensor, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -277,35 +258,6 @@ class Chunked:
                 panel[t].mul_(slope)
 
 
-def _torch_score(logits: Tensor, labels: Tensor, entropy: bool, scale: float | None) -> TokenStats:
-    row_max = logits.amax(1, keepdim=True)
-    target = logits.gather(1, labels[:, None])
-    exp_logits = logits.sub_(row_max).exp_()
-    total = exp_logits.sum(1, keepdim=True)
-    log_total = total.log()
-    entropies = torch.zeros_like(total)
-    if entropy:
-        # Below the smallest normal number x log x counts as 0; log 0 would give NaN.
-        tiny = torch.finfo(logits.dtype).tiny
-        terms = exp_logits.clamp(min=tiny).log_().mul_(exp_logits).sum(1, keepdim=True)
-        entropies = log_total - terms / total
-    if scale is not None:
-        dlogits = exp_logits.mul_(-scale / total)
-        dlogits.scatter_(1, labels[:, None], dlogits.gather(1, labels[:, None]) + scale)
-    logps = (target - row_max) - log_total
-    columns = logps, row_max + log_total, entropies, target >= row_max
-    return TokenStats(*(x.squeeze(1) for x in columns))
-
-
-def _torch_dlogits(logits: Tensor, labels: Tensor, lse: Tensor, row_scale: Tensor) -> None:
-    dlogits = logits.sub_(lse[:, None]).exp_().mul_(-row_scale[:, None])
-    outside = (labels < 0) | (labels >= dlogits.shape[1])
-    columns = labels.masked_fill(outside, 0)[:, None]
-    onehot = row_scale.masked_fill(outside, 0.0)[:, None]
-    dlogits.scatter_(1, columns, dlogits.gather(1, columns) + onehot)
-
-
-TORCH_ROWS = RowPass(_torch_score, _torch_dlogits, caches_dlogits=lambda hidden, weight: False)
 BACKEND = Chunked(TORCH_ROWS)
 
 

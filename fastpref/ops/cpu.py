@@ -7,8 +7,6 @@ memory once, where PyTorch reads it in each of half a dozen operations. fp32 inp
 A trained head caches the dlogits of every token between forward and backward if they fit
 `CACHE_BYTES`: 3 GEMMs instead of 4.
 
-Labels outside the vocabulary raise ValueError: the library would read past a row.
-
 The library is an optional part of the package, built at installation where there is a C++
 compiler; `unavailable_reason` says why it cannot be used.
 """
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from fastpref.ops import chunked
 from fastpref.ops.reference import TokenStats
+from fastpref.ops.row_pass import RowPass
 
 LIBRARY = Path(__file__).with_name(f"_rows{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -84,7 +83,7 @@ def _library() -> ctypes.CDLL:
 
 def _score(logits: Tensor, labels: Tensor, entropy: bool, scale: float | None) -> TokenStats:
     labels = labels.contiguous()
-    rows, vocabulary = logits.shape
+    rows = len(logits)
     logps, lse, entropies = logits.new_empty(rows), logits.new_empty(rows), logits.new_zeros(rows)
     top1 = torch.empty(rows, dtype=torch.bool)
     out_of_range = _library().fastpref_score_rows(
@@ -97,11 +96,7 @@ def _score(logits: Tensor, labels: Tensor, entropy: bool, scale: float | None) -
         top1.data_ptr(),
         torch.get_num_threads(),
     )
-    if out_of_range:
-        raise ValueError(
-            f"labels: expected -100 or an index below {vocabulary}, the rows of weight, got "
-            f"{out_of_range} of {rows} out of range; correct them or set them to -100"
-        )
+    assert not out_of_range, "labels are checked before"
     return TokenStats(logps, lse, entropies, top1)
 
 
@@ -126,5 +121,5 @@ def _caches_dlogits(hidden: Tensor, weight: Tensor) -> bool:
     return needed <= min(CACHE_BYTES, CACHE_CHUNKS * chunked.CHUNK_BYTES)
 
 
-_ROWS = chunked.RowPass(_score, _dlogits, _caches_dlogits)
+_ROWS = RowPass(_score, _dlogits, _caches_dlogits)
 BACKEND = chunked.Chunked(_ROWS)

@@ -129,8 +129,8 @@ def linear_kl(
     """
     head = Head(weight, None, logit_scale, softcap)
     logp = _logits(hidden, head).log_softmax(1)
-    with torch.no_grad():
-        logq = _logits(ref_hidden, head._replace(weight=ref_weight)).log_softmax(1)
+    ref_head = head._replace(weight=ref_weight.detach())
+    logq = _logits(ref_hidden.detach(), ref_head).log_softmax(1)
     return (logq.exp() * (logq - logp)).sum(1)
 
 
@@ -216,12 +216,16 @@ def _drop(hidden: Tensor, ignored: Tensor) -> Tensor:
 def _dlogits(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """d logps[t] / d (h_t . w_v), (T, V), by autograd with respect to hidden @ weight.T."""
     ignored = labels == IGNORE_INDEX
-    with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-        raw = (hidden @ head.weight.detach().to(hidden.dtype).T).detach().requires_grad_()
-        bias = 0.0 if head.bias is None else head.bias.detach().to(hidden.dtype)
+    bias = 0.0 if head.bias is None else head.bias.detach().to(hidden.dtype)
+
+    def sum_of_logps(raw: Tensor) -> Tensor:
         logps = _cap((raw + bias) * head.logit_scale, head.softcap).log_softmax(1)
         target = logps.gather(1, labels.masked_fill(ignored, 0).long()[:, None]).squeeze(1)
-        (dlogits,) = torch.autograd.grad(target.masked_fill(ignored, 0.0).sum(), raw)
+        return target.masked_fill(ignored, 0.0).sum()
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        raw = hidden.detach() @ head.weight.detach().to(hidden.dtype).T
+        dlogits: Tensor = torch.func.grad(sum_of_logps)(raw)
     return dlogits
 
 

@@ -19,6 +19,7 @@ from fastpref.trunk.attention import AttentionLayer, Positions
 from fastpref.trunk.layer import Gradients
 from fastpref.trunk.linear import LinearGroup
 from fastpref.trunk.mlp import MlpLayer
+from fastpref.utils.first_order import refuse_second_order
 
 
 class Block:
@@ -69,8 +70,8 @@ class _Block(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("the trunk of fastpref", "call the Hugging Face model")
         block, positions, names, copies = ctx.arguments
         count = sum(map(len, names))
         saved, values = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]

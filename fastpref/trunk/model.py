@@ -15,6 +15,7 @@ from fastpref.trunk.families import UnknownLayer, family_of, read_block, read_no
 from fastpref.trunk.layer import NormModule
 from fastpref.trunk.linear import copy_adapters
 from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
+from fastpref.utils.first_order import refuse_second_order
 
 # Name under which a layer runs its block: a method of the module, so that FSDP2 can gather the
 # layer's weights around it.
@@ -109,8 +110,8 @@ class _LastNorm(torch.autograd.Function):
         return rms_norm(hidden, weight, norm)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("the trunk of fastpref", "call the Hugging Face model")
         hidden, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1]
         return *rms_norm_backward(grad, hidden, weight, ctx.norm, needs_weight), None

@@ -111,9 +111,9 @@ def linear_logps_bwd(
             head_gradients(scaled_hidden, scale, V, recompute, grad_weight, grad_bias)
             return
         if grad_weight is not None:
-            torch.mm(dlogits.t(), scaled_hidden, out=grad_weight)
+            multiply_into(grad_weight, dlogits.t(), scaled_hidden)
         if grad_bias is not None:
-            grad_bias.copy_(weighted_column_sums(dlogits, scale))
+            weighted_column_sums(dlogits, scale, grad_bias)
 
 
 def head_gradients(
@@ -133,9 +133,9 @@ def head_gradients(
         columns = slice(start, min(start + width, V))
         dlogits = recompute(columns, buffer[:, : columns.stop - start])
         if grad_weight is not None:
-            torch.mm(dlogits.t(), scaled_hidden, out=grad_weight[columns])
+            multiply_into(grad_weight[columns], dlogits.t(), scaled_hidden)
         if grad_bias is not None:
-            grad_bias[columns] = weighted_column_sums(dlogits, upstream)
+            weighted_column_sums(dlogits, upstream, grad_bias[columns])
 
 
 def rows_per_chunk(width: int, element_size: int, budget: int = CHUNK_BYTES) -> int:
@@ -148,6 +148,16 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(x, scale[:, None], out=torch.empty_like(x))
 
 
-def weighted_column_sums(dlogits: Tensor, weights: Tensor) -> Tensor:
-    """sum_t weights_t dlogits_t, accumulated in fp32, in the dtype of dlogits."""
-    return (weights[None].to(dlogits.dtype) @ dlogits)[0]
+def weighted_column_sums(dlogits: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out = sum_t weights_t dlogits_t, accumulated in fp32 and rounded once."""
+    multiply_into(out[None], weights[None].to(dlogits.dtype), dlogits)
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, accumulated in fp32 and rounded once to the dtype of out, which may be wider."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

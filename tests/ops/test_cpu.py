@@ -8,12 +8,13 @@ Errors are compared over some hundred gradients or more, so that no single round
 import math
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
 
 from fastpref import ops
-from fastpref.ops import chunked, cpu
+from fastpref.ops import chunked, cpu, dispatch
 
 UNAVAILABLE = cpu.unavailable_reason("cpu")
 built = pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)
@@ -297,8 +298,14 @@ def test_without_the_library_auto_works_and_a_named_cpu_says_what_to_do(monkeypa
     expected = ops.linear_logps(hidden, weight, labels, impl="chunked")
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_rows.so")
     cpu.unavailable_reason.cache_clear()
+    dispatch._warn_once.cache_clear()
     try:
-        assert torch.equal(ops.linear_logps(hidden, weight, labels), expected)
+        with pytest.warns(UserWarning, match=r"impl: 'auto' takes 'chunked' on cpu: 'cpu' was not"):
+            assert torch.equal(ops.linear_logps(hidden, weight, labels), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.linear_logps(hidden, weight, labels)  # said once
+            ops.linear_logps(hidden.double(), weight.double(), labels)  # `cpu` takes fp32 alone
         with pytest.raises(ValueError, match=r"impl: 'cpu' was not built.*C\+\+ compiler"):
             ops.linear_logps(hidden, weight, labels, impl="cpu")
         with pytest.raises(ValueError, match=r"one of .*'chunked', 'reference'"):

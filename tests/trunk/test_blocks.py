@@ -128,6 +128,14 @@ def hidden_and_gradients(function, model: Any, inputs: Tensor, segments: Segment
     return {"hidden": hidden.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
+def test_a_second_derivative_is_refused():
+    model = model_of("llama")
+    inputs = embeddings(PACKED, model, torch.float64)
+    hidden = explicit_hidden(model, inputs, PACKED)
+    with pytest.raises(RuntimeError, match="the trunk of fastpref: its gradient has no derivative"):
+        torch.autograd.grad(hidden.sum(), inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_values_and_gradients_in_fp64(name, lora):

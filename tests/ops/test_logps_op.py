@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref import ops
-from fastpref.ops import cpu, torch_ops
+from fastpref.ops import cpu, kl_op, logps_op, statistics_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU_UNAVAILABLE = cpu.unavailable_reason(DEVICE)
@@ -40,7 +40,7 @@ def test_opcheck_of_the_log_probs(impl, trained, sketch_rows) -> None:
     arguments = (x["hidden"], x["weight"], x["labels"], x["bias"], token_weights, 0.5, 4.0)
     sketch = (sketch_rows, min(2, sketch_rows))
     trains = ("hidden" in trained, "weight" in trained)
-    torch.library.opcheck(torch_ops._linear_logps, (*arguments, *sketch, *trains, impl))
+    torch.library.opcheck(logps_op._linear_logps, (*arguments, *sketch, *trains, impl))
 
 
 @each_implementation
@@ -51,7 +51,7 @@ def test_opcheck_of_the_divergence(impl, trained) -> None:
     reference = [torch.randn(n, E, generator=g).to(DEVICE) for n in (T, V)]
     arguments = (x["hidden"], x["weight"], *reference, 0.5, None)
     head = "weight" in trained
-    torch.library.opcheck(torch_ops._linear_kl, (*arguments, "hidden" in trained, head, impl))
+    torch.library.opcheck(kl_op._linear_kl, (*arguments, "hidden" in trained, head, impl))
 
 
 @each_implementation
@@ -60,12 +60,12 @@ def test_opcheck_of_the_statistics(impl, per_pair) -> None:
     x = inputs()
     options = (1.0, None, impl)
     torch.library.opcheck(
-        torch_ops._token_stats, (x["hidden"], x["weight"], x["labels"], x["bias"], *options)
+        statistics_op._token_stats, (x["hidden"], x["weight"], x["labels"], x["bias"], *options)
     )
     ends = torch.tensor([0, 2, 3, 4, 6])
     token_weights = None if per_pair else x["hidden"][:, 0]
     torch.library.opcheck(
-        torch_ops._score_geometry,
+        statistics_op._score_geometry,
         (x["hidden"], x["weight"], x["labels"], ends, token_weights, per_pair, *options),
     )
 
