@@ -166,11 +166,12 @@ def _all_kinds(layers: list[Any], count: int) -> list[Any]:
     return [*kinds, *[kinds[-1]] * (count - len(kinds))]
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, vocabulary: int = VOCABULARY) -> nn.Module:
     """Tiny model in fp32 with random weights of standard deviation STD."""
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(name)
+    config.get_text_config().vocab_size = vocabulary
     for entry, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in entry or entry.endswith("_pdrop")):
             setattr(config, entry, 0.0)

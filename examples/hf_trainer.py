@@ -1,29 +1,32 @@
-"""Preference training with the plain `transformers.Trainer`: any objective that has no reference.
+"""Preference training with the plain `transformers.Trainer`: any objective on pairs.
 
     python examples/hf_trainer.py                            # a tiny random model, seconds on a CPU
-    python examples/hf_trainer.py --model Qwen/Qwen2.5-0.5B --lr 1e-6 --loss cpo
+    python examples/hf_trainer.py --model Qwen/Qwen2.5-0.5B --lr 1e-6 --loss dpo
+    torchrun --nproc-per-node 2 examples/hf_trainer.py       # on several devices or processes
 
-One device: the decoder is called without its head, past the wrappers of distributed training.
+Objectives on single responses and on groups need more arguments: see docs/integrations.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from functools import partial
 from typing import Any
 
 import torch
-from plain_pytorch import collate, hidden_states, load, pairs
+from plain_pytorch import collate, load, pairs
 from transformers import Trainer, TrainingArguments
 
-from fastpref.fused import FusedPreferenceLoss
+from fastpref import losses
+from fastpref.fused import ModelLoss
 
 
 class PreferenceTrainer(Trainer):
     """A trainer whose batches are preference pairs."""
 
-    def __init__(self, *args: Any, preference_loss: FusedPreferenceLoss, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, preference_loss: ModelLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.preference_loss = preference_loss
         self.model_accepts_loss_kwargs = False  # so that accumulated batches are averaged
@@ -32,13 +35,8 @@ class PreferenceTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        model = self.accelerator.unwrap_model(model)
-        head = model.get_output_embeddings()
         with self.accelerator.autocast():
-            loss, self.metrics = self.preference_loss(
-                hidden_states(model, inputs), head.weight, inputs["labels"],
-                attention_mask=inputs["attention_mask"], bias=head.bias, shift=True,
-            )  # fmt: skip
+            loss, self.metrics = self.preference_loss(model, **inputs)
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -58,18 +56,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     model, tokenizer = load(options.model)
     with tempfile.TemporaryDirectory() as folder:
+        config = TrainingArguments(
+            folder, max_steps=options.steps, learning_rate=options.lr, logging_steps=1,
+            per_device_train_batch_size=8, remove_unused_columns=False, save_strategy="no",
+            report_to=[], use_cpu=not torch.cuda.is_available(),  # processes on a CPU meet, too
+        )  # fmt: skip
+        needs_reference = losses.build(options.loss).needs_reference
+        reference = copy.deepcopy(model).to(config.device) if needs_reference else None
         trainer = PreferenceTrainer(
-            model,
-            TrainingArguments(
-                folder, max_steps=options.steps, learning_rate=options.lr, logging_steps=1,
-                per_device_train_batch_size=8, remove_unused_columns=False, save_strategy="no",
-                report_to=[],
-            ),
-            train_dataset=pairs(64),
+            model, config, train_dataset=pairs(64),
             data_collator=partial(collate, tokenizer=tokenizer),
-            preference_loss=FusedPreferenceLoss(
-                options.loss, softcap=getattr(model.config, "final_logit_softcapping", None)
-            ),
+            preference_loss=ModelLoss(model, options.loss, reference=reference),
         )  # fmt: skip
         trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]

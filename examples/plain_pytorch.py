@@ -1,6 +1,7 @@
 """Preference training in a plain PyTorch loop: any objective, no logits.
 
     python examples/plain_pytorch.py                         # a tiny random model, seconds on a CPU
+    torchrun --nproc-per-node 2 examples/plain_pytorch.py        # on several devices or processes
     python examples/plain_pytorch.py --loss stapo --steps 50     # or tdpo2, or bco
     python examples/plain_pytorch.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
 
@@ -13,14 +14,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.data import bpe
-from fastpref.fused import FusedPreferenceLoss
+from fastpref.fused import ModelLoss
 from fastpref.losses import PointwiseLoss
 
 WORDS = "tea coffee river mountain piano guitar winter summer bread cheese".split()  # noqa: SIM905
@@ -70,13 +74,6 @@ def collate(batch: Sequence[dict[str, str]], tokenizer: Any) -> dict[str, torch.
     }
 
 
-def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The decoder's last hidden states (2B, L, D): the model without its head."""
-    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-    states: torch.Tensor = model.base_model(ids, attention_mask=mask).last_hidden_state
-    return states
-
-
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train and return the loss of each step."""
     parser = argparse.ArgumentParser(description="Preference training in a plain PyTorch loop.")
@@ -86,36 +83,41 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args(arguments)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer = load(options.model)
     model.to(device)
     reference = copy.deepcopy(model).requires_grad_(False)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    preference_loss = FusedPreferenceLoss(options.loss, softcap=softcap)
+    preference_loss = ModelLoss(model, options.loss, reference=reference)
+    wrapper = DistributedDataParallel(model) if ranks > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
-    labels = {}
-    if isinstance(preference_loss.loss, PointwiseLoss):  # the chosen responses come first
-        labels["desirable"] = torch.arange(16) < 8
+    given = {}
+    if isinstance(preference_loss.objective, PointwiseLoss):  # the chosen responses come first
+        given["desirable"] = torch.arange(16) < 8
     data, losses = pairs(64), []
     for step in range(options.steps):
-        batch = collate([data[(8 * step + i) % len(data)] for i in range(8)], tokenizer)
-        with torch.no_grad():
-            ref_hidden = hidden_states(reference, batch)
-        head, ref_head = model.get_output_embeddings(), reference.get_output_embeddings()
+        first = 8 * (ranks * step + rank)  # each rank has pairs of its own
+        batch = collate([data[(first + i) % len(data)] for i in range(8)], tokenizer)
         loss, metrics = preference_loss(
-            hidden_states(model, batch), head.weight, batch["labels"],  # labels stay on the CPU
-            attention_mask=batch["attention_mask"], bias=head.bias, shift=True,
-            ref_hidden=ref_hidden, ref_weight=ref_head.weight, ref_bias=ref_head.bias, **labels,
+            wrapper, input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device), labels=batch["labels"], **given,
         )  # fmt: skip
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        print(f"step {step + 1:3d}  loss {losses[-1]:.4f}  "
-              f"accuracy {metrics['rewards/accuracies'].item():.2f}  "
-              f"margin {metrics['rewards/margins'].item():+.3f}")  # fmt: skip
+        if rank == 0:
+            print(f"step {step + 1:3d}  loss {losses[-1]:.4f}  "
+                  f"accuracy {metrics['rewards/accuracies'].item():.2f}  "
+                  f"margin {metrics['rewards/margins'].item():+.3f}")  # fmt: skip
     return losses
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

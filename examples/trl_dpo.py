@@ -1,7 +1,8 @@
-"""TRL's DPO trainer with any objective and without logits.
+"""TRL's DPO trainer without logits, with TRL's losses or any objective of fastpref.
 
     python examples/trl_dpo.py                               # a tiny random model, seconds on a CPU
-    python examples/trl_dpo.py --loss kto --lora             # or stapo, tdpo2, nca, ...
+    python examples/trl_dpo.py --loss-type sigmoid bco_pair sft
+    python examples/trl_dpo.py --objective kto --lora        # or stapo, tdpo2, nca, ...
     python examples/trl_dpo.py --model Qwen/Qwen2.5-0.5B --lr 1e-6
 
 Needs `pip install trl`.
@@ -18,18 +19,17 @@ from peft import LoraConfig
 from plain_pytorch import load, pairs
 from trl import DPOConfig, DPOTrainer
 
-from fastpref.fused.trl import FusedDPOMixin
+from fastpref.fused.trl import fused
 
-
-class FusedDPOTrainer(FusedDPOMixin, DPOTrainer):
-    pass
+FusedDPOTrainer = fused(DPOTrainer)
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train and return the logged losses."""
     parser = argparse.ArgumentParser(description="TRL's DPO trainer with the fused loss.")
     parser.add_argument("--model", help="folder or Hub name; a tiny random model by default")
-    parser.add_argument("--loss", default="dpo", help="one of `fastpref losses`")
+    parser.add_argument("--loss-type", nargs="+", default=["sigmoid"], help="of TRL's DPOConfig")
+    parser.add_argument("--objective", help="one of `fastpref losses`, in place of --loss-type")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lora", action="store_true", help="train adapters instead of all weights")
@@ -43,9 +43,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
             model.save_pretrained(path)
         trainer = FusedDPOTrainer(
             path,
-            objective=options.loss,
+            objective=options.objective,
             args=DPOConfig(
-                folder, max_steps=options.steps, learning_rate=options.lr, logging_steps=1,
+                folder, loss_type=options.loss_type, max_steps=options.steps,
+                learning_rate=options.lr, logging_steps=1,
                 per_device_train_batch_size=8, save_strategy="no", report_to=[],
                 bf16=torch.cuda.is_available(),
             ),

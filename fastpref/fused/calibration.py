@@ -11,13 +11,14 @@ from torch import Tensor
 from fastpref import losses, ops
 from fastpref.dynamics.pair_calibration import PairCalibration
 from fastpref.dynamics.reward_calibration import BatchStatistics, RewardCalibration, calibrated
+from fastpref.fused.averages import Averages
 from fastpref.fused.scored_tokens import ScoredTokens
 from fastpref.losses import Logps, Objective, TokenLevelLoss
 
 Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states (T, D), weight (V, D), bias (V,)
 
 
-class StepCalibration:
+class StepCalibration(Averages[Any]):
     """Calibrate a number of calls by the statistics of the steps before, and then update these."""
 
     def __init__(
@@ -27,14 +28,15 @@ class StepCalibration:
         calls: int,  # of an optimizer step
         head_options: dict[str, Any],
     ) -> None:
-        self.method, self._loss, self._calls = method, loss, calls
+        super().__init__(method)
+        self._loss, self._calls = loss, calls
         self._head_options = head_options
         self._done = 0  # calls since the last update
         self._sums: list[Tensor] = []  # over the pairs of these calls
 
     def token_logps(self, tokens: ScoredTokens, head: Head) -> tuple[Tensor, Tensor | None]:
         """Log-probs (T,), and the sums of scores of this call if they need no token weights."""
-        if isinstance(self.method, PairCalibration) or isinstance(self._loss, TokenLevelLoss):
+        if isinstance(self.source, PairCalibration) or isinstance(self._loss, TokenLevelLoss):
             return tokens.token_logps(*head, **self._head_options), None
         hidden, weight, _ = head
         logps, scores = ops.linear_logps_and_scores(
@@ -58,34 +60,36 @@ class StepCalibration:
         d_w, d_l = d_w.detach().double(), d_l.detach().double()
         hidden, weight, _ = head
         arguments = hidden.detach(), weight.detach(), tokens.labels
-        self.method.averages = self.method.averages.to(hidden.device)
+        method = self.on(hidden.device)
         pairs: Any = policy
-        if isinstance(self.method, PairCalibration):
+        if isinstance(method, PairCalibration):
             geometry = ops.score_geometry(
                 *arguments, tokens.cu_seqlens, token_weights=token_weights, per_pair=True,
                 **self._head_options,
             )  # fmt: skip
-            policy, _, sums = self.method.calibrate(pairs, (d_w, d_l), geometry)
+            policy, _, sums = method.calibrate(pairs, (d_w, d_l), geometry)
             self._add(sums)
             if self._done == self._calls:
-                self.method.update(*self._reduced())
+                method.update(*self._reduced())
+                self.store()
             return policy
         if scores is None:
             _, scores = ops.linear_logps_and_scores(
                 *arguments, _chosen_tokens(tokens), token_weights=token_weights,
                 **self._head_options,
             )  # fmt: skip
-        self.method.last = self.method.last.to(hidden.device)
         incentives = torch.stack([d_w.sum(), d_l.sum(), d_w.new_tensor(len(d_w))])
         self._add(incentives, scores)
         if self._calls == 1:  # the step is known before its backward pass
             statistics = BatchStatistics.of_sums(*self._reduced())
-            factor, _ = self.method.factor(statistics)
-            self.method.update(statistics)
+            factor, _ = method.factor(statistics)
+            method.update(statistics)
+            self.store()
             return calibrated(pairs, factor)
-        factor, _ = self.method.factor()
+        factor, _ = method.factor()
         if self._done == self._calls:
-            self.method.update(BatchStatistics.of_sums(*self._reduced()))
+            method.update(BatchStatistics.of_sums(*self._reduced()))
+            self.store()
         return calibrated(pairs, factor)
 
     def _add(self, *sums: Tensor) -> None:

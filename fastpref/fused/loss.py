@@ -12,8 +12,9 @@ from fastpref import losses, ops
 from fastpref.dynamics.pair_calibration import PairCalibration
 from fastpref.dynamics.reward_calibration import RewardCalibration
 from fastpref.fused import validation, views
+from fastpref.fused.averages import Averages
 from fastpref.fused.calibration import Head, StepCalibration
-from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands
+from fastpref.fused.scored_tokens import ScoredTokens, autocast_operands, fused_operands
 from fastpref.fused.validation import Given
 from fastpref.losses import Logps, Objective, PointwiseOutput, TokenLevelLoss
 from fastpref.losses.pointwise import RunningMean, sum_and_count
@@ -29,9 +30,10 @@ class FusedPreferenceLoss(nn.Module):
         objectives on pairs. Its scores are those of the head (`ops.linear_logps_and_scores`).
     accumulation_steps: training calls per optimizer step. After the last of them, the averages of
         the calibration, or the mean reward that `bco` compares with, are updated with the
-        statistics of these calls on all ranks. `state_dict` contains the averages.
+        statistics of these calls on all ranks. The averages are buffers.
     impl, logit_scale, softcap: as in `ops.linear_logps`. The objective is evaluated by its kernel
-        (`losses.evaluate`) where `impl` is "triton", or "auto" on a GPU, and it has one.
+        (`losses.evaluate`) where `impl` is "triton", or "auto" on a GPU, and it has one; not inside
+        `torch.compile`, which makes a kernel of its PyTorch code.
     ignore_index: the label of tokens that are not scored; -100 is ignored, too.
 
     Sequences of pairs are ordered chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}; single
@@ -55,6 +57,11 @@ class FusedPreferenceLoss(nn.Module):
                 f"loss: expected an objective or the name of one, got {loss!r}; "
                 f"`fastpref losses` lists them"
             )
+        if objective.of_rewards:
+            raise ValueError(
+                f"loss: {objective.name} is an objective of reward models, which have rewards in "
+                f"place of log-probs; use fastpref reward, or another objective"
+            )
         if not isinstance(calibration, RewardCalibration | PairCalibration | None):
             raise ValueError(f"calibration: expected a RewardCalibration, got {calibration!r}")
         if calibration is not None and not validation.of_pairs(objective):
@@ -74,10 +81,13 @@ class FusedPreferenceLoss(nn.Module):
             self.calibration = StepCalibration(
                 calibration, objective, accumulation_steps, self.head_options
             )
-        self.mean_reward = RunningMean() if validation.keeps_mean_reward(objective) else None
+        self.mean_reward = None
+        if validation.keeps_mean_reward(objective):
+            self.mean_reward = Averages(RunningMean())
         self.accumulation_steps = accumulation_steps
         self._statistics: list[Tensor] = []  # of the calls since the last optimizer step
         self.ignore_index = ignore_index
+        self.register_load_state_dict_pre_hook(_load_extra_state)
 
     def forward(
         self,
@@ -141,11 +151,16 @@ class FusedPreferenceLoss(nn.Module):
             "token_weights": token_weights, "importance": importance, "desirable": desirable,
             "reference_point": reference_point, "cu_groups": cu_groups, "scores": scores,
         }  # fmt: skip
+        validation.check_plain(
+            {"hidden": hidden, "labels": labels, "cu_seqlens": cu_seqlens,
+             "attention_mask": attention_mask, "ref_hidden": ref_hidden, **given},
+            {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias},
+        )  # fmt: skip
         validation.check_shapes(self.loss, hidden, labels, cu_seqlens, attention_mask)
         validation.check_given(self.loss, given, labels)
         validation.check_biases(self.loss, self.calibration is not None, bias, ref_bias)
         tokens = self._tokens(hidden, labels, cu_seqlens, attention_mask, shift)
-        head = autocast_operands(tokens.rows(hidden), weight, bias)
+        head = fused_operands(tokens.rows(hidden), weight, bias)
         reference_head = None
         if self.loss.needs_reference:
             validation.check_reference(
@@ -179,7 +194,8 @@ class FusedPreferenceLoss(nn.Module):
     ) -> losses.Output:
         """Evaluate the objective; in training, rewards are recorded for their mean."""
         if self.mean_reward is not None:
-            point = self.mean_reward.mean
+            # A copy, since the mean is updated in place before the backward pass.
+            point = self.mean_reward.on(tokens.labels.device).mean.clone()
         output = losses.evaluate(self.loss, policy, reference, point, impl=self._loss_impl())
         if self.mean_reward is not None and torch.is_grad_enabled() and self.training:
             assert isinstance(output, PointwiseOutput)
@@ -188,6 +204,8 @@ class FusedPreferenceLoss(nn.Module):
 
     def _loss_impl(self) -> str:
         """Implementation of the objective: its kernel where the head's ops use kernels, too."""
+        if torch.compiler.is_compiling():
+            return "reference"
         impl: str = self.head_options["impl"]
         if impl == "triton" and losses.has_kernel(self.loss):
             return impl
@@ -224,32 +242,39 @@ class FusedPreferenceLoss(nn.Module):
         assert ref_logps is not None
         return ref_logps
 
-    def _record(self, sums: Tensor, averages: RunningMean) -> None:
+    def _record(self, sums: Tensor, averages: Averages[RunningMean]) -> None:
         """Record a training call; after the last one of an optimizer step, update the averages."""
         self._statistics.append(sums)
         if len(self._statistics) == self.accumulation_steps:
             total = torch.stack(self._statistics).sum(0)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(total)
-            averages.update(total)
+            averages.source.update(total)
+            averages.store()
             self._statistics = []
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Averages of the calibration or of the rewards; part of `state_dict`."""
+    def averages(self) -> dict[str, Tensor]:
+        """Averages of the calibration or of the rewards by name; empty without them."""
         averages = self._averages()
-        return {} if averages is None else averages.state_dict()
+        return {} if averages is None else averages.values()
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        averages = self._averages()
-        if averages is not None and state:
-            averages.load_state_dict(state)
+    def load_averages(self, averages: dict[str, Tensor]) -> None:
+        """Restore a result of `averages`; raises ValueError for one of another kind of module."""
+        own = self._averages()
+        if own is not None:
+            own.load_values(averages)
+        elif averages:
+            raise ValueError(
+                f"averages: {self.loss.name} without a calibration has none, "
+                f"got {', '.join(sorted(averages))}"
+            )
 
     def metrics(self, output: losses.Output, policy: Logps) -> dict[str, Tensor]:
         """Means over the pairs, responses or groups of a call."""
         return _metrics(output, policy)
 
-    def _averages(self) -> RewardCalibration | PairCalibration | RunningMean | None:
-        return self.mean_reward if self.calibration is None else self.calibration.method
+    def _averages(self) -> Averages[Any] | None:
+        return self.mean_reward if self.calibration is None else self.calibration
 
     def extra_repr(self) -> str:
         return repr(self.loss)
@@ -270,6 +295,15 @@ class FusedPreferenceLoss(nn.Module):
         # Token-level objectives count tokens, and must not count ignored ones.
         scored_only = isinstance(self.loss, TokenLevelLoss)
         return ScoredTokens.packed(labels, cu_seqlens, scored_only=scored_only, **options)
+
+
+def _load_extra_state(
+    module: FusedPreferenceLoss, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Turn averages that a checkpoint holds as extra state into buffers."""
+    averages = state.pop(f"{prefix}_extra_state", None) or {}
+    part = "mean_reward" if module.calibration is None else "calibration"
+    state.update({f"{prefix}{part}.{name}": value for name, value in averages.items()})
 
 
 def _on_device(

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from fastpref import ops
 from fastpref.ops import IGNORE_INDEX
+from fastpref.ops.bounds import offsets_in_range
+from fastpref.ops.checks import check_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ class ScoredTokens:
 
         With `scored_only` ignored tokens are left out; selecting the others waits for the GPU.
         """
+        check_offsets(cu_seqlens, labels)
+        cu_seqlens = offsets_in_range(cu_seqlens, len(labels))
         labels = _with_ignore_index(labels, ignore_index)
         if shift and len(labels):
             last = (cu_seqlens[1:].long() - 1).remainder(len(labels))
@@ -119,9 +123,10 @@ class ScoredTokens:
     ) -> Tensor:  # (T,)
         """Log-prob of each token; under autocast computed in the dtype of a linear layer.
 
-        Raises ValueError as `ops.linear_logps` does.
+        The gradient of an fp32 weight or bias is fp32, and not rounded. Raises ValueError as
+        `ops.linear_logps` does.
         """
-        rows, weight, bias = autocast_operands(rows, weight, bias)
+        rows, weight, bias = fused_operands(rows, weight, bias)
         return ops.linear_logps(
             rows,
             weight,
@@ -141,6 +146,23 @@ class ScoredTokens:
     ) -> Tensor:  # (S,)
         """Summed log-prob of each sequence; options as in `token_logps`."""
         return ops.segment_sum(self.token_logps(rows, weight, bias, **options), self.cu_seqlens)
+
+
+def fused_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands of `fastpref.ops`, which round a weight and bias of fp32 themselves under autocast.
+
+    Those of other dtypes are cast as by `autocast_operands`.
+    """
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    weight = weight if weight.dtype == torch.float32 else weight.to(dtype)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(dtype)
+    return hidden.to(dtype), weight, bias
 
 
 def autocast_operands(

@@ -25,6 +25,7 @@ from fastpref.losses import (
     TokenLevelLoss,
 )
 from fastpref.losses.pointwise import BCO
+from fastpref.ops import checks
 
 Given = Mapping[str, Tensor | None]
 
@@ -70,6 +71,14 @@ def _accepted(objective: Objective) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if isinstance(objective, GroupwiseLoss):
         return ("cu_groups", "scores"), ("ref_logps",)
     return (), ("preference", "ref_logps")
+
+
+def check_plain(tensors: Given, parameters: Given) -> None:
+    """Raise ValueError for a DTensor."""
+    for name, tensor in tensors.items():
+        checks.check_plain(name, tensor)
+    for name, parameter in parameters.items():
+        checks.check_gathered(name, parameter)
 
 
 def check_given(objective: Objective, given: Given, labels: Tensor) -> None:

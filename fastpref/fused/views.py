@@ -11,6 +11,8 @@ from fastpref.fused.scored_tokens import ScoredTokens
 from fastpref.fused.validation import Given
 from fastpref.logps import GroupedLogps, SequenceLogps, TokenLogps, UnpairedLogps
 from fastpref.losses import GroupwiseLoss, Logps, Objective, PointwiseLoss, TokenLevelLoss
+from fastpref.ops.bounds import offsets_in_range
+from fastpref.ops.checks import check_offsets
 
 
 def policy_view(
@@ -41,6 +43,8 @@ def policy_view(
     if isinstance(objective, GroupwiseLoss):
         cu_groups, scores = given["cu_groups"], given["scores"]
         assert cu_groups is not None and scores is not None
+        check_offsets(cu_groups, logps, "cu_groups")
+        cu_groups = offsets_in_range(cu_groups, len(logps), "cu_groups", "responses")
         return GroupedLogps(logps, tokens.lengths, cu_groups, scores)
     return SequenceLogps.from_sequences(logps, tokens.lengths, given["preference"])
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 # Size of the largest logit on scaled hidden states: a cap of up to a hundred times as much shows.
 LARGE = 1e3
+# Largest error of log-probs that rounding explains, on hidden states as they are and scaled ones.
+TOLERANCE = 1e-3
+LARGE_TOLERANCE = 1e-5 * LARGE  # the largest logit has seven digits in fp32
 
 
 def head_options(config: Any) -> tuple[float, float | None]:
@@ -68,12 +71,11 @@ def check_head(policy: Policy) -> None:
             f"model: the log-probs of {type(policy.base).__name__} are not finite; look for NaN "
             "or infinity in its weights"
         )
-    _compare(policy, ours(1.0), _logits(policy, ids), 1e-3)
+    _compare(policy, ours(1.0), _logits(policy, ids), TOLERANCE)
     largest = (hidden @ weight.T).abs().max().item() * abs(policy.logit_scale)
     if largest > 0:
         factor = LARGE / largest
-        # The largest logit has seven digits in fp32.
-        _compare(policy, ours(factor), _logits(policy, ids, factor), 1e-5 * LARGE)
+        _compare(policy, ours(factor), _logits(policy, ids, factor), LARGE_TOLERANCE)
 
 
 def _ids(policy: Policy) -> Tensor:
@@ -98,15 +100,24 @@ def _logits(policy: Policy, ids: Tensor, factor: float = 1.0) -> Tensor:
 
 def _compare(policy: Policy, ours: Tensor, logits: Tensor, tolerance: float) -> None:
     """Raise ModelError unless log-probs of the head (8,) are those of the model's logits."""
-    labels = _ids(policy).flatten().roll(-1)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    expected = logits.to(dtype).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    error = logp_error(ours, logits, _ids(policy).flatten().roll(-1))
     if policy.compute_dtype == torch.bfloat16:
-        # The model rounds its logits to bfloat16, with a relative error of up to 2^-9.
-        tolerance = max(0.1, tolerance, 2**-7 * logits.abs().max().item())
-    error = (ours - expected).abs().max().item()
+        tolerance = rounded_tolerance(logits, tolerance)
     if not error <= tolerance:
         raise ModelError(
             f"model: {type(policy.base).__name__} computes its logits in a way that the fused "
             f"head does not know (log-probs differ by {error:.3g}); use another model"
         )
+
+
+def logp_error(logps: Tensor, logits: Tensor, labels: Tensor) -> float:
+    """Largest difference of log-probs (T,) from those of the labels (T,) under logits (T, V)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    expected = logits.to(dtype).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    return (logps - expected).abs().max().item()
+
+
+def rounded_tolerance(logits: Tensor, tolerance: float) -> float:
+    """Tolerance of log-probs of logits that the model rounds to half precision."""
+    # bfloat16 has a relative error of up to 2^-9.
+    return max(0.1, tolerance, 2**-7 * logits.abs().max().item())

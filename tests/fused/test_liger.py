@@ -308,10 +308,14 @@ def test_padding_that_holds_nan_does_not_reach_the_loss():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("DPO", {"loss_type": "ipo"}, r"loss_type: expected one of sigmoid.*got 'ipo'"),
+        ("DPO", {"loss_type": "ipo"}, r"Unsupported loss_type: expected one of sigmoid.*got 'ipo'"),
         ("DPO", {"label_smoothing": 0.1}, r"label_smoothing: sigmoid has none, got 0.1.*cdpo"),
-        ("DPO", {"loss_type": "exo_pair"}, r"label_smoothing: must be > 0"),
-        ("DPO", {"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing: .*< 0.5"),
+        ("DPO", {"loss_type": "exo_pair"}, r"label_smoothing must be > 0 for .*got 0.0"),
+        (
+            "DPO",
+            {"loss_type": "robust", "label_smoothing": 0.5},
+            r"label_smoothing must lie in \[0.0, 0.5\) for loss_type='robust', got 0.5",
+        ),
         ("DPO", {"beta": 0.0}, r"beta: must be > 0"),
     ],
 )

@@ -118,11 +118,11 @@ def test_a_packed_batch_reads_nothing_back(shift):
             module(hidden, weight, labels, ref_logps=torch.zeros(6))
 
 
-def test_a_packed_batch_compiles_into_one_graph():
+def test_a_packed_batch_compiles_into_one_dynamic_graph():
     hidden, weight, labels = batch(dtype=torch.float32)
     rows, targets, cu_seqlens = packed(hidden, labels)
-    module = fused.FusedPreferenceLoss("dpo")
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    module = fused.FusedPreferenceLoss("dpo", logit_scale=0.5, softcap=4.0)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     ref_logps = -torch.rand(6)
     mine, other = (
         gradients(

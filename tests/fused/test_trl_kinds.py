@@ -207,7 +207,7 @@ def test_averages_are_resumed(objective, calibration, tmp_path, tiny_llama, toke
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     found = [line["loss"] for line in resumed.state.log_history if "loss" in line]
     assert found[-2:] == pytest.approx([line["loss"] for line in lines[2:4]], rel=1e-6)
-    states = (t.fused_loss.get_extra_state() for t in (straight, resumed))
+    states = (t.fused_loss.averages() for t in (straight, resumed))
     torch.testing.assert_close(*states, rtol=1e-6, atol=1e-9)
 
 

@@ -19,6 +19,16 @@ TOKENS = torch.ones(LABELS.shape)
 POINT = {"reference_point": torch.zeros(())}
 
 
+class Sharded(torch.Tensor):
+    """A tensor with the mark of a DTensor, which needs a process group."""
+
+    device_mesh = "mesh"
+
+
+def sharded(tensor):
+    return tensor.clone().as_subclass(Sharded)
+
+
 @pytest.mark.parametrize(
     ("objective", "given", "message"),
     [
@@ -35,6 +45,11 @@ POINT = {"reference_point": torch.zeros(())}
         ("bco", DESIRABLE, r"ref_logps: bco needs a reference.*got neither"),
         ("nca", SUMS | {"scores": torch.ones(6)}, r"cu_groups: nca needs the offsets"),
         ("nca", SUMS | GROUPS | {"scores": torch.ones(4)}, r"scores: expected shape \(6,\)"),
+        (
+            "nca",
+            SUMS | GROUPS | {"cu_groups": torch.tensor([0, 4, 5])},
+            r"cu_groups: must rise from 0 to 6, the number of responses, got 5 as the last",
+        ),
         ("nca", SUMS | GROUPS | {"importance": TOKENS}, r"importance: nca has no use for it"),
         ("tdpo2", SUMS, r"ref_logps: tdpo2 has no use for it; .* ref_token_logps"),
         ("tdpo2", {"ref_token_logps": TOKENS}, r"ref_hidden: tdpo2 needs the divergence"),
@@ -71,3 +86,37 @@ def test_an_option_that_looks_at_tokens_takes_the_arguments_of_tokens():
     module = FusedPreferenceLoss(losses.build("simpo", ld_alpha=0.5))
     loss, _ = module(HIDDEN, WEIGHT, LABELS, token_weights=TOKENS)
     assert loss == module(HIDDEN, WEIGHT, LABELS)[0]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 2, 5], r"cu_seqlens: must rise from 0 to 5, the number of tokens, got 1 as the first"),
+        ([0, 2, 4], "got 4 as the last"),
+        ([0, 6, 5], "got 5 after 6"),
+        ([0.0, 2.0, 5.0], "cu_seqlens: expected an int32 or int64 vector"),
+    ],
+)
+def test_offsets_that_do_not_fit_are_refused(offsets, message, shift):
+    with pytest.raises(ValueError, match=message):
+        FusedPreferenceLoss("simpo")(
+            HIDDEN[0], WEIGHT, LABELS[0], torch.tensor(offsets), shift=shift
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": LABELS.clamp(min=len(WEIGHT))}, r"labels: expected -100 or"),
+        ({"weight": sharded(WEIGHT)}, r"^weight: got a DTensor.*inside the forward of the FSDP"),
+        ({"ref_weight": sharded(WEIGHT)}, r"^ref_weight: got a DTensor.*inside the forward"),
+        ({"hidden": sharded(HIDDEN)}, r"^hidden: got a DTensor.*its to_local\(\)"),
+        ({"attention_mask": sharded(LABELS)}, r"^attention_mask: got a DTensor"),
+        ({"ref_logps": sharded(torch.zeros(6))}, r"^ref_logps: got a DTensor"),
+    ],
+)  # fmt: skip
+def test_labels_out_of_range_and_sharded_tensors_are_refused(change, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS} | SUMS | change
+    with pytest.raises(ValueError, match=message):
+        FusedPreferenceLoss("dpo")(**arguments)

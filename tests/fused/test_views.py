@@ -237,7 +237,7 @@ def averages_after(*batches):
         given = {"ref_logps": torch.full((6,), -1.0 - seed, dtype=torch.float64)}
         for module, labelled in zip(modules, ({"desirable": DESIRABLE}, {}), strict=True):
             module(hidden.requires_grad_(), weight, labels, **given, **labelled)
-    return [module.get_extra_state() for module in modules]
+    return [module.averages() for module in modules]
 
 
 def test_averages_of_two_ranks_are_those_of_one(tmp_path):

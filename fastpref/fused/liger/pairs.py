@@ -1,38 +1,17 @@
-"""Replacements of the preference losses of liger-kernel 0.8: same arguments, same results.
-
-`FusedLinearXLoss` takes the constructor and call arguments of liger's `LigerFusedLinearXLoss` and
-returns its `(loss, aux)`, whose numbers are not always those of the papers:
-
-    nll            -sum of the chosen token log-probs / their number in the batch
-    logits mean    over all positions, ignored ones included
-    CPO, SimPO     label smoothing e: -(1 - e) * LS(u) - e * LS(-u), u with gamma on both sides
-    ORPO           nll - beta * LS(odds), the odds of mean log-probs; rewards beta * a
-    KTO            no clamp of kl at 0, no weights; everything in aux is a sum over the batch
-
-The sum of all logits is (sum of hidden) . (sum of the head's rows), so no logit is computed for it.
-`aux` carries no gradient. `compiled` and `chunk_size` are accepted and ignored.
-
-Where liger has NaN, a response without scored tokens has mean log-prob 0, a batch without chosen
-tokens nll 0, and certain tokens (a = 0) finite odds in ORPO. Options that liger would ignore are
-refused. LS is the logarithm of the logistic function, a is a mean log-prob.
-"""
+"""DPO, CPO, SimPO and ORPO as in liger-kernel: losses of pairs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastpref import losses
-from fastpref.fused.scored_tokens import ScoredTokens
-from fastpref.logps import SequenceLogps, mean_logps
+from fastpref.fused.liger.base import Aux, FusedLinearLoss, sums_of_logits
+from fastpref.logps import SequenceLogps
 from fastpref.losses.normalized import ODDS_LIMIT
 from fastpref.losses.numerics import log1mexp
 from fastpref.ops import IGNORE_INDEX
-
-Aux = tuple[Tensor, ...]
 
 # The values of `loss_type` in liger's DPO; all but "sigmoid" are names of objectives here.
 _LOSS_TYPES = (
@@ -41,63 +20,7 @@ _LOSS_TYPES = (
 )  # fmt: skip
 
 
-class _Sequences(NamedTuple):  # each (S,)
-    logps: Tensor  # sums, or means over the scored tokens
-    sums: Tensor
-    lengths: Tensor
-
-
-class _FusedLinearLoss(nn.Module):
-    """Base of the losses: log-probs of sequences, and sums of logits."""
-
-    def __init__(
-        self, ignore_index: int, beta: float, compiled: bool, average: bool, chunk_size: int
-    ) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compiled = compiled
-        self.average_log_prob = average
-        self.chunk_size = chunk_size
-
-    def _sequences(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
-    ) -> _Sequences:
-        shape = tuple(hidden.shape)
-        if len(shape) != 3:
-            raise ValueError(f"_input: expected shape (S, L, D), got {shape}")
-        if target.shape != shape[:2]:
-            raise ValueError(f"target: expected shape {shape[:2]}, got {tuple(target.shape)}")
-        tokens = ScoredTokens.padded(target, hidden.device, ignore_index=self.ignore_index)
-        sums = tokens.logps(tokens.rows(hidden), weight, bias)
-        logps = mean_logps(sums, tokens.lengths) if self.average_log_prob else sums
-        return _Sequences(logps, sums, tokens.lengths)
-
-    @torch.no_grad()
-    def _reference(
-        self,
-        hidden: Tensor,
-        target: Tensor,
-        ref_input: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        used: bool,
-    ) -> Tensor | None:
-        """The reference's log-probs, or None without one."""
-        if (ref_input is not None, ref_weight is not None) != (used, used):
-            raise ValueError(
-                f"ref_input: expected ref_input and ref_weight where use_ref_model is True and "
-                f"neither where it is False, got use_ref_model={used}"
-            )
-        if ref_input is None or ref_weight is None:
-            return None
-        if ref_input.shape[:2] != hidden.shape[:2]:
-            expected = (*hidden.shape[:2], "E")
-            raise ValueError(f"ref_input: expected {expected}, got {tuple(ref_input.shape)}")
-        return self._sequences(ref_input, ref_weight, target, ref_bias).logps
-
-
-class _PairLoss(_FusedLinearLoss):
+class _PairLoss(FusedLinearLoss):
     """A loss of B pairs, chosen_0 .. chosen_{B-1}, rejected_0 .. rejected_{B-1}."""
 
     def __init__(
@@ -142,7 +65,7 @@ class _PairLoss(_FusedLinearLoss):
             nll = -scored.sums[:pairs].sum() / scored.lengths[:pairs].sum().clamp(min=1)
         ref_pair = None if reference is None else (reference[:pairs], reference[pairs:])
         pair_losses, extra = self._pair_loss(chosen, rejected, ref_pair)
-        of_logits = _sums_of_logits(hidden, weight, bias) / (pairs * hidden.shape[1] * len(weight))
+        of_logits = sums_of_logits(hidden, weight, bias) / (pairs * hidden.shape[1] * len(weight))
         logits = of_logits.view(2, pairs).sum(1)
         aux = (chosen, rejected, *logits.to(nll.dtype), nll, *extra)
         return pair_losses.mean() + self.alpha * nll, tuple(x.detach() for x in aux)
@@ -178,7 +101,9 @@ class FusedLinearDPOLoss(_PairLoss):
         )
         if loss_type not in _LOSS_TYPES:
             expected = ", ".join(_LOSS_TYPES)
-            raise ValueError(f"loss_type: expected one of {expected}, got {loss_type!r}")
+            raise ValueError(
+                f"Unsupported loss_type: expected one of {expected}, got {loss_type!r}"
+            )
         options: dict[str, dict[str, float]] = {
             "exo_pair": {"label_smoothing": label_smoothing},
             "robust": {"label_smoothing": label_smoothing},
@@ -189,6 +114,17 @@ class FusedLinearDPOLoss(_PairLoss):
             raise ValueError(
                 f"label_smoothing: {loss_type} has none, got {label_smoothing}; set it to 0.0, or "
                 f"use FusedPreferenceLoss with 'cdpo'"
+            )
+        # In the words of liger-kernel, which callers may look for.
+        if loss_type == "exo_pair" and not 0 < label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing must be > 0 for loss_type='exo_pair', and < 0.5, "
+                f"got {label_smoothing}; the paper recommends 1e-3"
+            )
+        if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', "
+                f"got {label_smoothing}"
             )
         self.use_ref_model = use_ref_model
         self.loss_type = loss_type
@@ -331,70 +267,3 @@ class FusedLinearORPOLoss(_PairLoss):
         ratio = logsigmoid(odds)
         rewards = self.beta * chosen, self.beta * rejected
         return -self.beta * ratio, (*rewards, ratio.mean(), odds.mean())
-
-
-class FusedLinearKTOLoss(_FusedLinearLoss):
-    """KTO, as `liger_kernel.chunked_loss.LigerFusedLinearKTOLoss`.
-
-    kl is one number, () or (1,), for all responses. aux: sums over the desirable and over the other
-    responses of the log-probs, of all logits, and of the rewards.
-    """
-
-    def __init__(
-        self,
-        ignore_index: int = IGNORE_INDEX,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ) -> None:
-        super().__init__(ignore_index, beta, compiled, average_log_prob, chunk_size)
-        self.use_ref_model = use_ref_model
-
-    def forward(
-        self,
-        _input: Tensor,  # (S, L, D)
-        lin_weight: Tensor,  # (V, D)
-        target: Tensor,  # (S, L)
-        bias: Tensor | None = None,  # (V,)
-        preference_labels: Tensor | None = None,  # (S,) bool
-        ref_input: Tensor | None = None,  # (S, L, E)
-        ref_weight: Tensor | None = None,  # (V, E)
-        ref_bias: Tensor | None = None,  # (V,)
-        kl: Tensor | None = None,  # () or (1,)
-    ) -> tuple[Tensor, Aux]:
-        desirable = preference_labels
-        if desirable is None or desirable.dtype != torch.bool or len(desirable) != len(_input):
-            raise ValueError(
-                f"preference_labels: expected bool of shape ({len(_input)},), got {desirable!r}"
-            )
-        if kl is not None and kl.numel() != 1:
-            raise ValueError(f"kl: expected one number, got shape {tuple(kl.shape)}; take its mean")
-        logps = self._sequences(_input, lin_weight, target, bias).logps
-        reference = self._reference(
-            _input, target, ref_input, ref_weight, ref_bias, self.use_ref_model
-        )
-        log_ratios = logps if reference is None else logps - reference
-        shifted = log_ratios if kl is None else log_ratios - kl.detach().reshape(())
-        signed = torch.where(desirable, self.beta * shifted, -self.beta * shifted)
-        logits = _sums_of_logits(_input, lin_weight, bias)
-        sums = [_split_sum(x, desirable) for x in (logps, logits, self.beta * log_ratios)]
-        aux = tuple(x.detach().to(logps.dtype) for pair in sums for x in pair)
-        return (-signed).sigmoid().mean(), aux
-
-
-def _split_sum(values: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums () over the desirable and over the other responses."""
-    return torch.where(desirable, values, 0.0).sum(), torch.where(desirable, 0.0, values).sum()
-
-
-@torch.no_grad()
-def _sums_of_logits(
-    hidden: Tensor,  # (S, L, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-) -> Tensor:  # (S,) float64
-    """Sum of the logits over all positions of a sequence: (sum of hidden) . (sum of rows)."""
-    sums = hidden.sum(1, dtype=torch.float64) @ weight.sum(0, dtype=torch.float64)
-    return sums if bias is None else sums + hidden.shape[1] * bias.sum(dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Test suites of other libraries, run with the losses of fastpref in place of theirs."""
