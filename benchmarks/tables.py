@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures, trunk
+from benchmarks import architectures, reward_model, trl_first_step, trunk
 from benchmarks.calibration import tables as calibration
+from benchmarks.loops import report as loops
+from benchmarks.peer_suites import suite, trl
 from benchmarks.plans import examples
 from benchmarks.real_model.tables import objectives_table, trl_table
 from fastpref import reproduce
@@ -238,6 +240,12 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "load": load_figures,
     "faults": faults,
     "trunk": trunk.table,
+    "loops": loops.table,
+    "peer-suites-liger": suite.table,
+    "peer-suites-cce": suite.table,
+    "peer-suites-trl": trl.table,
+    "trl-first-step": trl_first_step.table,
+    "reward-model": reward_model.table,
     "real-model-objectives": objectives_table,
     "real-model-trl": trl_table,
     "calibration-band": lambda result: calibration.tables(result["training"])[0],

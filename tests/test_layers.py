@@ -26,6 +26,8 @@ LAYERS = (
     {"plan"},
     {"training", "fused", "report"},
     {"evaluation"},
+    {"rounds"},
+    {"online"},
     {"demo", "reproduce"},
     {"cli"},
     {"__main__", "__init__"},

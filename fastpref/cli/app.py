@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli import data, evaluate, export, judge, show, tools, train
+from fastpref.cli import data, evaluate, export, judge, reward, rounds, show, tools, train
 from fastpref.cli.arguments import Command, ConfigCommand, with_paths
 from fastpref.utils.errors import UserError, first_line, is_out_of_memory
 from fastpref.utils.version import __version__
@@ -48,6 +48,8 @@ _add(data_app, evaluate.rejected, "rejected")
 _add(app, train.train, kind=train.TrainCommand)
 _add(app, train.precompute, kind=ConfigCommand)
 _add(app, train.plan, kind=ConfigCommand)
+_add(app, rounds.rounds, kind=ConfigCommand)
+_add(app, reward.reward, kind=ConfigCommand)
 _add(app, tools.demo)
 _add(app, tools.bench)
 _add(app, tools.reproduce)
@@ -57,6 +59,7 @@ _add(app, evaluate.sample)
 _add(app, evaluate.did_entropy)
 _add(app, judge.judge)
 _add(app, evaluate.evaluate, "eval")
+_add(app, reward.score)
 _add(app, tools.losses)
 app.add_typer(data_app, name="data")
 

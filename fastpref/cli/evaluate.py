@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fastpref.utils.errors import UserError
+
 
 def report(
     runs: Annotated[
@@ -214,14 +216,29 @@ def evaluate(
         str, typer.Option(metavar="DIR", help="Folder for tokenized data; safe to delete.")
     ] = "~/.cache/fastpref",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 16384,
+    text: Annotated[
+        bool, typer.Option("--text", help="Of a reward model: as that of fastpref score.")
+    ] = False,
     device: Annotated[str, _DEVICE] = "auto",
     dtype: Annotated[str | None, _DTYPE] = None,
 ) -> None:
-    """Measure a model on pairs: accuracy, margins, KL, PCI, entropy, lengths, with intervals."""
+    """Measure a model on pairs: accuracy, margins, KL, PCI, entropy, lengths, with intervals.
+
+    A reward model: its accuracy, of each subset and section of data in the form of RewardBench.
+    """
+    from fastpref.evaluation import reward_bench
     from fastpref.evaluation.evaluate import run
     from fastpref.utils.progress import Display, quiet_libraries
 
     quiet_libraries()
+    if reward_bench.is_classifier(model):
+        if against is not None:
+            raise UserError("--against: is for language models; leave it out")
+        with Display(Console()) as display:
+            reward_bench.run(model, data, out, display, device=device, dtype=dtype, text=text)
+        return
+    if text:
+        raise UserError(f"--text: is for reward models, and {model} is none; leave it out")
     with Display(Console()) as display:
         run(
             model,

@@ -135,10 +135,12 @@ def losses(
         return
     table = Table("name", "kind", "loss", "defaults", "reference", show_lines=True)
     table.caption = family.NOTATION
-    for objective in family.names():
+    for objective in (*family.names(), *family.reward_names()):
         about = family.describe(objective)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())
         kind = about.kind if about.level == "sequence" else f"{about.kind}, {about.level}"
+        if objective in family.reward_names():
+            kind = f"{about.kind}, reward model"
         needs = "yes" if about.needs_reference else "no"
         table.add_row(objective, kind, about.formula, defaults, needs)
     Console().print(table, markup=False)

@@ -60,11 +60,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on preference data. On several GPUs: torchrun … -m fastpref train …"""
-    _join_ranks()
+    join_ranks()
     if grid:
         _train_grid(config, overrides or [], grid, dry_run, profile)
         return
-    with _refused_once():
+    with refused_once():
         loaded = _load(config, overrides)
         if not dry_run:
             check_inputs(loaded)
@@ -72,7 +72,11 @@ def train(
     if dry_run:
         print(loaded.to_yaml(), end="")
         return
+    run_training(loaded, profile)
 
+
+def run_training(loaded: Config, profile: bool) -> None:
+    """Train on the ranks of this run."""
     from fastpref import distributed
     from fastpref.training.trainer import train as run
     from fastpref.utils.progress import Display, quiet_libraries
@@ -91,8 +95,10 @@ def _train_grid(
     """Train the runs of a grid; then rank 0 prints their table and writes their report."""
     from fastpref.config.grid import load_grid
 
-    with _refused_once():
-        grid = load_grid(path, overrides, items, _note)
+    with refused_once():
+        grid = load_grid(path, overrides, items, note)
+        for point in grid.points:
+            _without_rounds(point.config)
         for point in () if dry_run else grid.points:
             check_inputs(point.config)
             check_output(point.config)
@@ -142,8 +148,8 @@ def precompute(
     ] = None,
 ) -> None:
     """Compute the reference log-probs of a config, for all runs with its model and data."""
-    _join_ranks()
-    with _refused_once():
+    join_ranks()
+    with refused_once():
         loaded = _load(config, overrides)
         check_inputs(loaded)
 
@@ -190,22 +196,35 @@ def plan(
         raise typer.Exit(1)
 
 
-def _join_ranks() -> None:
+def join_ranks() -> None:
     """Take the rank of a task of srun, before anything is printed; note where srun is missing."""
     slurm.adopt(os.environ)
     advice = slurm.lone_task(os.environ)
     if advice is not None:
-        _note(advice)
+        note(advice)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
     from fastpref.config import load
 
-    return load(path, overrides, _note)
+    return _without_rounds(load(path, overrides, note))
+
+
+def _without_rounds(config: Config) -> Config:
+    """The config itself; raises ConfigError for one whose data are prompts, and reward models."""
+    from fastpref.config import ConfigError
+
+    name = config.build_loss().name
+    if config.build_loss().of_rewards:
+        raise ConfigError(f"loss: {name} trains a reward model; use fastpref reward, or another")
+
+    if config.rounds is not None:
+        raise ConfigError("rounds: is for fastpref rounds, which samples data; use that command")
+    return config
 
 
 @contextmanager
-def _refused_once() -> Iterator[None]:
+def refused_once() -> Iterator[None]:
     """Context manager in which one rank of each node prints an error, which they all find.
 
     An error of another rank alone is printed later: torchrun ends that rank before, unless the
@@ -219,7 +238,7 @@ def _refused_once() -> Iterator[None]:
         raise
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     # Every rank reads the config before the process group exists; torchrun sets RANK.
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)

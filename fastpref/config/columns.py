@@ -56,9 +56,7 @@ def check_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
         if columns[name] is None and name in _NEEDED:
             raise ValueError(f"{name} cannot be left out; name the column that has it")
         if columns[name] is not None and name in _LEFT_OUT:
-            raise ValueError(
-                f"{name} can only be null, to be left out; put its text into prompt"
-            )
+            raise ValueError(f"{name} can only be null, to be left out; put its text into prompt")
     return columns
 
 

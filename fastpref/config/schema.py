@@ -20,6 +20,7 @@ from fastpref.config.evaluation import Evaluation
 from fastpref.config.fields import PathName, Section
 from fastpref.config.optim import Optim
 from fastpref.config.renamed import renamed
+from fastpref.config.rounds_section import Rounds
 from fastpref.config.sections import (
     Adapter,
     Calibration,
@@ -75,6 +76,11 @@ class Config(Section):
     parallel: Parallel = Field(
         Parallel(), description="How the ranks that `torchrun` starts share the model (FSDP2)."
     )
+    rounds: Rounds | None = Field(
+        None,
+        description="Rounds of sampling, scoring and training, for `fastpref rounds` alone, see "
+        "[rounds](rounds.md).",
+    )
     resume: PathName | None = Field(
         None,
         description="`auto` continues from the newest complete checkpoint of the run directory, "
@@ -127,6 +133,33 @@ class Config(Section):
             )
         if self.reference == "adapter" and self.adapter is None:
             raise ValueError("reference: adapter, but there is no adapter; use cached or frozen")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_no_log_probs(self) -> Config:
+        loss = self.build_loss()
+        if not loss.of_rewards:
+            return self
+        options = {
+            "reference": self.reference not in (None, "none"),
+            "calibration": self.calibration is not None,
+            "monitor": self.monitor != Monitor(),
+            "update": self.update != "gradient",
+            "rounds": self.rounds is not None,
+            "evaluation.samples": self.evaluation.samples is not None,
+        }
+        for option, is_set in options.items():
+            if is_set:
+                raise ValueError(
+                    f"{option}: is for language models, and {loss.name} trains a reward model; "
+                    "remove it"
+                )
+        metric = self.evaluation.metric or "loss"
+        if not metric.startswith(("loss", "rewards/")):
+            raise ValueError(
+                f"evaluation.metric_for_best_model: {metric} is not measured for a reward model; "
+                "use loss or rewards/accuracies"
+            )
         return self
 
     @model_validator(mode="after")
@@ -205,7 +238,8 @@ class Config(Section):
             return self.reference
         if not (self._measures_divergence or self.build_loss().needs_reference):
             return "none"
-        if self._measures_divergence or self.data.streaming:
+        moves = self.rounds is not None and self.rounds.reference_mode in ("every", "ema")
+        if self._measures_divergence or self.data.streaming or moves:
             return "frozen" if self.adapter is None else "adapter"
         return "cached"
 

@@ -34,6 +34,7 @@ class Plan:
     unit: name of a group in messages.
     ranks: number of processes that share a step; `step` returns the micro-batches of `rank`.
     mixture: sources of the groups, whose parts of an epoch it decides where there is a seed.
+    first_step: number of the first step, for data that a run takes up later.
     """
 
     costs: Lengths
@@ -45,6 +46,7 @@ class Plan:
     ranks: int = 1
     rank: int = 0
     mixture: Mixture | None = None
+    first_step: int = 0
 
     def __post_init__(self) -> None:
         largest = int((self.costs if self.rows is None else self.costs * self.rows).max())
@@ -83,8 +85,8 @@ class Plan:
         return int(self.costs.argmin())
 
     def groups(self, number: int) -> Indices:
-        """All groups of optimizer step `number`, which counts from 0 over all epochs."""
-        epoch, position = divmod(number, self.steps_per_epoch)
+        """All groups of optimizer step `number`, counted over all epochs from `first_step`."""
+        epoch, position = divmod(number - self.first_step, self.steps_per_epoch)
         indices = self._order(epoch)[position * self.batch_size :][: self.batch_size]
         return [int(index) for index in indices]
 
@@ -100,14 +102,14 @@ class Plan:
 
     def epoch(self, number: int = 0) -> Iterator[list[Indices]]:
         """All steps of one epoch; without a mixture every group occurs exactly once."""
-        first = number * self.steps_per_epoch
+        first = self.first_step + number * self.steps_per_epoch
         return (self.step(first + k) for k in range(self.steps_per_epoch))
 
     def coverage(self) -> Iterator[Indices]:
         """Groups of the steps of the first epoch, then in steps those that it leaves out."""
         left_out = np.ones(len(self.costs), dtype=np.bool_)
         for number in range(self.steps_per_epoch):
-            indices = self.groups(number)
+            indices = self.groups(self.first_step + number)
             left_out[indices] = False
             yield indices
         others = [int(index) for index in left_out.nonzero()[0]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -295,16 +295,41 @@ def _write(
     split: str,
 ) -> None:
     kind = group_kind(row_kind)
+    counts = no_counts(kind)
+    groups = read_rows_of(source, row_kind, data, split)
+    about = write_groups(
+        folder, kind, tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts), counts
+    )
+    about["sft_on"] = data.sft_on if row_kind == "sft" else None
+    about["max_prompt_length"] = data.max_prompt_length
+    about["day"] = printed_day(tokenizer, data) if counts["conversations"] else None
+    options = ("chat_template", "chat_template_kwargs")
+    unused = (name for name in options if getattr(data, name) and not counts["conversations"])
+    about["unused"] = next(unused, None)
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def no_counts(kind: Kind) -> Counter[str]:
+    """Counts of `tokenize` before the first group."""
     counts = Counter({name: 0 for name in ("found", "kept", "no_completion", "long_prompts_cut")})
     counts.update({f"{name}_cut": 0 for name in (*PARTS[kind], "prompts")})
+    return counts
+
+
+def write_groups(
+    folder: Path, kind: Kind, batches: Iterable[list[dict[str, Any]]], counts: Counter[str]
+) -> dict[str, Any]:
+    """Write groups as `tokenize` yields them, and return the content of `about.json`.
+
+    counts: of `tokenize`, complete after the last batch.
+    """
     ids, labels = hashlib.sha256(kind.encode()), hashlib.sha256()
     folder.mkdir()
     with (
         pa.OSFile(str(folder / "groups.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        groups = read_rows_of(source, row_kind, data, split)
-        for rows in tokenize(chunks(groups, 512), source, tokenizer, data, kind, counts):
+        for rows in batches:
             for row in rows:
                 annotations = [row[name] for name in ("labels", "reference", "weights", "margin")]
                 labels.update(json.dumps(annotations).encode())
@@ -318,13 +343,7 @@ def _write(
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     about: dict[str, Any] = {"kind": kind, "counts": counts}
     about |= {"token_ids": ids.hexdigest(), "labels": labels.hexdigest()}
-    about["sft_on"] = data.sft_on if row_kind == "sft" else None
-    about["max_prompt_length"] = data.max_prompt_length
-    about["day"] = printed_day(tokenizer, data) if counts["conversations"] else None
-    options = ("chat_template", "chat_template_kwargs")
-    unused = (name for name in options if getattr(data, name) and not counts["conversations"])
-    about["unused"] = next(unused, None)
-    (folder / "about.json").write_text(json.dumps(about))
+    return about | dict.fromkeys(("sft_on", "max_prompt_length", "day", "unused"))
 
 
 def _sizes(lists: pa.ChunkedArray) -> Lengths:

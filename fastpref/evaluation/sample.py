@@ -110,7 +110,7 @@ class Sampler:
         """
         self._check_room(prompts, sampling.max_new_tokens)
         repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
-        ends = self._end_tokens(prompts)
+        ends = end_tokens(self.policy, self.tokenizer, prompts, self.source)
         display.phase("sample", len(repeated))
         arguments = ([p.ids.tolist() for p in repeated], ends, sampling, display.advance)
         if engine(sampling.engine, self.policy.device, self.is_adapter) == "vllm":
@@ -155,20 +155,23 @@ class Sampler:
             f"({tokens:,} tokens) end beyond the {context:,} positions of the model; {advice}"
         )
 
-    def _end_tokens(self, prompts: Sequence[Prompt]) -> set[int]:
-        """Tokens that end a completion, of the model, the tokenizer and the chat template."""
-        generation: Any = self.policy.base.generation_config
-        eos = generation.eos_token_id
-        ends = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
-        chat = next((prompt for prompt in prompts if prompt.text.conversational), None)
-        if chat is not None:
-            # The chat template ends an answer with its last special token.
-            answered = chat.text._replace(responses=(response_to(chat.text.prompt, "Yes."),))
-            (row,) = encode([(chat.row, answered)], self.source, self.tokenizer)
-            added, answer = self.tokenizer.added_tokens_decoder, row["responses"][0].tolist()
-            special = [token for token in answer if token in added and added[token].special]
-            ends.update(special[-1:])
-        return ends - {None}
+
+def end_tokens(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], source: str
+) -> set[int]:
+    """Tokens that end a completion, of the model, the tokenizer and the chat template."""
+    generation: Any = policy.base.generation_config
+    eos = generation.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
+    chat = next((prompt for prompt in prompts if prompt.text.conversational), None)
+    if chat is not None:
+        # The chat template ends an answer with its last special token.
+        answered = chat.text._replace(responses=(response_to(chat.text.prompt, "Yes."),))
+        (row,) = encode([(chat.row, answered)], source, tokenizer)
+        added, answer = tokenizer.added_tokens_decoder, row["responses"][0].tolist()
+        special = [token for token in answer if token in added and added[token].special]
+        ends.update(special[-1:])
+    return ends - {None}
 
 
 def run(

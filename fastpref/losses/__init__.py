@@ -17,6 +17,7 @@ from fastpref.losses.registry import (
     from_config,
     incentives,
     names,
+    reward_names,
 )
 from fastpref.losses.token_level import TokenLevelLoss
 
@@ -44,4 +45,5 @@ __all__ = [
     "incentives",
     "names",
     "pair_incentives",
+    "reward_names",
 ]

@@ -93,6 +93,8 @@ class Loss(ABC):
     kind: ClassVar[Kind]
     # Whether it reads the column `margin` of the data.
     needs_margin: ClassVar[bool] = False
+    # Whether it takes rewards of a reward model in place of log-probs, see `losses.reward`.
+    of_rewards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for parameter in fields(self):

@@ -161,6 +161,11 @@ def _build_part(
         objective = build(**parameters)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from None
+    if objective.of_rewards:
+        raise ValueError(
+            f"{where}.name: {objective.name} is an objective of reward models, which are not "
+            f"added up; use it alone"
+        )
     if not isinstance(objective, PairwiseLoss | TokenLevelLoss):
         raise ValueError(
             f"{where}.name: {objective.name} is not an objective on pairs; only those can be added "

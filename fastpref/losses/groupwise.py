@@ -64,7 +64,7 @@ class GroupwiseLoss(Loss):
         assert reference is not None
         rewards = self.beta * (policy.logps - reference.logps.detach())
         members = segment_mask(policy.cu_groups, policy.logps.numel())
-        losses = self.response_losses(policy, rewards, _same_group(members))
+        losses = self.response_losses(policy, rewards, same_group(members))
         return GroupwiseOutput(torch.where(members, losses, 0.0).sum(1), rewards.detach())
 
     def check(
@@ -179,7 +179,7 @@ class PROS(GroupwiseLoss):
         largest or of the smallest scores. Pass some hundred responses at a time.
         """
         members = segment_mask(cu_groups, scores.numel())
-        centered = _centered(scores, _same_group(members))
+        centered = _centered(scores, same_group(members))
         size = members.sum(1, keepdim=True)  # N of each group, (G, 1)
         count = torch.arange(1, scores.numel() + 1, device=scores.device)  # |U|, (S,)
 
@@ -207,7 +207,7 @@ def groupwise_incentives(
     return -gradient
 
 
-def _same_group(members: Tensor) -> Tensor:
+def same_group(members: Tensor) -> Tensor:
     """Whether two responses are of one group, (G, S) -> (S, S) bool; true on the diagonal."""
     group = (members * torch.arange(1, len(members) + 1, device=members.device)[:, None]).sum(0)
     return group[:, None] == group

@@ -16,7 +16,9 @@ from fastpref.losses import (
     groupwise,
     margin,
     normalized,
+    on_policy,
     pointwise,
+    reward,
     token_level,
     wrappers,
 )
@@ -39,8 +41,21 @@ NOTATION = (
 
 BY_NAME: dict[str, type[Objective]] = {
     objective.name: objective
-    for module in (margin, anchored, batchwise, normalized, token_level, pointwise, groupwise)
+    for module in (
+        margin,
+        anchored,
+        batchwise,
+        normalized,
+        token_level,
+        pointwise,
+        groupwise,
+        on_policy,
+    )
     for objective in module.OBJECTIVES
+}
+# Objectives of reward models, which `names` does not list.
+OF_REWARDS: dict[str, type[Objective]] = {
+    objective.name: objective for objective in reward.OBJECTIVES
 }
 
 
@@ -65,8 +80,16 @@ class Description:
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """The names, of all kinds or of one, that `build` and a config's `loss: {name: ...}` accept."""
+    """The names, of all kinds or of one, that `build` and a config's `loss: {name: ...}` accept.
+
+    Without those of reward models, see `reward_names`.
+    """
     return tuple(name for name, objective in BY_NAME.items() if kind in (None, objective.kind))
+
+
+def reward_names() -> tuple[str, ...]:
+    """The names of the objectives of reward models, which `build` accepts, too."""
+    return tuple(OF_REWARDS)
 
 
 def build(name: str, **parameters: Any) -> Objective:
@@ -76,7 +99,23 @@ def build(name: str, **parameters: Any) -> Objective:
     at tokens, a PairwiseLoss becomes a TokenLevelLoss. Raises ValueError for an unknown name, an
     unknown parameter, a value out of range and an option that does not apply.
     """
-    return wrappers.build_with_options(_find(name), parameters)
+    objective = _find(name)
+    if objective.of_rewards:
+        return _build_of_rewards(objective, parameters)
+    return wrappers.build_with_options(objective, parameters)
+
+
+def _build_of_rewards(objective: type[Objective], parameters: dict[str, Any]) -> Objective:
+    """An objective of reward models; raises ValueError for the options of others."""
+    accepted = [field.name for field in fields(objective)]
+    for parameter in parameters:
+        if parameter not in accepted:
+            raise ValueError(
+                f"{parameter}: not a parameter of {objective.name}, which accepts "
+                f"{', '.join(accepted) or 'none'}"
+            )
+    built: Objective = objective(**parameters)
+    return built
 
 
 def from_config(value: dict[str, Any] | list[dict[str, Any]]) -> Objective:
@@ -136,7 +175,8 @@ def incentives(
 
 
 def _find(name: str) -> type[Objective]:
-    if isinstance(name, str) and name in BY_NAME:
-        return BY_NAME[name]
-    nearest = difflib.get_close_matches(str(name).lower(), BY_NAME) or list(BY_NAME)
+    known = {**BY_NAME, **OF_REWARDS}
+    if isinstance(name, str) and name in known:
+        return known[name]
+    nearest = difflib.get_close_matches(str(name).lower(), known) or list(BY_NAME)
     raise ValueError(f"name: no objective is called {name!r}; known: {', '.join(nearest)}")

@@ -20,6 +20,7 @@ def choose_layout(
     attn_implementation: str,
     datasets: Sequence[Groups],
     display: Display,
+    notes_savings: bool = True,
 ) -> None:
     """Set `policy.layout` and its attention implementation; note the number of tokens it saves.
 
@@ -53,7 +54,7 @@ def choose_layout(
     if policy.not_fused and attn_implementation == "auto":
         library = "liger-kernel" if policy.kernels == "liger" else "transformers"
         display.note(f"note: the layers are those of {library}, not fused: {policy.not_fused}")
-    if layout != "padded":
+    if layout != "padded" and notes_savings:
         display.note(_savings(datasets[0], layout))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -17,6 +19,7 @@ from fastpref import distributed
 from fastpref.model import fsdp
 from fastpref.model.lora import TRAINED_ADAPTER, merges
 from fastpref.model.policy import Policy
+from fastpref.model.reward_policy import HEAD, RewardPolicy
 
 FILE_SIZE = "5GB"  # largest file of an export
 # What turns images and sounds into inputs of a model that also reads text.
@@ -46,6 +49,8 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
             _write(policy, weights, folder)
     elif distributed.is_main_process():
         model.save_pretrained(folder, selected_adapters=[TRAINED_ADAPTER])
+        if isinstance(policy, RewardPolicy):
+            _add_head(policy, folder)
     if distributed.is_main_process():
         tokenizer.save_pretrained(folder)
 
@@ -60,6 +65,19 @@ def _merged_weights(policy: Policy) -> dict[str, Tensor]:
             merged = functions[name](full) if name in functions else full
             weights[name] = merged.to("cpu", _exported_dtype(policy, name, merged))
     return weights
+
+
+def _add_head(policy: RewardPolicy, folder: Path) -> None:
+    """Add the trained head to an adapter, as a module that peft saves in full."""
+    weights_file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights = load_file(weights_file)
+    for name, tensor in policy.base.get_submodule(HEAD).state_dict().items():
+        weights[f"base_model.model.{HEAD}.{name}"] = tensor.cpu()
+    save_file(weights, weights_file, metadata={"format": "pt"})
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
+    config |= {"exclude_modules": None, "auto_mapping": None}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _exported_dtype(policy: Policy, name: str, weight: Tensor) -> torch.dtype:
@@ -81,7 +99,8 @@ def _write(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
     with init_empty_weights(include_buffers=False):
         plain = type(base)._from_config(config, dtype=policy.compute_dtype)
     plain.tie_weights()
-    plain.generation_config = base.generation_config
+    if hasattr(base, "generation_config"):  # classifiers have none
+        plain.generation_config = base.generation_config
     # Conversions to reverse, so that names and shapes are those of the files that were read.
     if not policy.quantized and getattr(base, "_weight_conversions", None) is not None:
         plain._weight_conversions = base._weight_conversions

@@ -68,7 +68,7 @@ def shard(policy: Policy, mesh: DeviceMesh, options: configs.Parallel) -> None:
             reduce_dtype=torch.promote_types(compute_dtype, torch.float32),
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "ignored_params": set(policy.adapter_parameters()),
+        "ignored_params": set(policy.replicated_parameters()),
     }
     for block in policy.blocks():
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **fsdp_options)

@@ -24,7 +24,7 @@ _TOKENS = 12
 
 def check_causal(policy: Policy) -> None:
     """Raise ModelError if another last token changes the hidden states of the tokens before it."""
-    rows = policy.head()[0].shape[0]
+    rows = policy.vocabulary
     ids = torch.arange(1, _TOKENS + 1, device=policy.device).remainder(rows)[None]
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + rows // 2) % rows

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fastpref.config import Adapter, Model, Parallel, Training
 from fastpref.model import fsdp
 from fastpref.model.layer_kernels import use_kernels
 from fastpref.model.lora import add_adapter, initialize
 from fastpref.model.policy import Policy
-from fastpref.model.pretrained import read_on_main_process, read_pretrained
+from fastpref.model.pretrained import auto_model, read_on_main_process, read_pretrained
 from fastpref.model.quantize import check_quantization, load_in_4bit, reload_in_4bit
 from fastpref.model.recomputation import recompute
+from fastpref.model.reward_policy import RewardPolicy
 from fastpref.utils.errors import ModelError, UserError, cannot_load, shown
 from fastpref.utils.optional_packages import require
 
@@ -39,6 +40,8 @@ def load_policy(
     *,
     adapter: Adapter | None = None,
     keep_initial_adapter: bool = False,
+    copy_adapter: bool = False,
+    of_rewards: bool = False,
 ) -> Policy:
     """Load or build the model, add adapters, shard it over the ranks, and verify its head.
 
@@ -47,6 +50,9 @@ def load_policy(
 
     training: its seed, activation checkpointing and compilation are used.
     keep_initial_adapter: also add a frozen copy of the adapter, for `reference: adapter`.
+    copy_adapter: add it for a new adapter, too, for a reference that follows the policy.
+    of_rewards: load a sequence classifier with one label, see `RewardPolicy`; the tokenizer has a
+        padding token. Beside an adapter its head is trained, too.
 
     Raises ModelError if the model or adapter cannot be loaded.
     """
@@ -61,14 +67,23 @@ def load_policy(
         stored_dtype = torch.promote_types(compute_dtype, torch.float32)
     torch.manual_seed(training.seed)
     causal_lm, weights = _build(
-        model, tokenizer, stored_dtype, mesh is not None, device if in_4bit else None
+        model, tokenizer, stored_dtype, mesh is not None, device if in_4bit else None, of_rewards
     )
     _check_vocabulary(causal_lm, tokenizer)
     wrapped: nn.Module = causal_lm
     if adapter is not None:
         causal_lm.requires_grad_(False)
-        wrapped = add_adapter(causal_lm, adapter, keep_initial_adapter, sharded=mesh is not None)
-    policy = Policy(wrapped, compute_dtype)
+        wrapped = add_adapter(
+            causal_lm,
+            adapter,
+            keep_initial_adapter,
+            sharded=mesh is not None,
+            always_copy=copy_adapter,
+            of_rewards=of_rewards,
+        )
+    policy = RewardPolicy(wrapped, compute_dtype) if of_rewards else Policy(wrapped, compute_dtype)
+    if isinstance(policy, RewardPolicy) and adapter is not None:
+        policy.train_head()
     use_kernels(policy, model, training, device)
     if training.activation_checkpointing != "auto":
         recompute(policy, training.activation_checkpointing)
@@ -113,11 +128,13 @@ def _build(
     dtype: torch.dtype,
     sharded: bool,
     in_4bit_on: torch.device | None,
+    of_rewards: bool,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Build the model on the CPU, or in 4 bits on a device.
 
     sharded: leave the weights of a pretrained model on the meta device, and return them by name on
         rank 0; buffers are allocated.
+    of_rewards: as in `load_policy`.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation != "auto":
@@ -129,23 +146,38 @@ def _build(
     defaults |= {name: getattr(tokenizer, name) for name in special_tokens}
     with naming_the_model(model):
         config = model_config(model, defaults)
+        if not of_rewards:
+            _check_language_model(model, config)
+        else:
+            config.num_labels = 1
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if model.path is None:
-            causal_lm = AutoModelForCausalLM.from_config(config, **options)
+            causal_lm = auto_model(of_rewards).from_config(config, **options)
             if in_4bit_on is not None:
-                causal_lm = reload_in_4bit(causal_lm, in_4bit_on, options)
+                causal_lm = reload_in_4bit(causal_lm, in_4bit_on, options, of_rewards)
             return causal_lm, {}
         path = model.path
         check_quantization(path, config, allow_nf4=in_4bit_on is not None)
         if in_4bit_on is not None:
-            return load_in_4bit(path, config, in_4bit_on, options), {}
+            return load_in_4bit(path, config, in_4bit_on, options, of_rewards), {}
         if not sharded:
-            return read_pretrained(path, config, options), {}
+            return read_pretrained(path, config, options, of_rewards), {}
 
     def read() -> Any:
         with naming_the_model(model):
-            return read_pretrained(path, config, options)
+            return read_pretrained(path, config, options, of_rewards)
 
-    return read_on_main_process(read, config, options)
+    return read_on_main_process(read, config, options, of_rewards)
+
+
+def _check_language_model(model: Model, config: Any) -> None:
+    """Raise ModelError for a classifier; tied embeddings would make a language model of it."""
+    kinds = getattr(config, "architectures", None) or ()
+    if model.path is not None and any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"model.path: {model.path} is a sequence classifier, such as a reward model, and no "
+            "language model; use another model"
+        )
 
 
 @contextmanager

@@ -31,12 +31,19 @@ _BASE_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def add_adapter(
-    causal_lm: PreTrainedModel, adapter: configs.Adapter, with_reference: bool, sharded: bool
+    causal_lm: PreTrainedModel,
+    adapter: configs.Adapter,
+    with_reference: bool,
+    sharded: bool,
+    always_copy: bool = False,
+    of_rewards: bool = False,
 ) -> nn.Module:
     """Wrap the model with a new adapter or that of `adapter.path`; `initialize` sets its values.
 
     with_reference: also add the frozen copy for `as_reference`, unless the reference is the base.
+    always_copy: add it even then, for a reference that follows the trained adapter.
     sharded: whether the model will be sharded.
+    of_rewards: the model is a sequence classifier, whose head gets no adapter.
 
     Raises ModelError if the model lacks a target module or the adapter cannot be trained.
     """
@@ -45,6 +52,9 @@ def add_adapter(
     field = "adapter.path" if adapter.path else "adapter.target_modules"
     _check_parameters(causal_lm, adapter)
     config = _read_config(adapter.path) if adapter.path else _new_config(adapter)
+    if of_rewards:
+        # peft would replace the head of a classifier by a copy under another name.
+        config.task_type, config.exclude_modules = None, ["score"]
     if sharded and config.use_dora:
         raise ModelError(
             "adapter.dora: needs the norms of full weights, and these are sharded over the ranks; "
@@ -56,7 +66,7 @@ def add_adapter(
         raise ModelError(_refusal(adapter, field, error)) from None
     _check_head_is_plain(causal_lm, field)
     _check_layers(causal_lm, field, adapter)
-    if with_reference and (adapter.path or config.use_dora):
+    if always_copy or (with_reference and (adapter.path or config.use_dora)):
         frozen = replace(config, lora_dropout=0.0, inference_mode=True, init_lora_weights=False)
         wrapped.add_adapter(REFERENCE_ADAPTER, frozen)
     return wrapped
@@ -107,6 +117,29 @@ def as_reference(policy: Policy) -> Iterator[None]:
         yield
     finally:
         model.set_adapter(TRAINED_ADAPTER)
+
+
+@contextmanager
+def without_adapter(policy: Policy) -> Iterator[None]:
+    """Context manager in which the policy computes what its base does."""
+    model: Any = policy.causal_lm
+    with model.disable_adapter():
+        yield
+
+
+def reference_copies(policy: Policy) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tensors of the frozen copy of the adapter and those of the trained one, by name.
+
+    Writing to the first ones changes what `as_reference` computes.
+    """
+    tensors = dict(policy.named_parameters())
+    copies: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if REFERENCE_ADAPTER in parts:
+            trained = [TRAINED_ADAPTER if part == REFERENCE_ADAPTER else part for part in parts]
+            copies[name] = tensor.detach(), tensors[".".join(trained)].detach()
+    return copies
 
 
 def reference_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:

@@ -88,7 +88,7 @@ FORWARD_METHODS = (
     "check_head",
     "check_trunk",
     "check_causal",
-    "complete",
+    "generate",
     "packing_error",
     "packing_obstacle",
     "padding_error",
@@ -112,18 +112,27 @@ class Policy(nn.Module):
         base = self.base
         self.logit_scale, self.softcap = head_check.head_options(base.config)
         self.rotaries = rotaries_by_length(base)
-        head = base.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            kind = "none" if head is None else type(head).__name__
-            raise ModelError(
-                f"model: the head of {type(base).__name__} must be a plain linear layer, got "
-                f"{kind}; adapters or quantization on the head are not supported"
-            )
+        self._require_plain_head()
         if base.base_model is base:
             raise ModelError(
                 f"model: {type(base).__name__} does not give its hidden states apart from its "
                 "head; use another model"
             )
+
+    def _require_plain_head(self) -> None:
+        """Raise ModelError for a head that is not a linear layer."""
+        head = self.base.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            kind = "none" if head is None else type(head).__name__
+            raise ModelError(
+                f"model: the head of {type(self.base).__name__} must be a plain linear layer, got "
+                f"{kind}; adapters or quantization on the head are not supported"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+        return self.head()[0].shape[0]
 
     @property
     def base(self) -> PreTrainedModel:
@@ -153,6 +162,10 @@ class Policy(nn.Module):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if "lora_" in name]
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """Parameters that every rank has in full, beside sharded weights."""
+        return self.adapter_parameters()
 
     @property
     def device(self) -> torch.device:
@@ -306,7 +319,7 @@ class Policy(nn.Module):
         """
         if self.trunk is None:
             return
-        ids = np.arange(1, 33, dtype=np.int32) % self.head()[0].shape[0]
+        ids = np.arange(1, 33, dtype=np.int32) % self.vocabulary
         error = self.packing_error([TokenGroup(0, 0, ids[:11], (ids[11:20], ids[20:]))])
         if not error <= self.rounding:
             self.use_transformers(f"its layers differ from transformers' by {error:.2g}")
@@ -347,15 +360,19 @@ class Policy(nn.Module):
         with self._evaluating():
             return layout_check.padding_error(self, groups)
 
-    @torch.no_grad()
     def complete(self, prompts: Sequences, ends: set[int], max_new_tokens: int) -> Sequences:
-        """Complete prompts greedily, by the layers of transformers in the compute dtype.
+        """Complete prompts greedily; see `generate`."""
+        greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+        return self.generate(prompts, ends, greedy)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequences, ends: set[int], sampling: Sampling) -> Sequences:
+        """Draw a completion of each prompt, by the layers of transformers in the compute dtype.
 
         ends: tokens that end a completion; what follows is padding.
 
         On all ranks if the weights are sharded. Random states and the layout do not change.
         """
-        sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             self._evaluating(),

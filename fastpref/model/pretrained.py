@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastpref import distributed
 from fastpref.utils.errors import ModelError, UserError
+
+CLASSIFIER_HEAD = "score.weight"  # of the sequence classifiers of transformers
 
 
 class _Structure(NamedTuple):
@@ -34,25 +36,34 @@ class _Structure(NamedTuple):
     tied: list[bool | None]  # `tie_word_embeddings` of the configs
 
 
-def read_pretrained(path: str, config: Any, options: dict[str, Any]) -> Any:
+def auto_model(classifies: bool) -> Any:
+    """The class of transformers that builds causal language models, or sequence classifiers."""
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+
+
+def read_pretrained(
+    path: str, config: Any, options: dict[str, Any], classifies: bool = False
+) -> Any:
     """Load a model with `from_pretrained`; its config says whether the head is really tied.
 
     options: arguments of `from_pretrained`.
+    classifies: load a sequence classifier, whose head may be missing, and is then random.
 
     Raises ModelError for missing weights, which transformers would initialize at random.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_model(classifies).from_pretrained(
         path, config=config, output_loading_info=True, **options
     )
     causal_lm, loading = loaded
-    _check_complete(path, loading["missing_keys"])
-    if not _has_its_ties(causal_lm):
+    new = {CLASSIFIER_HEAD} if classifies else set()
+    _check_complete(path, set(loading["missing_keys"]) - new)
+    if not classifies and not _has_its_ties(causal_lm):
         _set_tied(causal_lm.config, [False, False])
     return causal_lm
 
 
 def read_on_main_process(
-    read: Callable[[], Any], config: Any, options: dict[str, Any]
+    read: Callable[[], Any], config: Any, options: dict[str, Any], classifies: bool = False
 ) -> tuple[Any, dict[str, Tensor]]:
     """Empty model with the structure of the one that `read` loads on rank 0, a collective.
 
@@ -71,7 +82,7 @@ def read_on_main_process(
         raise ModelError(problem)
     structure = _Structure(*structure)
     _set_tied(config, structure.tied)
-    causal_lm = build_empty(config, options)
+    causal_lm = build_empty(config, options, classifies)
     _arrange(causal_lm, structure)
     if source is None:
         return causal_lm, {}
@@ -80,10 +91,10 @@ def read_on_main_process(
     return causal_lm, _named_tensors(source)
 
 
-def build_empty(config: Any, options: dict[str, Any]) -> Any:
+def build_empty(config: Any, options: dict[str, Any], classifies: bool = False) -> Any:
     """Build a model whose weights are on the meta device; buffers are allocated."""
     with init_empty_weights(include_buffers=False):
-        causal_lm = AutoModelForCausalLM.from_config(config, **options)
+        causal_lm = auto_model(classifies).from_config(config, **options)
     causal_lm.tie_weights()
     return causal_lm
 

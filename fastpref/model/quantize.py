@@ -37,9 +37,15 @@ def check_quantization(path: str, config: PreTrainedConfig, allow_nf4: bool) -> 
 
 
 def load_in_4bit(
-    source: str, config: PreTrainedConfig, device: torch.device, options: dict[str, Any]
+    source: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    options: dict[str, Any],
+    classifies: bool = False,
 ) -> Any:
     """Load a model onto the device with 4-bit linear layers; `options` are for `from_pretrained`.
+
+    classifies: as in `read_pretrained`; its head is not quantized.
 
     Raises ModelError for fp64, and MissingPackage without bitsandbytes.
     """
@@ -53,9 +59,10 @@ def load_in_4bit(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["score"] if classifies else None,
         )
     options["device_map"] = {"": device}
-    causal_lm = read_pretrained(source, config, options)
+    causal_lm = read_pretrained(source, config, options, classifies)
     module: Any
     for module in causal_lm.modules():
         if hasattr(module, "compute_dtype"):
@@ -65,10 +72,12 @@ def load_in_4bit(
     return causal_lm
 
 
-def reload_in_4bit(causal_lm: Any, device: torch.device, options: dict[str, Any]) -> Any:
+def reload_in_4bit(
+    causal_lm: Any, device: torch.device, options: dict[str, Any], classifies: bool = False
+) -> Any:
     """Quantize a model with random weights by saving it and loading it in 4 bits."""
     with TemporaryDirectory() as folder:
         causal_lm.save_pretrained(folder)
-        quantized = load_in_4bit(folder, causal_lm.config, device, options)
+        quantized = load_in_4bit(folder, causal_lm.config, device, options, classifies)
     quantized.name_or_path = quantized.config._name_or_path = ""
     return quantized

@@ -127,6 +127,16 @@ def cached_reference(
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         return CachedReference(torch.tensor(data_logps, dtype=dtype, device=policy.device))
     path = cache / "reference" / f"{_key(policy, groups, plan, per_token)}.safetensors"
+    return saved_reference(path, policy, groups, plan, display, per_token)
+
+
+def saved_reference(
+    path: Path, policy: Policy, groups: Groups, plan: Plan, display: Display, per_token: bool
+) -> CachedReference:
+    """Read the log-probs in a file, or compute them with the policy as it is and write it.
+
+    The caller names the file by everything that determines the log-probs.
+    """
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
     complete = _read(path, display)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastpref.report import dynamics_charts, preference_charts, samples, style, tables
+from fastpref.report import dynamics_charts, preference_charts, rounds, samples, style, tables
 from fastpref.report.chart import ChartSpec
 from fastpref.report.line_charts import LineChart
 from fastpref.report.runs import Run, load, run_folders
@@ -143,7 +143,7 @@ def write(runs: Sequence[Run], out: Path, refresh: bool = False) -> Path:
     charts_folder.mkdir(parents=True, exist_ok=True)
     charted, _ = _charted(runs)
     rendered, missing = [], []
-    for spec in CHARTS:
+    for spec in (*([rounds.CHART] if any(run.rounds for run in runs) else []), *CHARTS):
         with style.settings(spec.name):
             chart = spec.draw(charted)
             if chart is None:
@@ -189,6 +189,7 @@ def html(
         "missing": missing,
         "metrics": tables.final_metrics(runs),
         "differences": tables.differences(runs),
+        "round_tables": rounds.round_tables(runs),
         "sample_tables": samples.sample_tables(runs),
         "refresh": REFRESH if refresh else None,
     }

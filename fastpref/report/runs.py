@@ -55,6 +55,7 @@ class Run:
     config: configs.Config
     records: list[dict[str, Any]]  # of training and evaluation, in order
     samples: Sequence[dict[str, Any]] = ()  # lines of `samples.jsonl`
+    rounds: Sequence[dict[str, Any]] = ()  # lines of `rounds.jsonl`
 
     @property
     def step(self) -> int:
@@ -176,14 +177,15 @@ def _load(folder: Path, name: str) -> Run:
         )
     if not records:
         raise UserError(f"{path}: holds no metrics yet; wait for the first step of the run")
-    return Run(name, config, records, _samples(folder))
+    samples = _lines(folder / "samples.jsonl", ("step", "prompt", "completion", "finished"))
+    rounds = _lines(folder / "rounds.jsonl", ("round", "step"))
+    return Run(name, config, records, samples, rounds)
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
-    """Lines of the run's samples; none if there is no such file, or one that is damaged."""
-    keys = ("step", "prompt", "completion", "finished")
+def _lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of a file that have the keys; none if there is no such file, or one that is damaged."""
     try:
-        lines = metrics.read_records(folder / "samples.jsonl")
+        lines = metrics.read_records(path)
     except (ValueError, RecursionError):
         return []
     return [line for line in lines if isinstance(line, dict) and all(key in line for key in keys)]

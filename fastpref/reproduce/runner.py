@@ -128,10 +128,13 @@ def train(folder: Path, name: str, size: Size, generated: bool, job: Job) -> Out
         epoch = math.ceil(rows / sections["training"]["batch_size"])
         sections["training"] |= {f"{k}_every": epoch for k in ("log", "eval", "export")}
     trainer = make_trainer(folder, size, job, sections)
-    trainer.loop([])
-    records = metrics.read_records(trainer.run.folder / "metrics.jsonl")
-    names = {"step", *study.metrics}
-    lines = [{name: line[name] for name in line if name in names} for line in records]
+    if job.learn is not None:
+        lines = job.learn(trainer, job)
+    else:
+        trainer.loop([])
+        records = metrics.read_records(trainer.run.folder / "metrics.jsonl")
+        names = {"step", *study.metrics}
+        lines = [{name: line[name] for name in line if name in names} for line in records]
     held_out = data.files(home, job.held_out or study.held_out).held_out
     lines.append(dict(score_pairs(trainer, held_out)))
     if job.held_out is not None:
@@ -167,7 +170,7 @@ def _job_key(folder: Path, study: Study, size: Size, job: Job) -> str:
     """Hash of all that determines a job, functions by their names."""
     home = folder / f"seed-{job.seed}" / "data"
     held_out = data.files(home, job.held_out or study.held_out).held_out
-    names = [f.__qualname__ for f in (job.measure, job.function) if f is not None]
+    names = [f.__qualname__ for f in (job.measure, job.function, job.learn) if f is not None]
     settings = (
         study.training,
         study.metrics,

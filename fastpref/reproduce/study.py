@@ -32,7 +32,8 @@ Record = dict[str, Any]  # a line of metrics, `step` among them; or arrays, with
 class Job:
     """A run: training from the model of its seed, or a call of `function` instead.
 
-    measure: computes further metrics from the Trainer after training. Both must be functions of a
+    measure: computes further metrics from the Trainer after training. learn: trains the policy of
+    the Trainer in place of its loop, and returns lines of metrics. All three must be functions of a
     module, since they are pickled. A list among the metrics is an array, with a value for each
     example. scores_samples: on generated data, score the model's samples.
     """
@@ -43,6 +44,7 @@ class Job:
     data: str = "pairs"  # a key of `data.KINDS`
     measure: Callable[[Any, Job], Record] | None = None
     function: Callable[[Job], list[Record]] | None = None
+    learn: Callable[[Any, Job], list[Record]] | None = None
     scores_samples: bool = False
     held_out: str | None = None  # kind of the held-out pairs, unless it is the study's
 

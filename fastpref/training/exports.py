@@ -20,6 +20,7 @@ from fastpref.data.tokenizers import tokenizer_of
 from fastpref.model.export import export
 from fastpref.model.load import load_policy
 from fastpref.model.policy import Policy
+from fastpref.model.reward_policy import set_padding_token
 from fastpref.training import checkpoint, checkpoint_files, model_card
 from fastpref.training.checkpoint_files import CheckpointError
 from fastpref.utils import hub
@@ -108,7 +109,13 @@ def export_step(run: Path, step: int, target: Path, device: torch.device, displa
             update={"activation_checkpointing": "off", "compile": False}
         )
         policy = load_policy(
-            config.model, tokenizer, device, training, Parallel(), adapter=config.adapter
+            config.model,
+            tokenizer,
+            device,
+            training,
+            Parallel(),
+            adapter=config.adapter,
+            of_rewards=config.build_loss().of_rewards,
         )
         checkpoint.restore_weights(held, policy, "--step")
     Exporter(config, policy, tokenizer, run).write(target, step)
@@ -127,6 +134,8 @@ def _tokenizer(config: Config, fingerprint: str) -> PreTrainedTokenizerBase:
                 f"data.train: {groups.source} has changed since the run, whose tokenizer was "
                 "trained on it; restore it"
             )
+    if config.build_loss().of_rewards:
+        set_padding_token(tokenizer)
     return tokenizer
 
 

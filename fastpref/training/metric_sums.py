@@ -20,6 +20,12 @@ def metric_names(sources: tuple[str, ...]) -> tuple[str, ...]:
     return NAMES + metrics.names_by_source(sources)
 
 
+def of_rewards(values: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that are about rewards: a reward model has no log-probs."""
+    policies = ("logps/", "preference/", "contrast/", "entropy")
+    return {name: value for name, value in values.items() if not name.startswith(policies)}
+
+
 class MetricSums:
     """Sums of a step or an evaluation; nothing waits for the device until they are read.
 
@@ -69,6 +75,8 @@ class MetricSums:
         """All metrics of all ranks, under names that begin with `eval_`."""
         sums = distributed.all_reduce_sum_(self.sums)
         values: dict[str, Any] = metrics.means(sums, self._names)
+        if self._loss.of_rewards:
+            return {f"eval_{name}": value for name, value in of_rewards(values).items()}
         values["entropy"] = self.entropy()
         if self._loss.kind == "pairwise":
             contrasts = distributed.gather(torch.cat(self._contrasts))

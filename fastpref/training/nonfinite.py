@@ -35,7 +35,7 @@ class NonFiniteGuard:
         display: Display,
     ) -> None:
         self.tracker, self.skipped = NonFiniteTracker(), SkippedSteps()
-        self._window, self._data, self._device = window, data, device
+        self._window, self.data, self._device = window, data, device
         self._folder, self._display = folder, display
 
     def stop_unless_finite(self) -> None:
@@ -69,8 +69,8 @@ class NonFiniteGuard:
 
     def _rows(self, step: int) -> list[int]:
         """Rows of a step whose loss is not finite; all its rows if only the gradient is not."""
-        groups = self.tracker.groups(step, self._device) or self._data.plan.groups(step - 1)
-        return self._data.groups.row_names(groups)
+        groups = self.tracker.groups(step, self._device) or self.data.plan.groups(step - 1)
+        return self.data.groups.row_names(groups)
 
     def _diverged(self, nonfinite: metrics.NonFinite, rows: list[int], when: str = "") -> Diverged:
         """Save the row numbers and return the error."""

@@ -110,7 +110,7 @@ def _end_tokens(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, groups: list[TokenGroup]
 ) -> set[int]:
     """Tokens that end a completion: of the model, the tokenizer, and responses of the data."""
-    generation = policy.base.generation_config
+    generation = getattr(policy.base, "generation_config", None)  # classifiers have none
     eos = generation.eos_token_id if generation is not None else None
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -41,6 +41,7 @@ from fastpref.model.reference_policy import (
     cached_reference,
     no_reference,
 )
+from fastpref.model.reward_policy import set_padding_token
 from fastpref.training import base_weights, checkpoint_files, run_folder
 from fastpref.training.data_checks import (
     advise_on_margins,
@@ -141,6 +142,8 @@ class Loaded:
 class TrainingSetup(Loaded):
     folder: Path = Path()
     checkpoint: Path | None = None  # to continue from
+    steps: int | None = None  # of the run, where the config does not say
+    reference_tensors: dict[str, Tensor] = field(default_factory=dict)  # kept in checkpoints, too
 
     def with_micro_batch_tokens(self, tokens: int) -> TrainingSetup:
         """The same run in micro-batches of another size."""
@@ -151,7 +154,7 @@ class TrainingSetup(Loaded):
 def prepare(config: Config, display: Display) -> TrainingSetup:
     """Claim the run directory and `load`; raises UserError in one line."""
     folder = Path(config.training.output_dir)
-    checkpoint = _claim(folder, config.resume, display)
+    checkpoint = claim(folder, config.resume, display)
     if checkpoint is not None:
         base_weights.check(checkpoint, config)
     loaded = load(config, display, folder if checkpoint is not None else None)
@@ -187,6 +190,8 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
         datasets: list[AnyDataset] = [_training_data(loss, config, tokenizer, rows)]
         if data.eval is not None:
             datasets.append(load_data(data, "eval", tokenizer, rows))
+    if loss.of_rewards:
+        set_padding_token(tokenizer)
     for name, dataset in zip(("train", "eval"), datasets, strict=False):
         check_same_data(f"data.{name}", dataset)
         for line in dataset.summary().splitlines():
@@ -216,6 +221,7 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
             config.parallel,
             adapter=config.adapter,
             keep_initial_adapter=config.reference_mode == "adapter",
+            of_rewards=loss.of_rewards,
         )
 
     policy = new_policy(device)
@@ -349,7 +355,7 @@ def _check_context(groups: Groups, policy: Policy) -> None:
         )
 
 
-def _claim(folder: Path, resume: str | None, display: Display) -> Path | None:
+def claim(folder: Path, resume: str | None, display: Display) -> Path | None:
     """Make the run directory; return the checkpoint to continue from, if `resume` asks for one."""
     root = folder / "checkpoints"
     if not distributed.all_ranks(resume is not None or not run_folder.holds_run(folder)):

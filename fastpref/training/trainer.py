@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fastpref.training import (
     checkpoint,
     checkpoint_files,
     rank_checks,
+    run_config,
     run_folder,
     run_lock,
     signals,
@@ -36,17 +38,16 @@ from fastpref.training.calibration_step import make_calibration
 from fastpref.training.clock import Clock
 from fastpref.training.exports import Exporter
 from fastpref.training.forward import Forward
-from fastpref.training.metric_sums import MetricSums, metric_names
+from fastpref.training.metric_sums import MetricSums, metric_names, of_rewards
 from fastpref.training.nonfinite import NonFiniteGuard
 from fastpref.training.optim import learning_rate, make_optimizer, warmup_advice
 from fastpref.training.profiler import Profiler, part, profiling
 from fastpref.training.reference_point import make_reference_point
 from fastpref.training.samples import Samples
-from fastpref.training.setup import DataSplit, prepare
+from fastpref.training.setup import DataSplit, TrainingSetup, prepare
 from fastpref.training.step_gradient import Gradient, ProjectedGradient
 from fastpref.training.step_hook import StepHook
 from fastpref.utils import progress
-from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
 from fastpref.utils.garbage import manual_collection
 
@@ -82,15 +83,16 @@ def train(
 class Trainer:
     """One run: the policy, its data and reference, the optimizer, and the position in the plan."""
 
-    def __init__(self, config: Config, display: progress.Display) -> None:
+    def __init__(
+        self, config: Config, display: progress.Display, run: TrainingSetup | None = None
+    ) -> None:
         self.config, self.display = config, display
-        self.run = prepare(config, display)
+        self.run = prepare(config, display) if run is None else run
         self.policy, self.plan, self.loss = self.run.policy, self.run.train.plan, self.run.loss
         self.parameters = list(self.policy.trainable_parameters().values())
         self.forward = Forward(self.loss, self.policy)
-        self.gradient = (ProjectedGradient if config.update == "dpo_pg" else Gradient)(
-            self.parameters
-        )
+        gradient = ProjectedGradient if config.update == "dpo_pg" else Gradient
+        self.gradient = gradient(self.parameters)
         self.reference_point = make_reference_point(self.loss, self.policy)
         self.calibration = make_calibration(
             config.calibration, config.monitor, self.loss, self.policy
@@ -109,10 +111,10 @@ class Trainer:
             "skipped": self.guard.skipped,
         }
         self.hooks = [*self.stateful.values(), self.guard.tracker]
-        self.steps = config.training.steps or config.training.epochs * self.plan.steps_per_epoch
+        steps = self.run.steps or config.training.steps
+        self.steps = steps or config.training.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(config.optim, self.parameters)
-        advice = warmup_advice(config.optim, self.steps)
-        if advice is not None:
+        if (advice := warmup_advice(config.optim, self.steps)) is not None:
             display.note(advice)
         self.memory = self.run.memory
         self.memory.save(self.run.folder)
@@ -133,25 +135,35 @@ class Trainer:
             self.run.folder, config.training.report_to, config.model_dump(), self.step, display.note
         )
         self.samples = Samples.of(config.evaluation, self.run, self.step, display.note)
-        self._save_config(self.run.folder / "config.yaml")
+        run_config.save(config, self.run, display.note)
 
-    def loop(self, received: list[int]) -> None:
-        """Train from the current step to the last; a signal in `received` ends it after a step."""
+    def use(self, train: DataSplit) -> None:
+        """Train on other data from the next step on; `train.plan.first_step` is that step."""
+        self.run = replace(self.run, train=train)
+        self.run = self.run.with_micro_batch_tokens(self.memory.micro_batch_tokens)
+        self.plan, self.lengths = self.run.train.plan, self.run.train.lengths
+        self.guard.data = self.run.train
+
+    def loop(self, received: list[int], until: int | None = None) -> None:
+        """Train from the current step to the last; a signal in `received` ends it after a step.
+
+        until: stop after so many steps of the run, with a checkpoint.
+        """
         with manual_collection():
             try:
-                self._loop(received)
+                self._loop(received, until)
             finally:
                 self.checkpoints.wait()
 
-    def _loop(self, received: list[int]) -> None:
-        t = self.config.training
+    def _loop(self, received: list[int], until: int | None) -> None:
+        t, steps = self.config.training, self.steps if until is None else until
         self.display.phase("train", self.steps, self.step)
         self.clock = Clock()
         if self.run.eval and self.step == 0:
             self._evaluate(self.run.eval)
         first, self._logged_at = self.step, (self.tokens, 0.0)
-        while self.step < self.steps and not self.best.stops:
-            last = self.step + 1 == self.steps
+        while self.step < steps and not self.best.stops:
+            last = self.step + 1 == steps
             logs = last or self.step == 0 or _is_due(self.step + 1, t.log_every)
             metric_sums = self._train_step(with_entropy=logs)
             self.display.advance(self.step)
@@ -159,19 +171,19 @@ class Trainer:
             self.profiler.step()
             self.memory.correct(self.step - first)
             saves = _is_due(self.step, t.checkpoint_every)
-            saves |= last and t.checkpoint_every is not None
+            saves |= last and (t.checkpoint_every is not None or until is not None)
             evaluates = self.run.eval and (last or _is_due(self.step, t.eval_every))
             if logs or evaluates:
                 self.guard.stop_unless_finite()
             if logs:
-                self._log(metric_sums, done=(self.step - first) / (self.steps - first))
+                self._log(metric_sums, done=(self.step - first) / (steps - first))
             if self.run.eval and evaluates:
                 self._evaluate(self.run.eval)
                 saves |= self.best.is_at(self.step)
                 if self.best.stops and not last:
                     saves |= t.checkpoint_every is not None
                     if not logs:
-                        self._log(None, done=(self.step - first) / (self.steps - first))
+                        self._log(None, done=(self.step - first) / (steps - first))
             # Read once a step, here: a signal may come at any moment, and the ranks must agree.
             if self.display.is_closed and not received:
                 received.append(signal.SIGPIPE)
@@ -288,7 +300,9 @@ class Trainer:
             **self.calibration.metrics(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
-        if metric_sums is not None:  # of this step only: it costs one more pass over the head
+        if self.loss.of_rewards:
+            record = of_rewards(record)
+        elif metric_sums is not None:  # of this step only: it costs one more pass over the head
             record["entropy"] = metric_sums.entropy()
         record["num_tokens"] = self.tokens
         record["tokens_per_second"] = (self.tokens - tokens) / max(seconds - then, 1e-9)
@@ -314,6 +328,12 @@ class Trainer:
                 self.display.note(f"loss spike at step {step:,}: {loss:.4g}, usually {usual:.4g}")
         return {"loss/spikes": spikes} if spikes else {}
 
+    def skip_to(self, step: int) -> None:
+        """Leave out the steps before `step`, and write a checkpoint."""
+        self.step = step
+        self._save()
+        self.checkpoints.wait()
+
     def _save(self) -> None:
         steps, rows = self.window.state_dict()
         position = {
@@ -324,7 +344,9 @@ class Trainer:
             "best": self.best.state_dict(),
             **{name: hook.state_dict() for name, hook in self.stateful.items()},
         }
-        self.checkpoints.save(self.step, self.policy, self.optimizer, position)
+        self.checkpoints.save(
+            self.step, self.policy, self.optimizer, position, self.run.reference_tensors
+        )
         # A full collection: buffers of the previous checkpoint have reached the oldest generation.
         gc.collect()
 
@@ -332,7 +354,7 @@ class Trainer:
         position = checkpoint_files.position(folder)
         run_folder.check_order(folder, self.config, self._plan_key, position["plan"])
         run_folder.check_steps(folder, position["step"], self.steps)
-        checkpoint.restore(folder, self.policy, self.optimizer)
+        checkpoint.restore(folder, self.policy, self.optimizer, self.run.reference_tensors)
         steps, rows = position["window"]
         self.window.load_state_dict(steps, torch.tensor(rows, dtype=torch.float64))
         for name, hook in self.stateful.items():
@@ -340,15 +362,6 @@ class Trainer:
         self.best.load_state_dict(position.get("best"))
         self.step, self.tokens = position["step"], position["tokens"]
         self.display.note(f"resumed from {folder}")
-
-    def _save_config(self, path: Path) -> None:
-        """Write the config; of a resumed run, note the fields that have changed."""
-        if self.run.checkpoint is not None and path.exists():
-            for difference in self.config.differences(path):
-                self.display.note(f"changed since the run began: {difference}")
-        if distributed.is_main_process():
-            with replacing(path) as temporary:
-                temporary.write_text(self.config.to_yaml(), encoding="utf-8")
 
     def close(self) -> None:
         """Finish the pending checkpoint, and close trackers."""
@@ -380,7 +393,7 @@ class Trainer:
 
     @property
     def _epoch(self) -> float:
-        return round(self.step / self.plan.steps_per_epoch, 4)
+        return round((self.step - self.plan.first_step) / self.plan.steps_per_epoch, 4)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -75,6 +75,6 @@ def test_the_first_rank_reports_first(
     slept: list[float] = []
     monkeypatch.setattr(train.time, "sleep", slept.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(UserError) as caught, train._refused_once():
+    with pytest.raises(UserError) as caught, train.refused_once():
         raise UserError("data.train: no such file")
     assert slept == waits and caught.value.should_print

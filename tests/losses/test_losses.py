@@ -19,6 +19,7 @@ from fastpref.losses import (
     groupwise,
     margin,
     normalized,
+    on_policy,
     pointwise,
     token_level,
 )
@@ -204,15 +205,16 @@ FAMILY = {
     token_level: ("tdpo1", "tdpo2", "ti_dpo"),
     pointwise: ("kto", "kto_simple", "bco", "ddro_unpaired", "pro_b"),
     groupwise: ("info_nca", "nca", "pro_s"),
+    on_policy: ("rloo", "nash_md"),
 }
 
 
 def test_names_are_listed_module_by_module():
     assert losses.names() == tuple(name for names in FAMILY.values() for name in names)
-    assert len(set(losses.names())) == 52
+    assert len(set(losses.names())) == 54
     assert len(losses.names("pairwise")) == 44
     assert losses.names("pointwise") == FAMILY[pointwise]
-    assert losses.names("groupwise") == FAMILY[groupwise]
+    assert losses.names("groupwise") == FAMILY[groupwise] + FAMILY[on_policy]
 
 
 @pytest.mark.parametrize("module", FAMILY, ids=lambda module: module.__name__)
@@ -324,6 +326,8 @@ def test_defaults():
         "info_nca": {"beta": 0.01, "tau": 0.0001},
         "nca": {"beta": 0.01, "tau": 0.0001},
         "pro_s": {"beta": 0.003, "alpha": 2.5},
+        "rloo": {"beta": 0.05},
+        "nash_md": {"beta": 0.1},
     }
 
 
@@ -405,8 +409,10 @@ def test_importing_the_losses_loads_nothing_else():
         "fastpref.losses.normalized",
         "fastpref.losses.numerics",
         "fastpref.losses.offset",
+        "fastpref.losses.on_policy",
         "fastpref.losses.pointwise",
         "fastpref.losses.registry",
+        "fastpref.losses.reward",
         "fastpref.losses.token_level",
         "fastpref.losses.wrappers",
         "fastpref.losses.wrapping",

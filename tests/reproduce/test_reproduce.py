@@ -20,6 +20,7 @@ from fastpref.reproduce.papers import (
     did,
     did_tables,
     pmo,
+    pmo_online,
     pro_runs,
     pro_tables,
     rc_bands,
@@ -71,6 +72,7 @@ def made_up(study: Study, size: Size) -> list[Outcome]:
         *optima,
         *entropies,
         *gradients,
+        *pmo_online.OPTIMA_METRICS,
         "did/slope",
     }
     names |= theorems

@@ -27,7 +27,8 @@ from tests.helpers.training_runs import records, run, weights
 
 MakeConfig = Callable[..., Config]
 POINTWISE, GROUPWISE = losses.names("pointwise"), losses.names("groupwise")
-RATES = {"ddro_unpaired": 1e-4, "kto_simple": 1e-4}  # without beta, rewards move ten times as fast
+# Without beta, rewards move ten times as fast; nash_md has its optimum within 5 nats.
+RATES = {"ddro_unpaired": 1e-4, "kto_simple": 1e-4, "nash_md": 2e-4}
 
 
 @pytest.fixture

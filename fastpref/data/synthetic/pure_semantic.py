@@ -113,7 +113,7 @@ def generate(seed: int = 0, *, independent: bool = False) -> list[Pair]:
     """
     # Only random() is used: its sequence is the one that Python promises to keep.
     rng = random.Random(f"pairs {seed}")
-    utility = {word: _normal(rng) for words in SETS.values() for word in words}
+    utility = _utilities(rng)
     pairs = []
     for noun, words in SETS.items():
         for a, b in combinations(words, 2):
@@ -134,6 +134,15 @@ def generate(seed: int = 0, *, independent: bool = False) -> list[Pair]:
                 verify(pair)
                 pairs.append(pair)
     return _shuffled(pairs, rng)
+
+
+def utilities(seed: int = 0) -> dict[str, float]:
+    """The latent utility of each word, by which `generate` draws p with the same seed."""
+    return _utilities(random.Random(f"pairs {seed}"))
+
+
+def _utilities(rng: random.Random) -> dict[str, float]:
+    return {word: _normal(rng) for words in SETS.values() for word in words}
 
 
 def verify(pair: Pair) -> None:

@@ -36,12 +36,20 @@ class Stopped(Exception):
     """The run ended while a question waited for its next try."""
 
 
-class _Failure(Exception):
+class Failure(Exception):
     """A failure that may pass; `wait` is what the server asks for, in seconds."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class Refusal(Exception):
+    """A status that another try would not change, and the server's words."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(f"HTTP {code}: {detail}")
+        self.code, self.detail = code, detail
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -98,7 +106,7 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             try:
                 return self._post(question, name)
-            except _Failure as failure:
+            except Failure as failure:
                 reason, wait = str(failure), failure.wait
             if wait > LONGEST_RETRY_AFTER:
                 raise UserError(
@@ -119,39 +127,53 @@ class Endpoint:
     def _post(self, question: str, name: str) -> Reply:
         messages = [{"role": "user", "content": question}]
         body = {"model": self.model, "messages": messages, **self.body}
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        # The scheme is http or https, see __post_init__.
-        request = urllib.request.Request(  # noqa: S310
-            self.address, json.dumps(body).encode(), headers, method="POST"
-        )
-        opener = urllib.request.build_opener(_NoRedirects)
         try:
-            with opener.open(request, timeout=self.timeout) as response:
-                return _reply(response.read())
-        except urllib.error.HTTPError as error:
-            raise self._http_failure(error, name) from None
-        except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError included
-            raise _Failure(_reason(error, self.timeout)) from None
-
-    def _http_failure(self, error: urllib.error.HTTPError, name: str) -> Exception:
-        with error:
-            detail = self._without_key(_detail(error))
-        if error.code in _TRANSIENT or error.code >= 500:
-            return _Failure(f"HTTP {error.code}: {detail}", retry_after(error.headers))
-        if error.code in (401, 403):
-            return UserError(
-                f"--endpoint: {self.address} refused the key (HTTP {error.code}: {detail}); name "
+            return _reply(post(self.address, body, self.key, self.timeout))
+        except Failure as failure:
+            raise Failure(self._without_key(str(failure)), failure.wait) from None
+        except Refusal as refusal:
+            code, detail = refusal.code, self._without_key(refusal.detail)
+        if code in (401, 403):
+            raise UserError(
+                f"--endpoint: {self.address} refused the key (HTTP {code}: {detail}); name "
                 "the environment variable that holds it with --api-key-env"
             )
-        return UserError(
-            f"--endpoint: {self.address} refused the question of {name} (HTTP {error.code}: "
+        raise UserError(
+            f"--endpoint: {self.address} refused the question of {name} (HTTP {code}: "
             f"{detail}); fix --endpoint, --model or --body, or leave the prompt out"
         )
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "…") if self.key else text
+
+
+def post(address: str, body: dict[str, Any], key: str | None, timeout: float) -> bytes:
+    """Send JSON to an address of http or https, and return the body of the answer.
+
+    key: sent as bearer token. timeout: of a connection and of a wait for data, seconds.
+
+    Raises Failure where another try may succeed, and Refusal.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    # The caller has checked the scheme.
+    request = urllib.request.Request(  # noqa: S310
+        address, json.dumps(body).encode(), headers, method="POST"
+    )
+    opener = urllib.request.build_opener(_NoRedirects)
+    try:
+        with opener.open(request, timeout=timeout) as response:
+            data: bytes = response.read()
+            return data
+    except urllib.error.HTTPError as error:
+        with error:
+            detail = _detail(error)
+        if error.code in _TRANSIENT or error.code >= 500:
+            raise Failure(f"HTTP {error.code}: {detail}", retry_after(error.headers)) from None
+        raise Refusal(error.code, detail) from None
+    except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError included
+        raise Failure(_reason(error, timeout)) from None
 
 
 def retry_after(headers: Message) -> float:
@@ -172,7 +194,7 @@ def _reply(data: bytes) -> Reply:
         choice = json.loads(data)["choices"][0]
         content, finish_reason = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Failure("the body is not a chat completion") from None
+        raise Failure("the body is not a chat completion") from None
     # A refusal of the model has no content.
     return Reply(content if isinstance(content, str) else "", finish_reason)
 

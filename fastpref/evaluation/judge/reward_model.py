@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +27,29 @@ _OPTION = "--reward-model"
 class RewardModel:
     """A model that scores one answer to a prompt.
 
-    source: folder or Hub name. dtype: None is bfloat16 on CUDA and float32 on CPU.
+    source: folder or Hub name; or the folder of an adapter with a trained head. dtype: None is
+        bfloat16 on CUDA and float32 on CPU.
+    text: score a text prompt with the answer behind it as plain text with an EOS, as the trainer
+        reads such data, instead of as a conversation.
 
     Raises ModelError if the source is no reward model with a chat template. A causal language model
     is refused, for its score layer would be random.
     """
 
-    def __init__(self, source: str, device: str = "auto", dtype: str | None = None) -> None:
+    def __init__(
+        self, source: str, device: str = "auto", dtype: str | None = None, text: bool = False
+    ) -> None:
         torch_device = device_of(device)
-        self.source = source
+        self.source, self.text = source, text
         self.dtype = dtype or ("bfloat16" if torch_device.type == "cuda" else "float32")
         try:
-            config = AutoConfig.from_pretrained(source)
+            base = _base_of_adapter(source)
+            config = AutoConfig.from_pretrained(base or source)
+            if base is not None:
+                config.num_labels = 1
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except UserError:
+            raise
         except Exception as error:  # transformers and the Hub raise unrelated types
             raise ModelError(cannot_load(_OPTION, source, error)) from None
         if config.num_labels != 1:
@@ -46,11 +57,15 @@ class RewardModel:
                 f"{_OPTION}: {source} has {config.num_labels} labels; use a classifier with one, "
                 "whose output is the reward"
             )
-        if self.tokenizer.chat_template is None:
+        if self.tokenizer.chat_template is None and not text:
             raise ModelError(
                 f"{_OPTION}: {source} has no chat template; use a reward model with one"
             )
-        self.model = _load(source, self.dtype).to(torch_device).eval()
+        if base is None:
+            model = _load(source, self.dtype)
+        else:
+            model = _load_adapter(source, base, self.dtype, self.tokenizer.pad_token_id)
+        self.model = model.to(torch_device).eval()
         self.fingerprint = _fingerprint(source, config)
 
     @property
@@ -65,6 +80,8 @@ class RewardModel:
         Raises UserError if the chat template fails or the model has too few positions.
         """
         prompt = question.prompt
+        if self.text and isinstance(prompt, str):
+            return self._checked(question, self._encode_text(prompt + answer))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [*messages, {"role": "assistant", "content": answer}]
         try:
@@ -74,6 +91,16 @@ class RewardModel:
                 f"{question.name}: chat template of {self.source} failed: {error}; leave it out"
             ) from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._checked(question, ids)
+
+    def _encode_text(self, text: str) -> list[int]:
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        special = not (bos and text.startswith(bos))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+    def _checked(self, question: Question, ids: list[int]) -> list[int]:
+        """The tokens themselves; raises UserError if the model has too few positions."""
         if self.context is not None and len(ids) > self.context:
             raise UserError(
                 f"{question.name}: prompt and answer have {len(ids):,} tokens, and {self.source} "
@@ -165,6 +192,36 @@ class RewardJudge:
         model = self.model
         state = (model.source, model.fingerprint, model.dtype)
         return sha256("reward", *state, pair.question.text, answer)
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """Model of an adapter's folder; None for a folder or a Hub name of a whole model."""
+    file = Path(os.path.expanduser(source)) / "adapter_config.json"
+    if not file.is_file() or (file.parent / "config.json").is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if "score" not in (config.get("modules_to_save") or ()):
+        raise ModelError(
+            f"{_OPTION}: {source} is an adapter without a trained head (score), which would be "
+            "random; use one of fastpref reward"
+        )
+    return str(config["base_model_name_or_path"])
+
+
+def _load_adapter(source: str, base: str, dtype: str, pad: int | None) -> Any:
+    """A reward model with its adapter merged."""
+    from peft import PeftModel
+
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=getattr(torch, dtype)
+        )
+        merged: Any = PeftModel.from_pretrained(model, source)
+        merged = merged.merge_and_unload()
+    except Exception as error:  # transformers, peft and the Hub raise unrelated types
+        raise ModelError(cannot_load(_OPTION, source, error)) from None
+    merged.config.get_text_config().pad_token_id = pad
+    return merged
 
 
 def _load(source: str, dtype: str) -> Any:

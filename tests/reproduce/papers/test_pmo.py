@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpref.reproduce.papers import pmo
+from fastpref.reproduce.papers import pmo, pmo_online
 from fastpref.reproduce.quantities import accuracy
 from fastpref.reproduce.sizes import SIZES
 from fastpref.reproduce.study import START, Job, Outcome, Runs
@@ -48,4 +48,4 @@ def test_the_target_of_soft_labels_is_p_for_pmo_and_far_away_for_dpo() -> None:
 
 def test_a_pretrained_model_runs_the_few_jobs_that_fit() -> None:
     size = SIZES["cores"].starting_from(Path("model"))
-    assert [job.label for job in pmo.jobs(0, size)] == [*pmo.FEW, "optima"]
+    assert [job.label for job in pmo.jobs(0, size)] == [*pmo.FEW, "optima", pmo_online.OPTIMA]

@@ -1,0 +1,1 @@
+"""Training loops of other libraries, with the snippets of docs/integrations.md inside them."""

@@ -1,0 +1,147 @@
+"""Scorers of completions: a reward model, or a Python function that the user names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastpref.data.messages import Messages
+from fastpref.data.tokenize import chunks
+from fastpref.evaluation.judge.answers import Question, prompt_text
+from fastpref.evaluation.judge.reward_model import RewardModel
+from fastpref.utils.atomic_files import sha256
+from fastpref.utils.errors import UserError, first_line, shown
+
+_OPTION = "--function"
+
+
+class Scorer(Protocol):
+    """A function from prompts and completions, one of each per item, to their scores.
+
+    fingerprint: text that differs between scorers with different scores, for the names of caches.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __call__(
+        self, prompts: Sequence[str | Messages], completions: Sequence[str]
+    ) -> list[float]: ...
+
+
+class RewardModelScorer:
+    """Rewards of a sequence classifier with one label; see `RewardModel`.
+
+    Conversations are scored as its chat template writes them. A text prompt is one message of the
+    user, or with `text` plain text.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str = "auto",
+        dtype: str | None = None,
+        batch_size: int = 8,
+        text: bool = False,
+    ) -> None:
+        self.model = RewardModel(path, device, dtype, text)
+        state = ("reward-model", self.model.fingerprint, self.model.dtype, str(text))
+        self.fingerprint = sha256(*state)
+        self._batch_size = batch_size
+
+    def __call__(
+        self, prompts: Sequence[str | Messages], completions: Sequence[str]
+    ) -> list[float]:
+        sequences = [
+            self.model.encode(
+                Question(row, prompt, prompt_text(prompt), None, None, None), completion
+            )
+            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1)
+        ]
+        # Neighbors of similar length need little padding.
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        scores = [0.0] * len(sequences)
+        for batch in chunks(order, self._batch_size):
+            rewards = self.model.scores([sequences[index] for index in batch])
+            for index, reward in zip(batch, rewards, strict=True):
+                scores[index] = reward
+        return scores
+
+
+class FunctionScorer:
+    """A function `module:function` of the user, imported from the current folder or the path.
+
+    It takes a list of prompts and a list of completions and returns a number for each.
+
+    Raises UserError if there is no such function.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._function = _import(name)
+        self.fingerprint = sha256("function", name, _source(self._function))
+
+    def __call__(
+        self, prompts: Sequence[str | Messages], completions: Sequence[str]
+    ) -> list[float]:
+        try:
+            values = self._function(list(prompts), list(completions))
+        except Exception as error:  # code of the user may raise anything
+            raise UserError(
+                f"{_OPTION}: {self.name} raised {type(error).__name__}: {first_line(error)}; fix it"
+            ) from error
+        try:
+            scores = [float(value) for value in values]
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{_OPTION}: {self.name} must return a list of numbers, got {shown(values)}"
+            ) from None
+        if len(scores) != len(completions):
+            raise UserError(
+                f"{_OPTION}: {self.name} returned {len(scores):,} scores for "
+                f"{len(completions):,} completions; return one for each"
+            )
+        for row, score in enumerate(scores, 1):
+            if not math.isfinite(score):
+                raise UserError(
+                    f"{_OPTION}: {self.name} returned {score} for completion {row:,} of "
+                    f"{len(scores):,}; return finite numbers"
+                )
+        return scores
+
+
+def _import(name: str) -> Callable[..., Any]:
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise UserError(f"{_OPTION}: expected module:function, got {shown(name)}")
+    # `fastpref` is an installed command, which does not search the current folder.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        target: Any = importlib.import_module(module)
+        for part in function.split("."):
+            target = getattr(target, part)
+    except Exception as error:  # code of the user may raise anything
+        raise UserError(
+            f"{_OPTION}: cannot import {name}: {first_line(error)}; name a function of a module "
+            "in this folder or on PYTHONPATH"
+        ) from None
+    if not callable(target):
+        raise UserError(f"{_OPTION}: {name} is no function, got {shown(target)}")
+    imported: Callable[..., Any] = target
+    return imported
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Text of the file with a function, of which a change changes the fingerprint."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return ""
+    return "" if path is None else Path(path).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,73 @@
+"""Objectives on groups of responses that the policy itself has just sampled.
+
+Their gradients are those of policy gradient methods, unbiased for samples of the current weights:
+in `fastpref rounds` with `steps: 1`, and nearly so with a few steps. Each is written as a square
+with the same gradient, which is 0 at the optimum. Notation: see `groupwise`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastpref.logps import GroupedLogps
+from fastpref.losses.base import number
+from fastpref.losses.groupwise import GroupwiseLoss
+from fastpref.utils.lazy_torch import Tensor, torch
+
+
+@dataclass(frozen=True)
+class RLOO(GroupwiseLoss):
+    """REINFORCE with a leave-one-out baseline: raises responses that score above the others.
+
+    loss:       beta / (2 * N * (N - 1)) * sum_{i<j} (t_i - t_j - (scores_i - scores_j) / beta)^2
+    incentives: d_i = A_i / N, A_i = R_i - mean_{j != i} R_j, R_i = scores_i - beta * t_i
+    source:     Ahmadian et al. 2024, Eq. 8, arXiv:2402.14740
+    use:        on the policy's own samples, in rounds of one step, where the sizes of the scores
+                count; the reference must be the model at the start, to which the penalty pulls
+
+    Rewards are beta * t. The optimum is that of scores - beta * KL(policy || reference), the
+    policy in proportion to reference * exp(scores / beta): t_i = scores_i / beta, up to a constant
+    of the prompt. A single response has no others to compare with, and no loss. The gradient is
+    that of -A_i * z_i with a constant A_i, the policy gradient with the KL penalty in the reward.
+    """
+
+    name: ClassVar[str] = "rloo"
+    beta: float = number(0.05, above=0)
+
+    def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
+        values = rewards - policy.scores.to(rewards)
+        # Each pair stands in two rows.
+        squares = torch.where(same, (values[:, None] - values).square(), 0.0).sum(1) / 2
+        n = same.sum(1).to(rewards)
+        return squares / (2 * self.beta * n * (n - 1).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class NashMD(GroupwiseLoss):
+    """Nash learning by self-play: raises responses that win more than half against the others.
+
+    loss:       beta / (2 * N) * sum_i (t_i - (P_i - 1/2) / beta)^2,
+                P_i = mean_{j != i} S(scores_i - scores_j)
+    incentives: d_i = (P_i - 1/2 - beta * t_i) / N
+    source:     Munos et al. 2023, section 7, arXiv:2312.00886
+    use:        on the policy's own samples, in rounds of one step, where a score only says how
+                surely a response is preferred; differences above some 5 all count the same
+
+    Rewards are beta * t. The scores are those of a reward model, whose differences are logits of
+    preferences. The opponent is the policy itself, and the optimum the Nash equilibrium of the
+    game with a KL penalty, the policy in proportion to reference * exp(P(y beats policy) / beta);
+    the paper and TRL draw the opponent to the reference. A single response has P = 1/2.
+    """
+
+    name: ClassVar[str] = "nash_md"
+    beta: float = number(0.1, above=0)
+
+    def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
+        scores, n = policy.scores.to(rewards), same.sum(1).to(rewards)
+        # The difference of a response from itself counts 0.
+        wins = torch.where(same, torch.sigmoid(scores[:, None] - scores) - 0.5, 0.0).sum(1)
+        return (rewards - wins / (n - 1).clamp(min=1)).square() / (2 * self.beta * n)
+
+
+OBJECTIVES: tuple[type[GroupwiseLoss], ...] = (RLOO, NashMD)

@@ -1,0 +1,1 @@
+"""Objectives on the policy's own samples: PPO, RLOO, GRPO, Nash-MD, and their learner."""

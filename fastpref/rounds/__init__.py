@@ -1,0 +1,1 @@
+"""Rounds of preference training: sample, score, pair, train, and again with the new policy."""

@@ -1,0 +1,107 @@
+"""Files of a round, named by everything that determines them, complete or absent.
+
+A long file of samples grows in shards in `NAME.partial`, from which a restarted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastpref.utils.atomic_files import remove, replacing
+from fastpref.utils.errors import UserError
+
+Row = dict[str, Any]
+_DIGITS = 16  # of a name
+
+
+class RoundFiles:
+    """Folder of one round of a run; round 0 is the start."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        self.folder = run / "rounds" / f"{number:04d}"
+        self.number = number
+
+    def path(self, kind: str, key: str, suffix: str = ".jsonl") -> Path:
+        """Path of a file whose content the key determines."""
+        return self.folder / f"{kind}-{key[:_DIGITS]}{suffix}"
+
+    def read(self, kind: str, key: str) -> list[Row] | None:
+        """Rows of a file, None if it is not there."""
+        path = self.path(kind, key)
+        if not path.exists():
+            return None
+        try:
+            with path.open(encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+        except ValueError:
+            raise UserError(
+                f"{path}: is damaged; remove it, and the run makes it again if the weights of its "
+                "round are still those of the newest checkpoint"
+            ) from None
+
+    def write(self, kind: str, key: str, rows: Iterable[Row]) -> None:
+        """Write a complete file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            replacing(self.path(kind, key)) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def check_is_there(self, kind: str, key: str, suffix: str = ".jsonl") -> None:
+        """Raise UserError for a missing file whose weights have moved on."""
+        path = self.path(kind, key, suffix)
+        if not path.exists():
+            raise UserError(
+                f"{path}: is missing, and the weights that it was made with have been trained "
+                f"since; restore it, or resume from a checkpoint before round {self.number}"
+            )
+
+    def shards(self, kind: str, key: str) -> Shards:
+        """Rows of a file that is not complete yet."""
+        return Shards(self.path(kind, key).with_suffix(".partial"))
+
+
+class Shards:
+    """Rows that are appended in shards and survive a kill; a torn last line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            self.rows = _whole_lines(path)
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, rows: list[Row]) -> None:
+        """Write a shard to disk."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def remove(self) -> None:
+        """Delete the shards, after the complete file is written."""
+        remove(self._path)
+
+
+def _whole_lines(path: Path) -> list[Row]:
+    """Rows up to the first line that is not whole."""
+    rows: list[Row] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith("\n") else None
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
+    return rows

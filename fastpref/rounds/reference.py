@@ -1,0 +1,185 @@
+"""The reference of the rounds, which is synchronized with the policy as the config says.
+
+`start` and `round` compute the log-probs of a round's groups once, before its first step, with the
+same operation as the policy. `every` and `ema`, and objectives that compare whole distributions,
+run a frozen copy in every step: of the adapter, or else of all weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.config import Config
+from fastpref.data.batch_plan import Plan
+from fastpref.data.dataset import Groups
+from fastpref.losses import TokenLevelLoss
+from fastpref.model.lora import as_reference, reference_copies, without_adapter
+from fastpref.model.policy import Policy
+from fastpref.model.reference_policy import (
+    AdapterReference,
+    FrozenReference,
+    Reference,
+    no_reference,
+    saved_reference,
+)
+from fastpref.training.step_hook import StepHook
+from fastpref.utils.progress import Display
+
+
+def needs_copy(config: Config) -> bool:
+    """Whether a frozen copy is run in every step."""
+    assert config.rounds is not None
+    if config.reference_mode == "none":
+        return False
+    is_live = config.reference_mode in ("frozen", "adapter")
+    return is_live or config.rounds.reference_mode in ("every", "ema")
+
+
+class FollowingCopy:
+    """Frozen copy of the policy that can be set to it, or moved toward it.
+
+    tensors: by their names in a checkpoint.
+    """
+
+    def __init__(self, policy: Policy, copy: Policy | None) -> None:
+        if copy is None:
+            self._pairs = reference_copies(policy)
+            self.reference: Reference = AdapterReference(policy)
+        else:
+            trained = dict(policy.named_parameters())
+            self._pairs = {
+                name: (tensor.detach(), trained[name].detach())
+                for name, tensor in copy.named_parameters()
+            }
+            self.reference = FrozenReference(copy)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: ours for name, (ours, _) in self._pairs.items()}
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Set the copy to the policy."""
+        for ours, trained in self._pairs.values():
+            ours.copy_(trained)
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the copy to `decay · copy + (1 - decay) · policy`."""
+        for ours, trained in self._pairs.values():
+            ours.lerp_(trained.to(ours.dtype), 1 - decay)
+
+
+class Following(StepHook):
+    """Synchronizes a copy every `every` steps of the run, or averages it with a decay."""
+
+    def __init__(self, copy: FollowingCopy, options: dict[str, Any]) -> None:
+        self._copy = copy
+        self._every, self._decay = options.get("every"), options.get("ema")
+        self._step = 0
+
+    def before_step(self, step: int) -> None:
+        self._step = step + 1
+
+    def after_step(self) -> None:
+        if self._decay is not None:
+            self._copy.average(self._decay)
+        elif self._every is not None and self._step % self._every == 0:
+            self._copy.synchronize()
+
+
+class RoundReference:
+    """Reference of each round's groups.
+
+    load_start: loads the model as it was before the first step, without an adapter.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        load_start: Callable[[], Policy],
+        display: Display,
+    ) -> None:
+        assert config.rounds is not None
+        self._options, self._mode = config.rounds.reference, config.rounds.reference_mode
+        adapter = config.adapter
+        self._has_adapter = adapter is not None
+        self._starts_from_base = adapter is not None and not (adapter.path or adapter.dora)
+        self._policy, self._load_start, self._display = policy, load_start, display
+        loss = config.build_loss()
+        self._per_token = isinstance(loss, TokenLevelLoss)
+        self._is_none = config.reference_mode == "none"
+        self.copy: FollowingCopy | None = None
+        if needs_copy(config):
+            copy = None if self._has_adapter else load_start()
+            self.copy = FollowingCopy(policy, copy)
+            if copy is not None:
+                count = sum(parameter.numel() for parameter in copy.parameters())
+                display.note(
+                    f"reference: a second copy of the model, {count:,} weights, stays in memory"
+                )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights that a checkpoint needs."""
+        return {} if self.copy is None else self.copy.tensors
+
+    def hooks(self) -> list[StepHook]:
+        """Hooks by which the copy follows the steps of the run."""
+        if self.copy is None or not isinstance(self._options, dict):
+            return []
+        return [Following(self.copy, self._options)]
+
+    def begin(self) -> None:
+        """Synchronize the copy, at the begin of a round that has taken no step."""
+        if self.copy is not None and self._mode == "round":
+            self.copy.synchronize()
+
+    def of(self, groups: Groups, plan: Plan, path: Path) -> Reference:
+        """Return the reference of a round's groups; path: of their log-probs, if these are kept."""
+        if self._is_none:
+            return no_reference
+        if self.copy is not None:
+            return self.copy.reference
+        with self._computing() as policy:
+            return saved_reference(path, policy, groups, plan, self._display, self._per_token)
+
+    def keeps_logps(self) -> bool:
+        """Whether the log-probs of a round are in a file."""
+        return not self._is_none and self.copy is None
+
+    @contextmanager
+    def _computing(self) -> Iterator[Policy]:
+        """Context manager that yields the policy whose log-probs are the reference's."""
+        if self._mode == "round":
+            yield self._policy
+        else:
+            with self.start() as policy:
+                assert policy is not None
+                yield policy
+
+    @contextmanager
+    def start(self) -> Iterator[Policy | None]:
+        """Context manager that yields the model at the start of the run.
+
+        Without an adapter it is read again from its files, and freed at the end. None where a
+        loaded adapter, or DoRA, has one frozen copy, which follows the policy.
+        """
+        policy = self._policy
+        if not self._has_adapter:
+            yield self._load_start().eval().requires_grad_(False)
+        elif self.copy is None or self._mode == "start":
+            with as_reference(policy):
+                yield policy
+        elif self._starts_from_base:
+            with without_adapter(policy):
+                yield policy
+        else:
+            yield None

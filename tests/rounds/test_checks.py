@@ -1,0 +1,204 @@
+"""Configs of rounds that are refused, each with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fastpref import cli
+from fastpref import config as configs
+from fastpref.config import ConfigError
+from fastpref.rounds.artifacts import RoundFiles
+from fastpref.rounds.checks import check
+from fastpref.rounds.scorers import make_scorer
+from fastpref.rounds.scoring import score
+from fastpref.rounds.served_weights import _run
+from fastpref.utils.errors import UserError
+from fastpref.utils.progress import Display
+
+SERVER = {"engine": "server", "servers": ["http://localhost:8000/v1"]}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (
+        "rounds: is missing; fastpref rounds needs a section such as rounds: {count: 3, scorer: "
+        "{reward_model: NAME}}",
+        {"rounds": None},
+    ),
+    (
+        "rounds.scorer: set one of reward_model and function",
+        {"rounds": {"scorer": {"reward_model": "a", "function": "b:c"}}},
+    ),
+    (
+        "rounds.reference: must be start, round, {every: STEPS} or {ema: DECAY} with a decay in "
+        "[0, 1), got {'ema': 1}",
+        {"rounds": {"reference": {"ema": 1}}},
+    ),
+    (
+        "rounds.sampling: servers: engine: server needs at least one; name their addresses",
+        {"rounds": {"sampling": {"engine": "server"}}},
+    ),
+    (
+        "rounds.sampling.servers: expected addresses such as http://localhost:8000/v1, got "
+        "'localhost:8000'",
+        {"rounds": {"sampling": {"engine": "server", "servers": ["localhost:8000"]}}},
+    ),
+    (
+        "rounds.sampling.timeout: is for engine: server; set that, or remove it",
+        {"rounds": {"sampling": {"timeout": 5}}},
+    ),
+    (
+        "rounds.sampling.update_command: servers cannot be given full weights without one; set a "
+        "command with {folder}, or train an adapter",
+        {"rounds": {"sampling": SERVER}},
+    ),
+    (
+        "loss: sft is not for rounds, whose data are scored samples of a round; use another "
+        "objective",
+        {"loss": "sft"},
+    ),
+    (
+        "rounds.reference: the penalty of rloo has no gradient in the only step of a round if it "
+        "pulls to the round's own start; set rounds.reference=start, or raise rounds.steps",
+        {"loss": "rloo", "rounds": {"steps": 1}},
+    ),
+    (
+        "training.epochs: rounds have steps and evaluations of their own, rounds.steps and "
+        "rounds.eval_prompts; remove it",
+        {"training": {"epochs": 2}},
+    ),
+    (
+        "model.tokenizer: rounds train no tokenizer on prompts; name one, or set model.path",
+        {"model": {"init": "random", "config": {"model_type": "llama"}}},
+    ),
+    (
+        "reference: cached, but rounds.reference: ema changes the reference within a round; remove "
+        "reference",
+        {"reference": "cached", "rounds": {"reference": {"ema": 0.9}}},
+    ),
+    (
+        "data.train: rounds read the prompts of one source; write them into one file",
+        {"data": {"train": ["a.jsonl", "b.jsonl"]}},
+    ),
+    (
+        "data.columns: is for preference data, and rounds read prompts; remove it",
+        {"data": {"train": "a.jsonl", "columns": {"prompt": "question"}}},
+    ),
+]
+
+
+def parsed(sections: dict[str, Any]) -> configs.Config:
+    values: dict[str, Any] = {
+        "model": {"path": "m"},
+        "data": {"train": "p.jsonl"},
+        "loss": "dpo",
+        **sections,
+    }
+    rounds = sections.get("rounds", {})
+    if rounds is not None:
+        values["rounds"] = {"scorer": {"function": "m:f"}, **rounds}
+    return configs.parse(values)
+
+
+@pytest.mark.parametrize(("says", "sections"), CASES, ids=lambda value: str(value)[:50])
+def test_a_config_that_is_refused(says: str, sections: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(parsed(sections))
+    assert str(caught.value) == says
+
+
+def test_a_config_that_is_written_and_read_again() -> None:
+    config = parsed({"rounds": {"reference": {"every": 4}}})
+    again = configs.parse(configs.yaml_io.parse_yaml(config.to_yaml()))
+    assert again.rounds == config.rounds
+    check(again)
+
+
+@pytest.mark.parametrize("rounds", [{"steps": 1, "reference": "start"}, {"steps": 2}])
+def test_a_penalty_that_pulls_somewhere_is_accepted(rounds: dict[str, Any]) -> None:
+    check(parsed({"loss": "nash_md", "rounds": rounds}))
+
+
+def test_the_example_is_valid() -> None:
+    path = Path(__file__).parents[2] / "examples" / "rounds" / "llama-3-8b-lora.yaml"
+    config = configs.load(path)
+    check(config)
+    assert config.rounds is not None and config.rounds.reference == "round"
+
+
+def test_rounds_are_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="rounds: run in one process, and there are 2 ranks; st"):
+        check(parsed({}))
+
+
+def test_train_refuses_a_config_of_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(parsed({}).to_yaml())
+    monkeypatch.setattr("sys.argv", ["fastpref", "train", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: rounds: is for fastpref rounds, which samples data; use that command\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([1.0], "rounds.scorer: gave 1 scores for 2 completions; fix it"),
+        ([1.0, float("nan")], "rounds.scorer: gave nan for the completion 'b'; fix it"),
+    ],
+)
+def test_scores_that_are_none(values: list[float], says: str, tmp_path: Path) -> None:
+    class Broken:
+        fingerprint = "broken"
+
+        def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+            return values
+
+    samples = [{"prompt": "p", "completions": ["a", "b"], "finished": [True, True]}]
+    with pytest.raises(UserError) as caught:
+        score(
+            RoundFiles(tmp_path, 1), "scores", "k", samples, Broken, 0.0,
+            Display(Console(quiet=True)), lambda: None,
+        )  # fmt: skip
+    assert str(caught.value) == says
+
+
+def test_a_cut_completion_has_a_lower_score(tmp_path: Path) -> None:
+    class One:
+        fingerprint = "one"
+
+        def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+            return [1.0 for _ in completions]
+
+    samples = [{"prompt": "p", "completions": ["a", "b"], "finished": [True, False]}]
+    scores = score(
+        RoundFiles(tmp_path, 1), "scores", "k", samples, One, 0.25, Display(Console(quiet=True)),
+        lambda: None,
+    )  # fmt: skip
+    assert scores == [[1.0, 0.75]]
+
+
+def test_an_update_command_that_fails(tmp_path: Path) -> None:
+    _run("test {folder} = " + str(tmp_path), tmp_path, "http://a/v1")
+    with pytest.raises(UserError) as caught:
+        _run("echo no room at {server} >&2; exit 3", tmp_path, "http://a/v1")
+    assert str(caught.value) == (
+        "rounds.sampling.update_command: failed for http://a/v1 with exit code 3 (no room at "
+        "http://a/v1); fix it"
+    )
+
+
+def test_a_scorer_that_cannot_be_made_names_the_field() -> None:
+    with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: cannot import no:such"):
+        make_scorer(configs.RoundScorer(function="no:such"), configs.Training())
+    scorer = make_scorer(configs.RoundScorer(function="builtins:zip"), configs.Training())
+    with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: "):
+        scorer(["p"], ["c"])
