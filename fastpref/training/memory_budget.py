@@ -43,11 +43,16 @@ FILE = "memory.json"
 T = TypeVar("T")
 
 
+# What a process on a CPU takes beside its tensors: objects of libraries that are imported later,
+# stacks of threads, gaps in the heap.
+PROCESS_BYTES = 80 * 2**20
+
+
 def usable_bytes(device: torch.device) -> int:
     """Memory that each rank can plan with, before the model is loaded; the least of all ranks."""
     free = free_bytes(device)
     if device.type == "cpu":  # the ranks of a machine share it
-        free //= distributed.local_world_size()
+        free = max(0, free // distributed.local_world_size() - PROCESS_BYTES)
     return int(USABLE[device.type] * -distributed.all_reduce_max(-float(free)))
 
 
