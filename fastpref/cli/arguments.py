@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -28,6 +28,14 @@ _KEYS = {
     "--output_dir": "training.output_dir",
     "--resume": "resume",
 }
+
+
+# Arguments of the commands that read a config.
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and print the config, and end.")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Write a trace and a table of steps 4 to 6 to profile/.")
+]
 
 
 class Command(typer.core.TyperCommand):

@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fastpref.cli.preflight import check_inputs, check_run
-from fastpref.cli.train import join_ranks, note, refused_once, run_training
+from fastpref.cli.arguments import ConfigFile, DryRun, Profile
+from fastpref.cli.train import join_ranks, note, run_training
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
 
 
 def reward(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value …]", help="E.g. loss.name=plackett_luce optim.lr=1e-5"),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the config, and end.")
-    ] = False,
-    profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Write a trace and a table of steps 4 to 6 to profile/."),
-    ] = False,
+    dry_run: DryRun = False,
+    profile: Profile = False,
 ) -> None:
     """Train a reward model. On several GPUs: torchrun … -m fastpref reward …"""
+    join_ranks()
+    run_training(lambda: _load(config, overrides), dry_run, profile)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    """Load the config of a reward model; raises ConfigError for one of a language model."""
     from fastpref import losses
     from fastpref.config import ConfigError, load
 
-    join_ranks()
-    with refused_once():
-        loaded = load(config, overrides, note)
-        objective = loaded.build_loss()
-        if not objective.of_rewards:
-            raise ConfigError(
-                f"loss: {objective.name} trains a language model; use fastpref train, or one of "
-                f"{', '.join(losses.reward_names())}"
-            )
-        if not dry_run:
-            check_inputs(loaded)
-            check_run(loaded)
-    if dry_run:
-        print(loaded.to_yaml(), end="")
-        return
-    run_training(loaded, profile)
+    config = load(path, overrides, note)
+    objective = config.build_loss()
+    if not objective.of_rewards:
+        raise ConfigError(
+            f"loss: {objective.name} trains a language model; use fastpref train, or one of "
+            f"{', '.join(losses.reward_names())}"
+        )
+    return config
 
 
 def score(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from fastpref.cli.arguments import ConfigFile, DryRun
 from fastpref.cli.preflight import check_inputs, check_run
 
 
 def rounds(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value …]", help="E.g. rounds.count=5 optim.lr=5e-7"),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the config, and end.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on the model's own samples, scored and paired anew in every round."""
     from fastpref.config import load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fastpref.cli.arguments import ConfigCommand
+from fastpref.cli.arguments import ConfigCommand, ConfigFile, Profile
 from fastpref.cli.preflight import check_inputs, check_output, check_run
 from fastpref.utils import slurm
 from fastpref.utils.errors import UserError
@@ -37,7 +37,7 @@ class TrainCommand(ConfigCommand):
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value …]", help="E.g. optim.lr=5e-7 loss.beta=0.05"),
@@ -46,10 +46,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check and print the config, or the folders of a grid."),
     ] = False,
-    profile: Annotated[
-        bool,
-        typer.Option("--profile", help="Write a trace and a table of steps 4 to 6 to profile/."),
-    ] = False,
+    profile: Profile = False,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,19 +61,20 @@ def train(
     if grid:
         _train_grid(config, overrides or [], grid, dry_run, profile)
         return
+    run_training(lambda: _load(config, overrides), dry_run, profile)
+
+
+def run_training(load: Callable[[], Config], dry_run: bool, profile: bool) -> None:
+    """Load and check a config, and train on the ranks of this run, or print it in a dry run."""
     with refused_once():
-        loaded = _load(config, overrides)
+        loaded = load()
         if not dry_run:
             check_inputs(loaded)
             check_run(loaded)
     if dry_run:
         print(loaded.to_yaml(), end="")
         return
-    run_training(loaded, profile)
 
-
-def run_training(loaded: Config, profile: bool) -> None:
-    """Train on the ranks of this run."""
     from fastpref import distributed
     from fastpref.training.trainer import train as run
     from fastpref.utils.progress import Display, quiet_libraries
@@ -142,7 +140,7 @@ def _summarize_grid(grid: Grid) -> None:
 
 
 def precompute(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value …]", help="As for train.")
     ] = None,
@@ -166,7 +164,7 @@ def precompute(
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value …]", help="E.g. training.micro_batch_tokens=8192"),

@@ -21,17 +21,16 @@ columns are ignored. Pointwise objectives read a pair as two responses: `chosen`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from fastpref.config.template_kwargs import check_template_kwargs
-from fastpref.data.messages import Messages, normalized
+from fastpref.data.messages import Messages, check_text, normalized
 from fastpref.data.prompt_column import prompt_of
 from fastpref.data.prompt_parts import whole_prompt
-from fastpref.data.readers import NOT_JSON, DataError, Record, kind_of, read_rows
+from fastpref.data.readers import DataError, Record, kind_of, read_rows
+from fastpref.data.template_columns import template_columns
 from fastpref.losses import Kind
 from fastpref.utils.errors import shown
 
@@ -136,12 +135,11 @@ def _pair(row: Record, soft_labels: bool, token_weights: bool) -> TextGroup:
     return TextGroup(
         whole_prompt(row, prompt),
         both,
-        tools_of(row.get("tools")),
-        labels,
-        _reference(row),
-        weights if token_weights else None,
-        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+        labels=labels,
+        reference_logps=_reference(row),
+        token_weights=weights if token_weights else None,
         margin=_margin(row),
+        **template_columns(row),
     )
 
 
@@ -176,11 +174,7 @@ def _labeled(row: Record) -> TextGroup:
         raise DataError(f"label must be true or false, or 1 or 0, got {shown(label)}")
     prompt, responses = split_prompt(row["prompt"], {"completion": row["completion"]})
     return TextGroup(
-        whole_prompt(row, prompt),
-        responses,
-        tools_of(row.get("tools")),
-        (float(label),),
-        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+        whole_prompt(row, prompt), responses, labels=(float(label),), **template_columns(row)
     )
 
 
@@ -203,9 +197,8 @@ def _scored(row: Record) -> TextGroup:
     return TextGroup(
         whole_prompt(row, prompt),
         texts,
-        tools_of(row.get("tools")),
-        tuple(map(float, scores)),
-        chat_template_kwargs=template_kwargs_of(row.get("chat_template_kwargs")),
+        labels=tuple(map(float, scores)),
+        **template_columns(row),
     )
 
 
@@ -220,7 +213,7 @@ def split_prompt(
     values = list(responses.values())
     if all(isinstance(value, str) for value in values):
         for name, text in {"prompt": prompt, **responses}.items():
-            _check_text(name, text)
+            check_text(name, text)
         if prompt is None:
             return _split_text(*values)
         if not isinstance(prompt, str):
@@ -289,58 +282,8 @@ def _split_messages(
 def messages_of(name: str, value: Any) -> Messages:
     """Messages of a column in the form of `fastpref.data.messages`; DataError if it has none."""
     messages = normalized(name, value)
-    _check_text(name, messages)
+    check_text(name, messages)
     return messages
-
-
-def _check_text(name: str, value: Any) -> None:
-    """Raise DataError for a lone surrogate in a text, or in any text of messages or tools."""
-    if isinstance(value, list):
-        for item in value:
-            _check_text(name, item)
-    elif isinstance(value, dict):
-        _check_text(name, [*value, *value.values()])
-    elif isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{name} is not valid Unicode at character {error.start}; it holds half of a "
-                "surrogate pair, leave it out"
-            ) from None
-
-
-def tools_of(value: Any) -> list[Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except NOT_JSON as error:
-            raise DataError(f"tools must be a list or its JSON text: {error}") from None
-    if value is None or isinstance(value, list):
-        _check_text("tools", value)
-        return value or None
-    raise DataError(f"tools must be a list, got {kind_of(value)}")
-
-
-def template_kwargs_of(value: Any) -> dict[str, Any] | None:
-    """Variables of the chat template in a row, without nulls; DataError if they are none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except NOT_JSON as error:
-            raise DataError(
-                f"chat_template_kwargs must be an object or its JSON text: {error}"
-            ) from None
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise DataError(f"chat_template_kwargs must be an object, got {kind_of(value)}")
-    _check_text("chat_template_kwargs", value)
-    try:
-        check_template_kwargs(value)
-    except ValueError as error:
-        raise DataError(f"chat_template_kwargs: {error}") from None
-    return {name: item for name, item in value.items() if item is not None} or None
 
 
 def _preference(row: Record) -> float | None:

@@ -101,3 +101,20 @@ def _text_part(name: str, part: Any) -> dict[str, str]:
 
 def _no_list(name: str) -> DataError:
     return DataError(f"{name} must be a list of {{role, content}} messages")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise DataError for a lone surrogate in a text, or in any text of messages or tools."""
+    if isinstance(value, list):
+        for item in value:
+            check_text(name, item)
+    elif isinstance(value, dict):
+        check_text(name, [*value, *value.values()])
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{name} is not valid Unicode at character {error.start}; it holds half of a "
+                "surrogate pair, leave it out"
+            ) from None

@@ -24,13 +24,12 @@ from fastpref.data.formats import (
     messages_of,
     read_groups,
     split_prompt,
-    template_kwargs_of,
-    tools_of,
 )
 from fastpref.data.messages import Messages
 from fastpref.data.prompt_parts import whole_prompt
 from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.shards import shards_of
+from fastpref.data.template_columns import template_columns
 from fastpref.losses import Kind, Objective
 from fastpref.losses.normalized import SFT
 from fastpref.utils.errors import shown
@@ -105,15 +104,14 @@ def read_rows_of(
 
 def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
     """Convert a row to a prompt and its response; raises DataError if the row is invalid."""
-    tools = tools_of(row.get("tools"))
-    options = template_kwargs_of(row.get("chat_template_kwargs"))
+    options = template_columns(row)
     column = "messages" if row.get("messages") is not None else "conversations"
     if row.get(column) is not None:
         if row.get("completion") is not None:
             raise DataError("has messages and completion; remove one of the columns")
         messages = whole_prompt(row, messages_of(column, row[column]))
         group = _conversation(messages, sft_on)
-        return group._replace(tools=tools, chat_template_kwargs=options)
+        return group._replace(**options)
     missing = [name for name in ("prompt", "completion") if row.get(name) is None]
     if missing:
         raise DataError(
@@ -131,12 +129,10 @@ def to_group(row: Record, sft_on: SftOn = "completion") -> TextGroup:
     if isinstance(prompt, str):
         return _text(prompt, str(completion), sft_on)
     if sft_on == "completion":
-        return TextGroup(
-            prompt, (completion,), tools, (1.0,), sft_on=sft_on, chat_template_kwargs=options
-        )
+        return TextGroup(prompt, (completion,), labels=(1.0,), sft_on=sft_on, **options)
     assert isinstance(completion, list)
     group = _conversation([*prompt, *completion], sft_on)
-    return group._replace(tools=tools, chat_template_kwargs=options)
+    return group._replace(**options)
 
 
 def _text(prompt: str, completion: str, sft_on: SftOn) -> TextGroup:

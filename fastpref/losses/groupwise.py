@@ -46,7 +46,7 @@ class GroupwiseLoss(Loss):
     def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
         """The share (S,) of each response in its group's loss.
 
-        rewards: (S,) beta * t. same: (S, S) bool, whether two responses are of one group.
+        rewards: (S,) of `rewards`. same: (S, S) bool, whether two responses are of one group.
         """
 
     def __call__(
@@ -61,11 +61,15 @@ class GroupwiseLoss(Loss):
         or has another number of responses than the policy, and for a reference point.
         """
         self.check(policy, reference, reference_point)
-        assert reference is not None
-        rewards = self.beta * (policy.logps - reference.logps.detach())
+        rewards = self.rewards(policy, reference)
         members = segment_mask(policy.cu_groups, policy.logps.numel())
         losses = self.response_losses(policy, rewards, same_group(members))
         return GroupwiseOutput(torch.where(members, losses, 0.0).sum(1), rewards.detach())
+
+    def rewards(self, policy: GroupedLogps, reference: GroupedLogps | None) -> Tensor:
+        """Reward (S,) of each response, with its gradient: beta * t."""
+        assert reference is not None
+        return self.beta * (policy.logps - reference.logps.detach())
 
     def check(
         self,

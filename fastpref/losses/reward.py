@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps, segment_mask
+from fastpref.logps import GroupedLogps, SequenceLogps, UnpairedLogps
 from fastpref.losses.base import PairwiseLoss, number
-from fastpref.losses.groupwise import GroupwiseLoss, GroupwiseOutput, same_group
+from fastpref.losses.groupwise import GroupwiseLoss
 from fastpref.losses.offset import check_margin
 from fastpref.losses.pointwise import PointwiseLoss, PointwiseOutput
 from fastpref.utils.lazy_torch import Tensor, logsigmoid, torch
@@ -77,17 +77,9 @@ class _GroupRewards(GroupwiseLoss):
     # A reward is the output itself.
     beta: ClassVar[float] = 1.0  # type: ignore[misc]
 
-    def __call__(
-        self,
-        policy: GroupedLogps,
-        reference: GroupedLogps | None = None,
-        reference_point: Tensor | None = None,
-    ) -> GroupwiseOutput:
-        """Loss of each group and reward of each response; a reference is ignored."""
-        self.check(policy, reference, reference_point)
-        members = segment_mask(policy.cu_groups, policy.logps.numel())
-        losses = self.response_losses(policy, policy.logps, same_group(members))
-        return GroupwiseOutput(torch.where(members, losses, 0.0).sum(1), policy.logps.detach())
+    def rewards(self, policy: GroupedLogps, reference: GroupedLogps | None) -> Tensor:
+        """Outputs (S,) of the model; a reference is ignored."""
+        return policy.logps
 
     def check(
         self,

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.helpers.local_server import listening
 
 _REPLIES = re.compile(r"<reply_a>\n(.*)\n</reply_a>\n\n<reply_b>\n(.*)\n</reply_b>", re.DOTALL)
 
@@ -85,17 +87,6 @@ def serving(rule: Rule) -> Iterator[ChatServer]:
             except OSError:  # the client has given up or was killed
                 pass
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    log.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with listening(Handler) as address:
+        log.url = f"{address}/v1"
         yield log
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.helpers.local_server import listening
 
 # Tokens of a completion by the prompt and the seed of its request.
 Complete = Callable[[list[int], int], list[int]]
@@ -83,17 +85,6 @@ def serving(
                 with log.lock:
                     log.answered += 1
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    log.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with listening(Handler) as address:
+        log.url = f"{address}/v1"
         yield log
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
