@@ -112,12 +112,19 @@ def bench(result: Any) -> str:
     return _table(("", *(title for title, _ in BENCH_COLUMNS)), rows)
 
 
-def end_to_end(result: Any) -> str:
-    titles = {
-        "fastpref": "fastpref",
-        "fastpref, transformers' layers": "fastpref, layers of transformers",
-        "TRL": "TRL, its defaults",
-    }
+END_TO_END = {
+    "fastpref": "fastpref",
+    "fastpref, transformers' layers": "fastpref, layers of transformers",
+    "TRL": "TRL, its defaults",
+}
+LOSSES_IN_TRL = {
+    "TRL": "TRL's",
+    "TRL, fastpref's loss": "fastpref's, by `fused(DPOTrainer)`",
+    "TRL, liger's loss": "liger-kernel's `LigerFusedLinearDPOLoss`",
+}
+
+
+def end_to_end(result: Any, titles: dict[str, str]) -> str:
     rows = {}
     for name, title in titles.items():
         row = result["summary"][name]
@@ -230,7 +237,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "architectures": architectures.table,
     "demo": demo,
     "bench": bench,
-    "end-to-end": end_to_end,
+    "end-to-end": partial(end_to_end, titles=END_TO_END),
+    "losses-in-trl": partial(end_to_end, titles=LOSSES_IN_TRL),
     "plan-check": plan_check,
     "hardware-plans": hardware_plans,
     "paper-configs": lambda result: examples.table(result, "papers"),

@@ -77,7 +77,7 @@ class Contestant:
     """A trainer and its options in addition to the preset."""
 
     name: str
-    trainer: str  # fastpref, trl, or trl with fastpref's loss
+    trainer: str  # fastpref, trl, or trl with fastpref's loss (mixin) or with liger-kernel's
     options: Values = field(default_factory=dict)  # of fastpref's `training`, or of DPOConfig
     curve: bool = False
     model: Values = field(default_factory=dict)  # fields of fastpref's `model`
@@ -99,6 +99,7 @@ CONTESTANTS = (
     Contestant("TRL, liger's layers", "trl", {"use_liger_kernel": True}),
     Contestant("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
     Contestant("TRL, fastpref's loss", "mixin"),
+    Contestant("TRL, liger's loss", "liger"),
 )
 
 

@@ -204,15 +204,10 @@ def _trl(job: Job, turns: Turns) -> None:
         BitsAndBytesConfig,
         TrainerCallback,
     )
-    from trl import DPOConfig
-    from trl import DPOTrainer as Plain
+    from trl import DPOConfig, DPOTrainer
 
-    from fastpref.fused.trl import FusedDPOMixin
-
-    DPOTrainer: Any = Plain
-
-    class FusedDPOTrainer(FusedDPOMixin, DPOTrainer):
-        pass
+    from benchmarks.end_to_end.liger_loss import LigerLossDPOTrainer
+    from fastpref.fused.trl import fused
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
@@ -251,7 +246,8 @@ def _trl(job: Job, turns: Turns) -> None:
     data = Dataset.from_list(job.rows)
     turns.loaded()
     watch = Watch()
-    trainer = (FusedDPOTrainer if job.trainer == "mixin" else DPOTrainer)(
+    trainers: dict[str, Any] = {"mixin": fused(DPOTrainer), "liger": LigerLossDPOTrainer}
+    trainer = trainers.get(job.trainer, DPOTrainer)(
         model,
         args=DPOConfig(**job.config),
         train_dataset=data,
