@@ -24,7 +24,7 @@ from fastpref.losses.kinds import Objective
 from fastpref.losses.margin import FDPO
 from fastpref.losses.offset import Offset
 from fastpref.losses.token_level import TokenLevelLoss
-from fastpref.losses.wrapping import PairwiseWrapper, check_pairwise, layers, named, not_for
+from fastpref.losses.wrapping import PairwiseWrapper, Wrapper, check_pairwise, layers, not_for
 from fastpref.utils.lazy_torch import Tensor, no_grad, torch
 
 # Objectives that see a response through t = z - r alone, and of two responses the difference.
@@ -36,22 +36,10 @@ OF_MARGIN = (
 
 
 @dataclass(frozen=True)
-class TokenLevelWrapper(TokenLevelLoss):
+class TokenLevelWrapper(Wrapper, TokenLevelLoss):
     """A token-level objective that wraps a pairwise or another token-level one."""
 
     objective: PairwiseLoss | TokenLevelLoss
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return named(self)
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.objective.needs_reference
-
-    @property
-    def needs_margin(self) -> bool:  # type: ignore[override]
-        return self.objective.needs_margin
 
     @property
     def soft_labels(self) -> bool:  # type: ignore[override]

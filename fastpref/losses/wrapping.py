@@ -8,23 +8,32 @@ from typing import Any
 from fastpref.losses.base import Loss, PairwiseLoss
 
 
-@dataclass(frozen=True)
-class PairwiseWrapper(PairwiseLoss):
-    """A pairwise objective that wraps another one; its name is that of the other and the option."""
+class Wrapper(Loss):
+    """An objective that wraps another one, and needs what that one needs."""
 
-    objective: PairwiseLoss
+    objective: Any  # a field of the subclasses
 
     @property
     def name(self) -> str:  # type: ignore[override]
+        """The name of the objective and of the option."""
         return named(self)
 
     @property
     def needs_reference(self) -> bool:
-        return self.objective.needs_reference
+        needed: bool = self.objective.needs_reference
+        return needed
 
     @property
     def needs_margin(self) -> bool:  # type: ignore[override]
-        return self.objective.needs_margin
+        needed: bool = self.objective.needs_margin
+        return needed
+
+
+@dataclass(frozen=True)
+class PairwiseWrapper(Wrapper, PairwiseLoss):
+    """A pairwise objective that wraps another one."""
+
+    objective: PairwiseLoss
 
 
 def layers(objective: Any) -> list[Loss]:
