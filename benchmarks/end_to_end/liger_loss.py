@@ -16,7 +16,7 @@ from trl import DPOTrainer
 _NOT_INPUTS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class LigerLossDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class LigerLossDPOTrainer(DPOTrainer):
     """DPO with a reference model; logs the loss and the rewards of both responses."""
 
     def compute_loss(
@@ -29,8 +29,9 @@ class LigerLossDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Mean loss of a batch of TRL: all chosen rows (B), then all rejected rows (B)."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:]
         rest = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
+        reference_model: Any = self.ref_model
         with torch.no_grad():
-            reference = self._states(self.ref_model, rest)
+            reference = self._states(reference_model, rest)
         # Compiled for a CPU, it fails on lengths that differ from batch to batch (torch 2.13).
         loss_of = LigerFusedLinearDPOLoss(beta=self.beta, compiled=labels.is_cuda)
         loss, (*_, chosen, rejected) = loss_of(
@@ -38,7 +39,7 @@ class LigerLossDPOTrainer(DPOTrainer):  # type: ignore[misc]
             self._states(model, rest),
             labels.contiguous(),
             ref_input=reference,
-            ref_weight=self.ref_model.lm_head.weight,
+            ref_weight=reference_model.lm_head.weight,
         )
         rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected}
         for name, value in rewards.items():
