@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures, reward_model, trl_first_step, trunk
+from benchmarks import architectures, reward_model, startup, trl_first_step, trunk
 from benchmarks.calibration import tables as calibration
 from benchmarks.loops import report as loops
 from benchmarks.peer_suites import suite, trl
@@ -248,6 +248,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "load": load_figures,
     "faults": faults,
     "trunk": trunk.table,
+    "startup": startup.table,
     "loops": loops.table,
     "peer-suites-liger": suite.table,
     "peer-suites-cce": suite.table,

@@ -66,12 +66,13 @@ def check_head(policy: Policy) -> None:
         options = policy.head_options
         return ops.linear_logps(hidden * factor, weight, labels, bias=bias, **options)
 
-    if not ours(1.0).isfinite().all():
+    logps = ours(1.0)
+    if not logps.isfinite().all():
         raise ModelError(
             f"model: the log-probs of {type(policy.base).__name__} are not finite; look for NaN "
             "or infinity in its weights"
         )
-    _compare(policy, ours(1.0), _logits(policy, ids), TOLERANCE)
+    _compare(policy, logps, _logits(policy, ids), TOLERANCE)
     largest = (hidden @ weight.T).abs().max().item() * abs(policy.logit_scale)
     if largest > 0:
         factor = LARGE / largest

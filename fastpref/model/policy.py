@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from fastpref.data.batch_plan import Layout
 from fastpref.data.collate import Batch, collate
 from fastpref.data.dataset import IndexedGroups, TokenGroup
 from fastpref.data.packing import PackedRow, varlen_arguments
-from fastpref.model import head_check, layout_check, packed_attention
+from fastpref.model import head_check, layout_check, packed_attention, trunk_check
 from fastpref.model.generate import Sampling, Sequences, with_transformers
 from fastpref.model.layout_proof import packing_obstacle
 from fastpref.model.packed_attention import packing_error
@@ -92,6 +91,7 @@ FORWARD_METHODS = (
     "packing_error",
     "packing_obstacle",
     "padding_error",
+    "trunk_error",
 )
 
 
@@ -299,13 +299,12 @@ class Policy(nn.Module):
         """Apply `packed_attention.packing_error` to the base model, or to the explicit blocks."""
         if self.trunk is None:
             return packing_error(self.base, groups)
-        return packing_error(self.base, groups, self._explicit_row)
+        return trunk_check.long_error(self, groups)
 
-    def _explicit_row(self, row: PackedRow) -> Tensor:
-        # Without autocast the model computes in the dtype of its weights, or of its shards.
-        dtype = self.compute_dtype if self.sharded else self.base.dtype
+    def explicit_row(self, row: PackedRow) -> Tensor:
+        """Hidden states (P, D) of a packed row by the explicit blocks, in `checked_dtype`."""
         ids, positions = row.input_ids.to(self.device), row.position_ids.to(self.device)
-        return self._explicit(ids, positions, row.segments, dtype=dtype)
+        return self._explicit(ids, positions, row.segments, dtype=self.checked_dtype)
 
     def use_transformers(self, reason: str) -> None:
         """Compute the layers by transformers' code from now on, for a reason to tell the user."""
@@ -313,23 +312,24 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_trunk(self) -> None:
-        """Compare the explicit blocks with transformers' layers on a few tokens.
-
-        Where they differ by more than rounding, transformers' layers are used.
-        """
-        if self.trunk is None:
-            return
-        ids = np.arange(1, 33, dtype=np.int32) % self.vocabulary
-        error = self.packing_error([TokenGroup(0, 0, ids[:11], (ids[11:20], ids[20:]))])
+        """Compare the explicit blocks with transformers' layers, and use those if they differ."""
+        error = self.trunk_error()
         if not error <= self.rounding:
             self.use_transformers(f"its layers differ from transformers' by {error:.2g}")
+
+    def trunk_error(self) -> float:
+        """Apply `trunk_check.short_error` to the explicit blocks; 0 without them."""
+        return 0.0 if self.trunk is None else trunk_check.short_error(self)
+
+    @property
+    def checked_dtype(self) -> torch.dtype:
+        """Dtype in which layers are compared: that of the weights, or of gathered shards."""
+        return self.compute_dtype if self.sharded else self.base.dtype
 
     @property
     def rounding(self) -> float:
         """Largest relative error of hidden states that rounding explains."""
-        # The comparison runs without autocast, in the dtype of the weights.
-        dtype = self.compute_dtype if self.sharded else self.base.dtype
-        return 0.1 if dtype == torch.bfloat16 else 1e-3
+        return 0.1 if self.checked_dtype == torch.bfloat16 else 1e-3
 
     @torch.no_grad()
     def check_head(self) -> None:

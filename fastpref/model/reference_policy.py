@@ -3,8 +3,10 @@
 `cached` computes them once, in the order and the forward passes of the first epoch, and saves them
 under a hash of the weights, the arithmetic and the token ids. The hash does not include learning
 rate, objective, batch size or seed, so runs share the file; an interrupted run leaves a partial
-file, from which the next one continues. `frozen` and `adapter` run the reference in every step and
-also return its hidden states, from which the divergence between reference and policy is computed.
+file, from which the next one continues. A run on one CPU process leaves the groups of its first
+step to that step, whose forward pass has the same bits. `frozen` and `adapter` run the reference in
+every step and also return its hidden states, from which the divergence between reference and policy
+is computed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +31,7 @@ from fastpref.data.dataset import Groups
 from fastpref.data.readers import DataError
 from fastpref.logps import segment_positions
 from fastpref.model.fsdp import full_tensor
-from fastpref.model.lora import as_reference, reference_weights
+from fastpref.model.lora import as_reference, reference_weights, without_adapter
 from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.utils import atomic_files
 from fastpref.utils.progress import Display
@@ -97,6 +100,34 @@ class CachedReference:
         return PolicyOutput(empty, self.logps[_token_indices(batch, self._starts)])
 
 
+class FirstStepReference:
+    """Cached reference that takes the missing log-probs from the first step of a run.
+
+    Before its first update the policy is the reference, so its own forward pass has them. With the
+    last of them the file is complete.
+    """
+
+    def __init__(self, partial: _PartialLogps, groups: Groups, path: Path) -> None:
+        self._partial, self._path = partial, path
+        self._cached = CachedReference(partial.logps)
+        counts = torch.from_numpy(groups.offsets).diff()
+        missing = (~partial.groups).repeat_interleave(counts).nonzero()[:, 0]
+        self._missing = set(missing.tolist())  # responses
+
+    def __call__(self, batch: Batch) -> PolicyOutput | None:
+        """Log-probs of a batch, None if they are missing."""
+        is_missing = not self._missing.isdisjoint(batch.responses.tolist())
+        return None if is_missing else self._cached(batch)
+
+    def take(self, batch: Batch, output: PolicyOutput) -> PolicyOutput:
+        """Keep and return the log-probs of a policy before its first update."""
+        self._partial.logps[batch.responses] = output.logps.detach()
+        self._missing.difference_update(batch.responses.tolist())
+        if not self._missing:
+            self._partial.finish(self._path)
+        return self._cached(batch)
+
+
 def _token_indices(batch: Batch, starts: Tensor) -> Tensor:
     """Index (T,) of each label of the batch among the response tokens of the data set."""
     segment_ids, positions = segment_positions(batch.cu_seqlens, len(batch.labels))
@@ -110,11 +141,13 @@ def cached_reference(
     cache: Path,
     display: Display,
     per_token: bool = False,
-) -> CachedReference:
+    first_step: bool = False,
+) -> CachedReference | FirstStepReference:
     """Read or compute the reference log-probs of a data set, before the policy's first update.
 
     per_token: log-probs of the response tokens instead of their sums. Raises DataError if the data
         brings log-probs of its own, which are sums.
+    first_step: leave those of the groups of the first step, if they are missing, to that step.
     """
     data_logps = groups.given_reference_logps()
     if data_logps is not None:
@@ -127,15 +160,24 @@ def cached_reference(
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
         return CachedReference(torch.tensor(data_logps, dtype=dtype, device=policy.device))
     path = cache / "reference" / f"{_key(policy, groups, plan, per_token)}.safetensors"
-    return saved_reference(path, policy, groups, plan, display, per_token)
+    awaited = plan.groups(plan.first_step) if first_step else []
+    return saved_reference(path, policy, groups, plan, display, per_token, awaited)
 
 
 def saved_reference(
-    path: Path, policy: Policy, groups: Groups, plan: Plan, display: Display, per_token: bool
-) -> CachedReference:
+    path: Path,
+    policy: Policy,
+    groups: Groups,
+    plan: Plan,
+    display: Display,
+    per_token: bool,
+    awaited: Sequence[int] = (),
+) -> CachedReference | FirstStepReference:
     """Read the log-probs in a file, or compute them with the policy as it is and write it.
 
     The caller names the file by everything that determines the log-probs.
+
+    awaited: groups to leave to the first step of the run, not with `per_token`.
     """
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
@@ -143,11 +185,14 @@ def saved_reference(
     if distributed.all_ranks(complete is not None):
         assert complete is not None
         return CachedReference(complete["logps"].to(policy.device), starts)
-    display.phase("reference", len(groups))
+    display.phase("reference", len(groups) - len(set(awaited)))
     partial_path = path.with_suffix(".partial")
     saved = _read(partial_path, display) or {}
     partial = _PartialLogps.load(partial_path, saved, policy, groups, per_token)
-    _compute(policy, groups, plan, starts, partial, display.advance)
+    with _without_zero_adapter(policy):
+        _compute(policy, groups, plan, starts, partial, display.advance, awaited)
+    if not partial.groups.all():
+        return FirstStepReference(partial, groups, path)
     partial.finish(path)
     return CachedReference(partial.logps, starts)
 
@@ -160,13 +205,15 @@ def _compute(
     starts: Tensor | None,
     partial: _PartialLogps,
     progress: Progress,
+    awaited: Sequence[int] = (),
 ) -> None:
-    """Compute the missing log-probs with the policy as it is now."""
-    was_training = policy.training
+    """Compute the missing log-probs with the policy as it is now, but not those of `awaited`."""
+    was_training, left_out = policy.training, set(awaited)
     policy.eval()
     every, local_logps = max(1, plan.steps_per_epoch // SAVES), torch.zeros_like(partial.logps)
     for number, step in enumerate(plan.coverage(), start=1):
-        missing = [index for index in dict.fromkeys(step) if not partial.groups[index]]
+        needed = (index for index in dict.fromkeys(step) if index not in left_out)
+        missing = [index for index in needed if not partial.groups[index]]
         for indices in plan.parts(missing) if missing else ():
             # A rank that has run out of groups takes part in the collectives with the shortest one.
             for batch in policy.batches(groups, indices or [plan.shortest]):
@@ -181,8 +228,19 @@ def _compute(
         progress(int(partial.groups.sum()))
         if number % every == 0:
             partial.merge(local_logps, save=True)
-    partial.merge(local_logps, save=False)
+    partial.merge(local_logps, save=bool(awaited))
     policy.train(was_training)
+
+
+def _without_zero_adapter(policy: Policy) -> AbstractContextManager[None]:
+    """Context manager in which explicit blocks skip an adapter that adds nothing: all its B are 0.
+
+    The bits are the same.
+    """
+    last = [p for name, p in policy.named_parameters() if "lora_" in name and "_B." in name]
+    if policy.trunk is None or not last or any(bool(p.any()) for p in last):
+        return nullcontext()
+    return without_adapter(policy)
 
 
 class _PartialLogps:

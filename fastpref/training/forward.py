@@ -14,7 +14,7 @@ from fastpref.config import ConfigError
 from fastpref.data.collate import Batch, join
 from fastpref.losses import Logps, Objective, TokenLevelLoss
 from fastpref.model.policy import NO_SCORES, ForwardOptions, Policy, PolicyOutput, ScoreOptions
-from fastpref.model.reference_policy import Reference
+from fastpref.model.reference_policy import FirstStepReference, Reference
 from fastpref.model.token_importance import importance
 from fastpref.ops import ScoreGeometry
 from fastpref.ops.cpu import calls_alive
@@ -67,6 +67,11 @@ class Forward:
                 output = self._pass(batch, ref, with_entropy, scores)
                 score_sums = _added(score_sums, output.score_sums)
                 outputs.append(output._replace(score_sums=None))
+        if isinstance(reference, FirstStepReference):
+            references = [
+                ref or reference.take(batch, output)
+                for batch, ref, output in zip(batches, references, outputs, strict=True)
+            ]
         policy_views = [self._view(*pair) for pair in zip(batches, outputs, strict=True)]
         reference_views = [
             self._view(batch, ref) for batch, ref in zip(batches, references, strict=True) if ref

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref import distributed
-from fastpref.config import Config, ConfigError, ReferenceMode, Training
+from fastpref.config import Config, ConfigError, Training
 from fastpref.data.batch_plan import Plan, tokens_of
 from fastpref.data.collate import Batch
 from fastpref.data.dataset import Groups
@@ -24,23 +24,17 @@ from fastpref.data.sources import load_data
 from fastpref.data.stream_plan import StreamedLengths, longest_possible, plan_stream
 from fastpref.data.streaming import AnyDataset, StreamedGroups, in_memory
 from fastpref.data.tokenizers import tokenizer_of
-from fastpref.losses import Objective, PairwiseLoss, TokenLevelLoss
+from fastpref.losses import Objective, PairwiseLoss
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.normalized import SFT
 from fastpref.losses.pointwise import KTO
 from fastpref.losses.response_sft import ResponseSFT
 from fastpref.losses.wrappers import TokenWeighted
-from fastpref.model.batch_layout import choose_layout, use_layout
+from fastpref.model.batch_layout import choose_layout
 from fastpref.model.coverage import announce_coverage
 from fastpref.model.load import announce_code, load_policy
 from fastpref.model.policy import Policy, context_length
-from fastpref.model.reference_policy import (
-    AdapterReference,
-    FrozenReference,
-    Reference,
-    cached_reference,
-    no_reference,
-)
+from fastpref.model.reference_policy import Reference
 from fastpref.model.reward_policy import set_padding_token
 from fastpref.training import base_weights, checkpoint_files, run_folder
 from fastpref.training.data_checks import (
@@ -54,6 +48,7 @@ from fastpref.training.memory_budget import MemoryBudget, usable_bytes
 from fastpref.training.optim import check_eight_bit
 from fastpref.training.profiler import part
 from fastpref.training.rank_checks import check_same_config, check_same_data
+from fastpref.training.references import make_references
 from fastpref.utils.atomic_files import clear_leftovers
 from fastpref.utils.progress import Display
 
@@ -151,13 +146,14 @@ class TrainingSetup(Loaded):
         return replace(self, train=self.train.with_micro_batch_tokens(tokens), eval=held_out)
 
 
-def prepare(config: Config, display: Display) -> TrainingSetup:
+def prepare(config: Config, display: Display, takes_first_step: bool = False) -> TrainingSetup:
     """Claim the run directory and `load`; raises UserError in one line."""
     folder = Path(config.training.output_dir)
     checkpoint = claim(folder, config.resume, display)
     if checkpoint is not None:
         base_weights.check(checkpoint, config)
-    loaded = load(config, display, folder if checkpoint is not None else None)
+    resumed = folder if checkpoint is not None else None
+    loaded = load(config, display, resumed, takes_first_step and resumed is None)
     return TrainingSetup(**vars(loaded), folder=folder, checkpoint=checkpoint)
 
 
@@ -175,10 +171,13 @@ def precompute(config: Config, display: Display) -> None:
     display.note(f"reference log-probs are in {Path(config.data.cache).expanduser()}/reference")
 
 
-def load(config: Config, display: Display, resumed: Path | None = None) -> Loaded:
+def load(
+    config: Config, display: Display, resumed: Path | None = None, takes_first_step: bool = False
+) -> Loaded:
     """Load, tokenize and plan; the reference is computed from the policy as it was loaded.
 
     resumed: run directory, if the run is resumed.
+    takes_first_step: whether the first step follows, which may compute what the reference needs.
     """
     loss, data, training = config.build_loss(), config.data, config.training
     announce_code(config.model, display.note)
@@ -240,22 +239,16 @@ def load(config: Config, display: Display, resumed: Path | None = None) -> Loade
         _plan(training, policy, memory.micro_batch_tokens, groups, seed)
         for groups, seed in zip(mismatched, seeds, strict=False)
     ]
-    reference = _references(
-        config.reference_mode,
-        Path(data.cache).expanduser(),
-        policy,
-        lambda: new_policy(policy.device),
-        display,
-        per_token=isinstance(loss, TokenLevelLoss),
-    )
+    reference = make_references(config, policy, loss, lambda: new_policy(policy.device), display)
     views = [
-        DataView(groups, plan, reference(groups, plan))
+        DataView(groups, plan, reference(groups, plan, False))
         for groups, plan in zip(mismatched, mismatched_plans, strict=True)
     ]
-    splits = [
-        DataSplit(dataset, plan, reference(in_memory(dataset), plan), view)
-        for dataset, plan, view in zip_longest(datasets, plans, views)
-    ]
+    splits = []
+    for dataset, plan, view in zip_longest(datasets, plans, views):
+        from_step = takes_first_step and dataset is datasets[0]
+        of_data = reference(in_memory(dataset), plan, from_step)
+        splits.append(DataSplit(dataset, plan, of_data, view))
     torch.manual_seed(training.seed + distributed.rank())  # dropout differs between ranks
     return Loaded(tokenizer, policy, loss, memory, *splits)
 
@@ -319,31 +312,6 @@ def _plan(
         distributed.world_size(),
         distributed.rank(),
     )
-
-
-def _references(
-    mode: ReferenceMode,
-    cache: Path,
-    policy: Policy,
-    load_copy: Callable[[], Policy],
-    display: Display,
-    per_token: bool,
-) -> Callable[[Groups, Plan], Reference]:
-    """Return a function from groups and their plan to the reference; a frozen copy is shared."""
-    if mode == "none":
-        return lambda groups, plan: no_reference
-    if mode == "cached":
-        return lambda groups, plan: cached_reference(
-            policy, groups, plan, cache, display, per_token
-        )
-    reference: Reference = AdapterReference(policy)
-    if mode == "frozen":
-        copy = load_copy()
-        use_layout(copy, policy.layout)
-        if policy.trunk is None:
-            copy.use_transformers(policy.not_fused)
-        reference = FrozenReference(copy)
-    return lambda groups, plan: reference
 
 
 def _check_context(groups: Groups, policy: Policy) -> None:

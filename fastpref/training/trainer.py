@@ -66,7 +66,7 @@ def train(
     """
     rank_checks.check_same_config([config])
     with run_lock.hold(Path(config.training.output_dir)):
-        trainer = Trainer(config, display)
+        trainer = Trainer(config, display, prepare(config, display, takes_first_step=True))
         writes_profile = profile and distributed.is_main_process()
         folder = trainer.run.folder / "profile" if writes_profile else None
         try:
