@@ -1,6 +1,6 @@
 """Compare the peak memory that `fastpref plan` predicts with that of training, on CPU or GPU.
 
-    python -m benchmarks.plans.check                              # five configs on a CPU, 3 minutes
+    python -m benchmarks.plans.check                              # seven on a CPU, 4 minutes
     python -m benchmarks.plans.check --check lora-8b qlora-8b full-1.5b   # on a GPU
 
 A child process trains each config for two steps. On a CPU the measure is its peak resident memory
@@ -60,6 +60,7 @@ def _check(model: Values, lengths: Lengths, max_tokens: int, **sections: Any) ->
     training = {
         "batch_size": PAIRS,
         "micro_batch_tokens": max_tokens,
+        "activation_checkpointing": "full",
         **sections.pop("training", {}),
     }
     return {"model": model, "lengths": lengths, "training": training, "sections": sections}
@@ -79,6 +80,15 @@ CPU_CHECKS = {
     "frozen reference": _check(_MEDIUM, _MEDIUM_LENGTHS, 4096, reference="frozen"),
     "long, large vocabulary": _check(
         _llama(256, 640, 4, 64000), Lengths((500, 0.1), (400, 0.2)), 4096
+    ),
+    "reward model": _check(_MEDIUM, _MEDIUM_LENGTHS, 800, loss="bradley_terry"),
+    "reward model, lora": _check(
+        _llama(768, 2048, 8, 8000),
+        _MEDIUM_LENGTHS,
+        800,
+        loss="bradley_terry",
+        adapter={"name": "lora", "r": 16},
+        training={"activation_checkpointing": "selective"},
     ),
 }
 GPU_CHECKS = {

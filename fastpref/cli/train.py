@@ -96,7 +96,7 @@ def _train_grid(
     with refused_once():
         grid = load_grid(path, overrides, items, note)
         for point in grid.points:
-            _without_rounds(point.config)
+            _of_language_model(point.config)
         for point in () if dry_run else grid.points:
             check_inputs(point.config)
             check_output(point.config)
@@ -184,7 +184,9 @@ def plan(
     ] = None,
 ) -> None:
     """Predict memory, time and fit of a run before it starts; exit code 1 if it does not fit."""
-    loaded = _load(config, overrides)
+    from fastpref.config import load
+
+    loaded = _without_rounds(load(config, overrides, note))
 
     from fastpref.plan.command import run
     from fastpref.utils.progress import quiet_libraries
@@ -205,16 +207,22 @@ def join_ranks() -> None:
 def _load(path: Path, overrides: list[str] | None) -> Config:
     from fastpref.config import load
 
-    return _without_rounds(load(path, overrides, note))
+    return _of_language_model(load(path, overrides, note))
 
 
-def _without_rounds(config: Config) -> Config:
-    """The config itself; raises ConfigError for one whose data are prompts, and reward models."""
+def _of_language_model(config: Config) -> Config:
+    """The config itself; raises ConfigError for one of a reward model or of rounds."""
     from fastpref.config import ConfigError
 
     name = config.build_loss().name
     if config.build_loss().of_rewards:
         raise ConfigError(f"loss: {name} trains a reward model; use fastpref reward, or another")
+    return _without_rounds(config)
+
+
+def _without_rounds(config: Config) -> Config:
+    """The config itself; raises ConfigError for one whose data are prompts."""
+    from fastpref.config import ConfigError
 
     if config.rounds is not None:
         raise ConfigError("rounds: is for fastpref rounds, which samples data; use that command")

@@ -113,8 +113,8 @@ class Adapter(Section):
     path: PathName | None = Field(
         None,
         description="Folder or Hub name of an adapter to continue training, e.g. from SFT. It "
-        "brings its own rank, scale, dropout, target modules and kind; the reference is the model "
-        "with this adapter before training.",
+        "brings its own rank, scale, dropout, target modules and kind, and that of a reward model "
+        "its head; the reference is the model with this adapter before training.",
     )
     merge: bool = Field(
         True,

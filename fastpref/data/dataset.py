@@ -175,6 +175,10 @@ class GroupDataset:
         """Labels of all groups, concatenated."""
         return pc.list_flatten(self._columns["labels"]).to_numpy()
 
+    def margin_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Margins of all pairs, in which all have one."""
+        return self._columns["margin"].to_numpy()
+
     def prompt_bytes(self) -> Iterator[bytes]:
         """Token ids of each prompt as bytes, for comparing prompts."""
         for chunk in self._columns["prompt"].chunks:

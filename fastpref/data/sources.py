@@ -90,6 +90,10 @@ class GroupMixture:
         """Labels of all groups, concatenated."""
         return np.concatenate([part.label_values() for part in self.parts])
 
+    def margin_values(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Margins of all pairs, in which all have one."""
+        return np.concatenate([part.margin_values() for part in self.parts])
+
     def prompt_bytes(self) -> Iterator[bytes]:
         """Token ids of each prompt as bytes, for comparing prompts."""
         for part in self.parts:

@@ -17,6 +17,7 @@ from rich.table import Table
 from fastpref.data.readers import DataError, read_rows
 from fastpref.evaluation.score import note_texts, responses_of, scored_rows
 from fastpref.evaluation.scorers import RewardModelScorer, Scorer
+from fastpref.model.reward_policy import HEAD
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
@@ -55,9 +56,17 @@ def is_classifier(model: str) -> bool:
         if path is not None:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             kinds = values.get("architectures") or ()
-            is_adapter = "score" in (values.get("modules_to_save") or ())
+            # An adapter that lost its head, or has it among its targets, is of a classifier, too.
+            adapted = [*_names(values, "modules_to_save"), *_names(values, "target_modules")]
+            is_adapter = HEAD in adapted or values.get("task_type") == "SEQ_CLS"
             return is_adapter or any("SequenceClassification" in kind for kind in kinds)
     return False
+
+
+def _names(values: dict[str, Any], key: str) -> list[str]:
+    """Module names of an option of peft, which may be one pattern."""
+    names = values.get(key) or []
+    return [names] if isinstance(names, str) else list(names)
 
 
 def run(

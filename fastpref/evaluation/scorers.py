@@ -64,14 +64,13 @@ class RewardModelScorer:
             )
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1)
         ]
-        # Neighbors of similar length need little padding.
-        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-        scores = [0.0] * len(sequences)
+        # Equal sequences are one, so that rounding orders none of them. Neighbors of similar length
+        # need little padding.
+        order = sorted(set(map(tuple, sequences)), key=len)
+        scores: dict[tuple[int, ...], float] = {}
         for batch in chunks(order, self._batch_size):
-            rewards = self.model.scores([sequences[index] for index in batch])
-            for index, reward in zip(batch, rewards, strict=True):
-                scores[index] = reward
-        return scores
+            scores.update(zip(batch, self.model.scores(list(map(list, batch))), strict=True))
+        return [scores[tuple(sequence)] for sequence in sequences]
 
 
 class FunctionScorer:

@@ -77,6 +77,8 @@ def _add_head(policy: RewardPolicy, folder: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     config |= {"exclude_modules": None, "auto_mapping": None}
+    if isinstance(config["target_modules"], list):  # peft lists the head among all linear layers
+        config["target_modules"] = [name for name in config["target_modules"] if name != HEAD]
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from fastpref.model.policy import Policy
 from fastpref.model.pretrained import auto_model, read_on_main_process, read_pretrained
 from fastpref.model.quantize import check_quantization, load_in_4bit, reload_in_4bit
 from fastpref.model.recomputation import recompute
+from fastpref.model.reward_adapter import is_classifier
 from fastpref.model.reward_policy import RewardPolicy
 from fastpref.utils.errors import ModelError, UserError, cannot_load, shown
 from fastpref.utils.optional_packages import require
@@ -149,6 +150,7 @@ def _build(
         if not of_rewards:
             _check_language_model(model, config)
         else:
+            check_one_label(model, config)
             config.num_labels = 1
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if model.path is None:
@@ -172,11 +174,19 @@ def _build(
 
 def _check_language_model(model: Model, config: Any) -> None:
     """Raise ModelError for a classifier; tied embeddings would make a language model of it."""
-    kinds = getattr(config, "architectures", None) or ()
-    if model.path is not None and any(kind.endswith("ForSequenceClassification") for kind in kinds):
+    if model.path is not None and is_classifier(config):
         raise ModelError(
             f"model.path: {model.path} is a sequence classifier, such as a reward model, and no "
             "language model; use another model"
+        )
+
+
+def check_one_label(model: Model, config: Any) -> None:
+    """Raise ModelError for a classifier with several labels, whose head is no reward."""
+    if model.path is not None and is_classifier(config) and config.num_labels != 1:
+        raise ModelError(
+            f"model.path: {model.path} is a classifier with {config.num_labels} labels, and a "
+            "reward model has one; use a reward model, or a language model for a new head"
         )
 
 

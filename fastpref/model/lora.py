@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from fastpref import config as configs
 from fastpref.model.policy import Policy
+from fastpref.model.reward_adapter import check_head_of_adapter, has_only_heads
+from fastpref.model.reward_policy import HEAD, RewardPolicy
 from fastpref.utils.errors import ModelError, cannot_load
 
 # Names of the adapters in peft's model.
@@ -51,10 +53,12 @@ def add_adapter(
 
     field = "adapter.path" if adapter.path else "adapter.target_modules"
     _check_parameters(causal_lm, adapter)
-    config = _read_config(adapter.path) if adapter.path else _new_config(adapter)
+    config = _read_config(adapter.path, of_rewards) if adapter.path else _new_config(adapter)
     if of_rewards:
+        if adapter.path:
+            check_head_of_adapter(config, causal_lm.config, adapter.path)
         # peft would replace the head of a classifier by a copy under another name.
-        config.task_type, config.exclude_modules = None, ["score"]
+        config.task_type, config.exclude_modules, config.modules_to_save = None, [HEAD], None
     if sharded and config.use_dora:
         raise ModelError(
             "adapter.dora: needs the norms of full weights, and these are sharded over the ranks; "
@@ -93,7 +97,10 @@ def initialize(policy: Policy, adapter: configs.Adapter, seed: int) -> None:
 
     model: Any = policy.causal_lm
     if adapter.path:
-        _load_weights(model, adapter.path)
+        values = _read_weights(adapter.path)
+        if isinstance(policy, RewardPolicy):
+            policy.load_head(values, adapter.path)
+        _load_weights(model, values, adapter.path)
         policy.fresh_adapter = False
     else:
         torch.manual_seed(seed)
@@ -242,8 +249,11 @@ def _new_config(adapter: configs.Adapter) -> Any:
     )
 
 
-def _read_config(path: str) -> Any:
-    """Read the peft config of an adapter in a folder or on the Hub; refuse unsupported ones."""
+def _read_config(path: str, of_rewards: bool) -> Any:
+    """Read the peft config of an adapter in a folder or on the Hub; refuse unsupported ones.
+
+    of_rewards: the adapter may have a head.
+    """
     import peft
 
     try:
@@ -257,6 +267,8 @@ def _read_config(path: str) -> Any:
             f"adapter.path: {path} is of type {kind}, and only LORA can be trained; use another"
         )
     unsupported = [name for name in _BASE_OPTIONS if getattr(config, name, None)]
+    if of_rewards and has_only_heads(config):
+        unsupported.remove("modules_to_save")
     if config.bias != "none":
         unsupported.append("bias")
     if str(config.init_lora_weights).startswith(_BASE_INITIALIZATIONS):
@@ -314,12 +326,23 @@ def _check_layers(causal_lm: PreTrainedModel, field: str, adapter: configs.Adapt
             )
 
 
-def _load_weights(wrapped: Any, path: str) -> None:
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """Weights of an adapter in a folder or on the Hub, on the CPU; raises ModelError."""
+    import peft
+
+    try:
+        values: dict[str, Tensor] = peft.load_peft_weights(path, device="cpu")
+    # peft, safetensors, torch and the Hub raise unrelated types.
+    except Exception as error:
+        raise ModelError(cannot_load("adapter.path", path, error)) from None
+    return values
+
+
+def _load_weights(wrapped: Any, values: dict[str, Tensor], path: str) -> None:
     """Load an adapter's weights; raise ModelError if one is missing, unexpected or misshaped."""
     import peft
 
     try:
-        values = peft.load_peft_weights(path, device="cpu")
         result: Any = peft.set_peft_model_state_dict(wrapped, values)
     # peft, safetensors and torch raise unrelated types.
     except Exception as error:

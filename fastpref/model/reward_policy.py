@@ -20,11 +20,14 @@ from fastpref.model.policy import ForwardOptions, Policy, PolicyOutput
 from fastpref.utils.errors import ModelError
 
 HEAD = "score"  # name of the head in the classifiers of transformers
+_SAVED_HEAD = f"base_model.model.{HEAD}."  # names of its weights in the files of peft
 _NO_OPTIONS = ForwardOptions()
 
 
 class RewardPolicy(Policy):
     """A sequence classifier with one label; `PolicyOutput.logps` are the rewards (S,)."""
+
+    has_loaded_head = False  # whether an adapter has brought its own
 
     def _require_plain_head(self) -> None:
         head = getattr(self.base, HEAD, None)
@@ -44,6 +47,30 @@ class RewardPolicy(Policy):
         """Train the head of a frozen base, in fp32 at least; it is small and never sharded."""
         head: Any = getattr(self.base, HEAD)
         head.to(torch.promote_types(self.compute_dtype, torch.float32)).requires_grad_(True)
+
+    @torch.no_grad()
+    def load_head(self, values: dict[str, Tensor], path: str) -> None:
+        """Take the head of an adapter at `path` out of its values, if they have one.
+
+        Raises ModelError for a head of another shape.
+        """
+        head: Any = getattr(self.base, HEAD)
+        names = {name for name in values if name.startswith(_SAVED_HEAD)}
+        if not names:
+            return
+        parts = {name.removeprefix(_SAVED_HEAD): values.pop(name) for name in sorted(names)}
+        targets = dict(head.named_parameters())
+        if {name: part.shape for name, part in parts.items()} != {
+            name: target.shape for name, target in targets.items()
+        }:
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
+            raise ModelError(
+                f"adapter.path: the head of {path} ({shapes}) does not fit the model; use an "
+                "adapter of a reward model with one label that was trained on it"
+            )
+        for name, target in targets.items():
+            target.copy_(parts[name])
+        self.has_loaded_head = True
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         adapters = self.adapter_parameters()

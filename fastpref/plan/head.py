@@ -1,7 +1,8 @@
-"""Memory and passes of the head's log-probs and gradient; see `ops/chunked.py`, docs/kernels.md."""
+"""Memory and passes of a head and its gradient; see `ops/chunked.py`, docs/kernels.md."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from fastpref.ops import chunked, cpu
@@ -15,7 +16,7 @@ TRITON_KL_CHUNK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Head:
-    """Bytes and passes over the head, one pass being 2 T D V FLOPs for T scored tokens."""
+    """Head of a language model: bytes, and passes of 2 T D V FLOPs for T scored tokens."""
 
     shapes: Shapes
     on_cpu: bool
@@ -63,7 +64,7 @@ class Head:
             count += 1 if self._caches_dlogits(p) else 2
         if self.pair_scores:
             count += 2
-        count += self.score_rows / self.shapes.vocabulary
+        count += self.score_rows / self.shapes.head_rows
         if self.runs_reference:
             count += 1
         if self.full_kl:
@@ -83,13 +84,13 @@ class Head:
     def _dlogits(self, p: Pass) -> int:
         """Logits of all scored tokens, or their gradients."""
         size = max(4, self.shapes.compute) if self.on_cpu else self.shapes.compute
-        return p.scored * self.shapes.vocabulary * size
+        return p.scored * self.shapes.head_rows * size
 
     def _kl_chunk(self, p: Pass) -> int:
         """Logits of both models in fp32, and the gradient of the policy's."""
         if self.on_cpu:
             return self._chunk(p)
-        size = p.scored * self.shapes.vocabulary * (2 * 4 + self.shapes.compute)
+        size = p.scored * self.shapes.head_rows * (2 * 4 + self.shapes.compute)
         return min(TRITON_KL_CHUNK_BYTES, size)
 
     def _chunk(self, p: Pass) -> int:
@@ -98,10 +99,45 @@ class Head:
     @property
     def most_cached(self) -> int:
         """Scored tokens of a pass on a GPU up to which gradients of logits are cached."""
-        return TRITON_CACHE_BYTES // (self.shapes.vocabulary * self.shapes.compute)
+        return TRITON_CACHE_BYTES // (self.shapes.head_rows * self.shapes.compute)
 
     def _caches_dlogits(self, p: Pass) -> bool:
         if not self.on_cpu:
             return self._dlogits(p) <= TRITON_CACHE_BYTES
         budget = min(cpu.CACHE_BYTES, cpu.CACHE_CHUNKS * chunked.CHUNK_BYTES)
         return self.shapes.compute == 4 and p.batch_passes * self._dlogits(p) <= budget
+
+
+@dataclass(frozen=True)
+class RewardHead:
+    """Head of a reward model, which reads one hidden state of a response and has one row.
+
+    The scored tokens of its passes are the last ones of their responses. The head computes in fp32.
+    """
+
+    shapes: Shapes
+    runs_reference: bool = False
+
+    def saved(self, p: Pass) -> int:
+        """Bytes from its forward to its backward pass: hidden states, cast to fp32."""
+        return self._states(p)
+
+    def forward(self, p: Pass) -> int:
+        """Bytes during its forward pass beyond `saved`: hidden states."""
+        return p.tokens * self.shapes.width * self.shapes.compute + self._states(p)
+
+    def backward(self, p: Pass) -> int:
+        """Bytes during its backward pass beyond `saved`: gradients of all hidden states."""
+        return self.forward(p) + self.shapes.head * self.shapes.stored
+
+    def passes(self, p: Pass) -> float:
+        """Passes of a step over the head, forward and backward."""
+        return 3.0
+
+    @property
+    def most_cached(self) -> int:
+        """No bound: nothing is computed again."""
+        return sys.maxsize
+
+    def _states(self, p: Pass) -> int:
+        return p.scored * self.shapes.width * max(4, self.shapes.compute)

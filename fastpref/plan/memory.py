@@ -19,7 +19,7 @@ from functools import cached_property
 
 from fastpref.config import Optim, Parallel, ReferenceMode
 from fastpref.plan.activation_trace import Trace
-from fastpref.plan.head import Head
+from fastpref.plan.head import Head, RewardHead
 from fastpref.plan.model_shapes import Shapes
 from fastpref.plan.workload import MicroBatch
 
@@ -47,7 +47,7 @@ class Memory:
 
     shapes: Shapes
     trace: Trace
-    head: Head
+    head: Head | RewardHead
     optim: Optim
     parallel: Parallel
     reference: ReferenceMode
@@ -216,7 +216,7 @@ class Memory:
             return 0
         if self.sharded:
             return s.root * (s.compute + 4)
-        return s.head * s.stored if adds_up or s.tied else 0
+        return s.embeddings * s.stored if adds_up or s.tied else 0
 
     @property
     def _update_copy(self) -> int:

@@ -16,7 +16,7 @@ from fastpref.plan import flops as speed
 from fastpref.plan.activation_trace import Trace, trace
 from fastpref.plan.budget import BATCHWISE_TOKENS, Budget, choose, token_ladder
 from fastpref.plan.devices import Device
-from fastpref.plan.head import Head
+from fastpref.plan.head import Head, RewardHead
 from fastpref.plan.memory import Memory, Parts
 from fastpref.plan.model_shapes import Shapes, empty_policy, shapes_of
 from fastpref.plan.workload import GroupLengths, MicroBatch, step_bounds, steps_of
@@ -45,6 +45,10 @@ class Setup:
     @property
     def in_4bit(self) -> bool:
         return self.config.adapter is not None and self.config.adapter.quantize is not None
+
+    @property
+    def of_rewards(self) -> bool:
+        return self.config.build_loss().of_rewards
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Predictor:
             setup.lengths,
             ranks,
             self._one_by_one(setup),
+            of_rewards=setup.of_rewards,
         )
         moment, parts = max(
             (memory.peak(batch, len(step) > 1) for step in steps for batch in step),
@@ -140,7 +145,13 @@ class Predictor:
         training, one_by_one = setup.config.training, self._one_by_one(setup)
         shapes = self._shapes(setup)
         blocks = shapes.blocks
-        bounds = step_bounds(training.batch_size, setup.layout, setup.lengths, setup.ranks)
+        bounds = step_bounds(
+            training.batch_size,
+            setup.layout,
+            setup.lengths,
+            setup.ranks,
+            of_rewards=setup.of_rewards,
+        )
         mode, tokens = training.activation_checkpointing, training.micro_batch_tokens
         block_choices: Sequence[int] = range(blocks + 1)
         if mode != "auto":
@@ -178,23 +189,10 @@ class Predictor:
         """Memory of a run that recomputes so many blocks."""
         config, shard = setup.config, self._shard(setup)
         shapes = self._shapes(setup)
-        calibration, score_rows = config.calibration, 0
-        if calibration is not None and calibration.statistics == "batch":
-            score_rows = sketch_rows(shapes.vocabulary, calibration.sketch_rows)
-        head = Head(
-            shapes,
-            self.device.is_cpu,
-            sharded=shard > 1,
-            log_every=config.training.log_every,
-            pair_scores=calibration is not None and calibration.statistics == "pairs",
-            score_rows=score_rows,
-            runs_reference=config.reference_mode in ("frozen", "adapter"),
-            full_kl="kl" in getattr(config.build_loss(), "columns", ()),
-        )
         return Memory(
             shapes,
             self._trace(setup, blocks / shapes.blocks),
-            head,
+            RewardHead(shapes) if setup.of_rewards else self._head(config, shapes, shard > 1),
             config.optim,
             config.parallel,
             config.reference_mode,
@@ -205,8 +203,24 @@ class Predictor:
             recomputed=blocks / shapes.blocks,
         )
 
+    def _head(self, config: Config, shapes: Shapes, sharded: bool) -> Head:
+        """Head of a language model."""
+        calibration, score_rows = config.calibration, 0
+        if calibration is not None and calibration.statistics == "batch":
+            score_rows = sketch_rows(shapes.head_rows, calibration.sketch_rows)
+        return Head(
+            shapes,
+            self.device.is_cpu,
+            sharded=sharded,
+            log_every=config.training.log_every,
+            pair_scores=calibration is not None and calibration.statistics == "pairs",
+            score_rows=score_rows,
+            runs_reference=config.reference_mode in ("frozen", "adapter"),
+            full_kl="kl" in getattr(config.build_loss(), "columns", ()),
+        )
+
     def _shapes(self, setup: Setup) -> Shapes:
-        key = repr((setup.config.model, setup.config.adapter, self._shard(setup) > 1))
+        key = repr(self._built(setup))
         if key not in self._counted:
             self._counted[key] = shapes_of(self._policy(setup, recomputed=False), setup.in_4bit)
         return self._counted[key]
@@ -218,14 +232,19 @@ class Predictor:
         return self._traced(setup, False).mixed(self._traced(setup, True), share)
 
     def _traced(self, setup: Setup, recomputed: bool) -> Trace:
-        config, lengths, one_by_one = setup.config, setup.lengths, self._one_by_one(setup)
-        key = repr((config.model, config.adapter, recomputed, setup.layout, self._shard(setup) > 1))
+        lengths, one_by_one = setup.lengths, self._one_by_one(setup)
+        key = repr((*self._built(setup), recomputed, setup.layout))
         if key not in self._traces:
             group = lengths.group(int(lengths.padded_lengths.argmax()))
             half = [max(1, n // 2) for n in group]
             policy = self._policy(setup, recomputed)
             self._traces[key] = trace(policy, half, setup.layout, one_kernel=not one_by_one)
         return self._traces[key]
+
+    def _built(self, setup: Setup) -> tuple[Any, ...]:
+        """Everything that the shapes of the policy depend on."""
+        config = setup.config
+        return config.model, config.adapter, self._shard(setup) > 1, setup.of_rewards
 
     def _policy(self, setup: Setup, recomputed: bool) -> Policy:
         return empty_policy(
@@ -234,6 +253,7 @@ class Predictor:
             self._shard(setup) > 1,
             adapter=setup.config.adapter,
             recomputed=recomputed,
+            of_rewards=setup.of_rewards,
         )
 
 

@@ -75,7 +75,7 @@ class Pass(NamedTuple):
     """One forward pass, of one or more groups."""
 
     tokens: int  # positions, padding included
-    scored: int  # tokens of the responses
+    scored: int  # tokens of the responses; of a reward model, their last ones
     attended: int  # pairs of tokens in which one attends to the other
     batch_passes: int = 1  # forward passes of its micro-batch; all precede the backward passes
 
@@ -91,10 +91,12 @@ def steps_of(
     lengths: GroupLengths,
     ranks: int,
     one_by_one: bool,
+    of_rewards: bool = False,
 ) -> list[Step]:
     """The steps of the first epoch on the first rank, which has the fullest batches.
 
-    one_by_one: a forward pass for each group. Raises DataError if the longest group does not fit.
+    one_by_one: a forward pass for each group. of_rewards: for a reward model. Raises DataError if
+    the longest group does not fit.
     """
     groups = cast(Groups, lengths)
     counts = np.diff(lengths.offsets)
@@ -109,7 +111,7 @@ def steps_of(
         UNITS[lengths.kind],
         ranks,
     )
-    scored = np.add.reduceat(lengths.response_lengths, lengths.offsets[:-1])
+    scored = _scored(lengths, of_rewards)
     attended = _attended(lengths, layout)
 
     def pass_over(indices: Sequence[int], batch_passes: int) -> Pass:
@@ -140,10 +142,16 @@ class StepBounds(NamedTuple):
     mean: Pass  # mean step, as if in one pass
 
 
-def step_bounds(batch_size: int, layout: Layout, lengths: GroupLengths, ranks: int) -> StepBounds:
+def step_bounds(
+    batch_size: int,
+    layout: Layout,
+    lengths: GroupLengths,
+    ranks: int,
+    of_rewards: bool = False,
+) -> StepBounds:
     """Bounds of the steps of a run with these lengths."""
     costs = tokens_of(cast(Groups, lengths), layout)
-    scored = np.add.reduceat(lengths.response_lengths, lengths.offsets[:-1])
+    scored = _scored(lengths, of_rewards)
     count = min(batch_size, len(costs))
     longest_first = np.sort(costs)[::-1]
     # Ranks have similar loads: they differ by one group at most.
@@ -163,6 +171,13 @@ def step_bounds(batch_size: int, layout: Layout, lengths: GroupLengths, ranks: i
         scored_share=float((scored / costs).max()),
         mean=Pass(*(max(1, round(value)) for value in mean)),
     )
+
+
+def _scored(lengths: GroupLengths, of_rewards: bool) -> Lengths:
+    """Tokens of each group whose hidden states the head reads, (N,)."""
+    if of_rewards:
+        return np.diff(lengths.offsets)
+    return np.add.reduceat(lengths.response_lengths, lengths.offsets[:-1])
 
 
 def _attended(lengths: GroupLengths, layout: Layout) -> Lengths:

@@ -111,10 +111,14 @@ class MemoryBudget:
         """Record a micro-batch of one of the first steps on a GPU."""
         if self._corrects:
             passes = tuple(
-                Pass(b.input_ids.numel(), len(b.labels), 0, len(batches)) for b in batches
+                Pass(b.input_ids.numel(), self._scored(b), 0, len(batches)) for b in batches
             )
             peak = self._predict.predicted_peak(self._setup, self.budget.recomputed_blocks, passes)
             self._fullest.append(peak)
+
+    def _scored(self, batch: Batch) -> int:
+        """Tokens whose hidden states the head reads."""
+        return len(batch.cu_seqlens) - 1 if self._setup.of_rewards else len(batch.labels)
 
     def correct(self, steps: int) -> None:
         """On a GPU, choose the recomputed blocks by the memory that the first steps took.

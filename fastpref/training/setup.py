@@ -35,6 +35,7 @@ from fastpref.model.coverage import announce_coverage
 from fastpref.model.load import announce_code, load_policy
 from fastpref.model.policy import Policy, context_length
 from fastpref.model.reference_policy import Reference
+from fastpref.model.reward_adapter import announce_head
 from fastpref.model.reward_policy import set_padding_token
 from fastpref.training import base_weights, checkpoint_files, run_folder
 from fastpref.training.data_checks import (
@@ -49,6 +50,7 @@ from fastpref.training.optim import check_eight_bit
 from fastpref.training.profiler import part
 from fastpref.training.rank_checks import check_same_config, check_same_data
 from fastpref.training.references import make_references
+from fastpref.training.reward_checks import advise_on_padding, check_rewards
 from fastpref.utils.atomic_files import clear_leftovers
 from fastpref.utils.progress import Display
 
@@ -197,11 +199,13 @@ def load(
             display.note(f"{name}: {line}")
         check_labels(loss, dataset)
         check_margins(loss, dataset)
+        check_rewards(loss, name, dataset, display)
     check_scores(loss, datasets[0])
     if isinstance(loss, PairwiseLoss) and any(data.has_token_weights for data in datasets):
         loss = TokenWeighted(loss)
     advise_on_weights(loss, datasets[0], display)
     advise_on_margins(loss, datasets[0], display)
+    advise_on_padding(loss, config.model, datasets[0], display)
     mismatched = [
         MismatchedGroups(dataset, data.max_length)
         for dataset in datasets
@@ -225,6 +229,7 @@ def load(
 
     policy = new_policy(device)
     announce_coverage(policy, config.adapter, display.note)
+    announce_head(policy, config.adapter, display.note)
     everything: list[Groups] = [*map(in_memory, datasets), *mismatched]
     choose_layout(policy, training, config.model.attn_implementation, everything, display)
     everything += [longest_possible(d) for d in datasets if isinstance(d, StreamedGroups)]

@@ -148,7 +148,7 @@ def test_commands_refuse_the_objectives_of_the_other(fastpref: Command, tmp_path
     base = "model: {path: llama}\ndata: {train: pairs.jsonl}\nloss: "
     for command, loss, says in (
         ("train", "bradley_terry", "loss: bradley_terry trains a reward model; use fastpref rew"),
-        ("plan", "plackett_luce", "loss: plackett_luce trains a reward model; use fastpref rewa"),
+        ("precompute", "plackett_luce", "loss: plackett_luce trains a reward model; use fastpre"),
         ("reward", "dpo", "loss: dpo trains a language model; use fastpref train, or one of brad"),
     ):
         config.write_text(base + loss)

@@ -81,7 +81,7 @@ class RewardModel:
         """
         prompt = question.prompt
         if self.text and isinstance(prompt, str):
-            return self._checked(question, self._encode_text(prompt + answer))
+            return self._checked(question, self._encode_text(prompt, answer))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [*messages, {"role": "assistant", "content": answer}]
         try:
@@ -93,10 +93,16 @@ class RewardModel:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._checked(question, ids)
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _encode_text(self, prompt: str, answer: str) -> list[int]:
+        """Token ids as the trainer reads them: behind a BOS or EOS if none is of the prompt."""
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
-        special = not (bos and text.startswith(bos))
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        special = not (bos and prompt.startswith(bos))
+        before, ids = self.tokenizer([prompt, prompt + answer], add_special_tokens=special)[
+            "input_ids"
+        ]
+        opener = eos if bos is None else self.tokenizer.bos_token_id
+        if before[:1] != ids[:1] or not before:
+            ids = ids if opener is None else [opener, *ids]
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
     def _checked(self, question: Question, ids: list[int]) -> list[int]:
