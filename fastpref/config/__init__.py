@@ -5,7 +5,7 @@ from fastpref.config.errors import ConfigError
 from fastpref.config.fields import Section
 from fastpref.config.loading import load, parse, parse_section
 from fastpref.config.optim import Optim
-from fastpref.config.rounds_section import Rounds, RoundSampling, RoundScorer
+from fastpref.config.rounds_section import RoundJudge, Rounds, RoundSampling, RoundScorer
 from fastpref.config.schema import Config, ReferenceMode, inner_section, section_of
 from fastpref.config.sections import (
     Adapter,
@@ -27,6 +27,7 @@ __all__ = [
     "Optim",
     "Parallel",
     "ReferenceMode",
+    "RoundJudge",
     "RoundSampling",
     "RoundScorer",
     "Rounds",

@@ -92,6 +92,28 @@ class RoundSampling(Section):
         return None if self.api_key_env is None else os.environ.get(self.api_key_env)
 
 
+class RoundJudge(Section):
+    """A chat model behind an endpoint, which compares two completions at a time."""
+
+    endpoint: Name = Field(description="Base address, such as `https://api.openai.com/v1`.")
+    model: Name = Field(description="Name of the model that judges.")
+    api_key_env: Name | None = Field(
+        None, description="Environment variable that holds the key of the endpoint."
+    )
+    template: PathName | None = Field(
+        None, description="Text file of the question; default: that of `fastpref judge`."
+    )
+    temperature: NonNegativeFloat = Field(0.0, description="Temperature of the judge.")
+    max_tokens: PositiveInt = Field(1024, description="Longest answer of the judge.")
+    seed: NonNegativeInt = Field(0, description="Seed of the judge.")
+    body: dict[str, Any] = Field(
+        {}, description="Further fields of the request; null removes a field."
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Questions at a time.")
+    timeout: PositiveFloat = Field(120.0, description="Seconds to wait for an answer.")
+    retries: NonNegativeInt = Field(6, description="Further tries after a failure.")
+
+
 class RoundScorer(Section):
     """Source of the scores of completions."""
 
@@ -103,14 +125,20 @@ class RoundScorer(Section):
         description="`module:function`, which takes prompts and completions and returns a number "
         "for each. Its code is run here.",
     )
+    judge: RoundJudge | None = Field(
+        None,
+        description="A chat model that compares the completions of a prompt pair by pair, in both "
+        "orders; a score is the mean preference, see [rounds](rounds.md).",
+    )
     missing_eos_penalty: NonNegativeFloat = Field(
         0.0, description="Subtracted from the score of a completion cut at `max_new_tokens`."
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> RoundScorer:
-        if (self.reward_model is None) == (self.function is None):
-            raise ValueError("set one of reward_model and function")
+        sources = (self.reward_model, self.function, self.judge)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("set one of reward_model, function and judge")
         return self
 
 

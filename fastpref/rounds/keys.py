@@ -34,7 +34,13 @@ _WITHOUT_EFFECT = {
     "evaluation": True,
     "monitor": True,
     "resume": True,
-    "rounds": {"count", "eval_prompts", "sampling"},
+    "rounds": {
+        "count": True,
+        "eval_prompts": True,
+        "sampling": True,
+        # What decides the answers is in the fingerprint of the scorer.
+        "scorer": {"judge": True},
+    },
 }
 _OF_SAMPLES = {"engine", "model", "samples", "temperature", "top_p", "max_new_tokens", "seed"}
 

@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from fastpref.config import ConfigError, RoundScorer, Training
-from fastpref.rounds.scoring import Scorer
+from fastpref.config import ConfigError, RoundJudge, RoundScorer, Training
+from fastpref.rounds.scoring import Comparer, Group, Scorer
 from fastpref.utils.errors import UserError
+from fastpref.utils.progress import Display
 
+ANSWERS = "answers.jsonl"  # of the judge, beside the folders of the rounds
+_OF_JUDGE = (
+    *("endpoint", "model", "api_key_env", "template", "temperature", "max_tokens", "seed", "body"),
+    *("workers", "timeout", "retries"),
+)
 # Options of the command line in messages, and the fields that stand for them here.
 _FIELDS = {
     "--function": "rounds.scorer.function",
     "--reward-model": "rounds.scorer.reward_model",
+    **{f"--{name.replace('_', '-')}": f"rounds.scorer.judge.{name}" for name in _OF_JUDGE},
+    "--cache": "rounds.scorer.judge",
 }
 
 
-def make_scorer(options: RoundScorer, training: Training) -> Scorer:
-    """Load the reward model, or import the function, of `rounds.scorer`.
+def make_scorer(options: RoundScorer, training: Training, display: Display) -> Scorer | Comparer:
+    """Load the reward model, import the function, or ask the judge, of `rounds.scorer`.
 
     Raises UserError, which names the field, here and in its calls.
     """
+    from fastpref.evaluation.comparisons import JudgeScorer
     from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer
 
     with _naming_fields():
+        if options.judge is not None:
+            answers = Path(training.output_dir) / "rounds" / ANSWERS
+            judge = _chat_options(options.judge).build()
+            return _ComparerOfConfig(JudgeScorer(judge, answers, display))
         if options.function is not None:
             return _OfConfig(FunctionScorer(options.function))
         assert options.reward_model is not None
         return _OfConfig(RewardModelScorer(options.reward_model, training.device))
+
+
+def _chat_options(judge: RoundJudge) -> Any:
+    """Options of the judge as the command line has them."""
+    from fastpref.evaluation.judge.options import ChatOptions
+
+    values = {name: getattr(judge, name) for name in _OF_JUDGE}
+    values["template"] = None if judge.template is None else Path(judge.template)
+    values["body"] = tuple(f"{name}={json.dumps(value)}" for name, value in judge.body.items())
+    return ChatOptions(**values)
+
+
+class _ComparerOfConfig:
+    """Comparer whose errors name fields of the config."""
+
+    def __init__(self, comparer: Comparer) -> None:
+        self._comparer = comparer
+
+    @property
+    def fingerprint(self) -> str:
+        return self._comparer.fingerprint
+
+    def compare(self, groups: Sequence[Group], check: Callable[[], None]) -> list[list[float]]:
+        with _naming_fields():
+            return self._comparer.compare(groups, check)
 
 
 class _OfConfig:

@@ -26,7 +26,7 @@ from fastpref.rounds.learner import Learner, RoundSamples
 from fastpref.rounds.pairing import BUILDS, Pairs, pair
 from fastpref.rounds.sampling import Draw, Engine, TransformersEngine, sample
 from fastpref.rounds.scorers import make_scorer
-from fastpref.rounds.scoring import Scorer, score
+from fastpref.rounds.scoring import Comparer, Scorer, score
 from fastpref.rounds.served_weights import ServedWeights
 from fastpref.rounds.server import ServerEngine
 from fastpref.rounds.session import Session
@@ -36,6 +36,7 @@ from fastpref.utils.atomic_files import replacing
 
 FILE = "rounds.jsonl"
 _INPUTS = "inputs.json"
+_EVAL = "eval-"  # prefix of the files of held-out prompts
 
 
 class Round(NamedTuple):
@@ -55,7 +56,7 @@ class Rounds:
         session: Session,
         checkpoint: Path | None,
         received: list[int],
-        scorer: Callable[[], Scorer] | None,
+        scorer: Callable[[], Scorer | Comparer] | None,
     ) -> None:
         self.session, self.config, self.display = session, session.config, session.display
         self.trainer: Trainer | None = None
@@ -65,7 +66,9 @@ class Rounds:
         rounds = session.rounds
         is_served = rounds.sampling.engine == "server"
         self._served = ServedWeights(session) if is_served else None
-        self._scorer = cache(scorer or (lambda: make_scorer(rounds.scorer, self.config.training)))
+        self._scorer = cache(
+            scorer or (lambda: make_scorer(rounds.scorer, self.config.training, self.display))
+        )
         self.total_steps = session.steps_per_round * rounds.count
         self._keys = Keys(
             self.config,
@@ -176,6 +179,10 @@ class Rounds:
         )
         engine = partial(self._engine, weights)
         samples = sample(draw, engine, session.tokenizer, self.display, self.check_signals)
+        opponents = None
+        if prefix == _EVAL:
+            # A judge compares each round with the start, and the start with itself.
+            opponents = self._held_out(0)[0] if weights else samples
         scores = score(
             files,
             f"{prefix}scores",
@@ -185,6 +192,7 @@ class Rounds:
             session.rounds.scorer.missing_eos_penalty,
             self.display,
             self.check_signals,
+            opponents,
         )
         return samples, scores
 
@@ -245,8 +253,8 @@ class Rounds:
         seed = self.session.rounds.sampling.seed
         key = self._keys.samples(self._weights(number), prompts_key(prompts), 1, seed)
         if self.has_taken(number + 1):
-            files.check_is_there("eval-samples", key)
-        return self._scored(files, "eval-", key, prompts, 1, 0, number)
+            files.check_is_there(f"{_EVAL}samples", key)
+        return self._scored(files, _EVAL, key, prompts, 1, 0, number)
 
     def _metrics(self, round_: Round) -> dict[str, Any]:
         pairs = round_.pairs.rows

@@ -28,7 +28,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"rounds": None},
     ),
     (
-        "rounds.scorer: set one of reward_model and function",
+        "rounds.scorer: set one of reward_model, function and judge",
         {"rounds": {"scorer": {"reward_model": "a", "function": "b:c"}}},
     ),
     (
@@ -198,7 +198,9 @@ def test_an_update_command_that_fails(tmp_path: Path) -> None:
 
 def test_a_scorer_that_cannot_be_made_names_the_field() -> None:
     with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: cannot import no:such"):
-        make_scorer(configs.RoundScorer(function="no:such"), configs.Training())
-    scorer = make_scorer(configs.RoundScorer(function="builtins:zip"), configs.Training())
+        make_scorer(configs.RoundScorer(function="no:such"), training, display)
+    scorer = make_scorer(configs.RoundScorer(function="builtins:zip"), training, display)
+    assert callable(scorer)
     with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: "):
         scorer(["p"], ["c"])
+    training, display = configs.Training(), Display(Console(quiet=True))
