@@ -258,15 +258,30 @@ def warn_of_lone_ranks(model: nn.Module) -> None:
 
 @contextmanager
 def without_adapters(peft_model: Any) -> Iterator[None]:
-    """Context manager in which the adapters are disabled, and train afterwards as before."""
+    """Context manager in which the adapters are disabled, and train afterwards as before.
+
+    Raises ValueError if weights of the base train, too.
+    """
     # peft changes which parameters require a gradient; FSDP2 may gather them in between.
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
     try:
         with peft_model.disable_adapter():
+            _check_frozen(peft_model, flags)
             _restore(flags)
             yield
     finally:
         _restore(flags)
+
+
+def _check_frozen(peft_model: Any, flags: list[tuple[nn.Parameter, bool]]) -> None:
+    """Raise ValueError for a parameter that trains, and still does without the adapters."""
+    names = (name for name, _ in peft_model.named_parameters())
+    for name, (parameter, trains) in zip(names, flags, strict=True):
+        if trains and parameter.requires_grad:
+            raise ValueError(
+                f'reference: "adapter" is no reference, because {name} belongs to the base and '
+                "trains, too; freeze it, or pass a reference model"
+            )
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
