@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT / "kernels"))  # runs without an installation, too
 import torch  # noqa: E402
 
 from benchmarks.gpu import ablation, correctness  # noqa: E402
+from benchmarks.gpu.interpreter import round_to_nearest  # noqa: E402
 from fastpref.bench import contestants, report, timer  # noqa: E402
 from fastpref.bench import problems as rows  # noqa: E402
 from fastpref.bench.problems import Problem  # noqa: E402
@@ -52,6 +53,7 @@ DEVICE_LOST = 3  # exit code
 LOST = "CUDA error|illegal memory access|unspecified launch failure"
 OURS = "fastpref triton"
 DRY_SHAPE = (16, 16, 96)
+WIDE_SHAPES = rows.CUDA_SHAPES[2:]  # vocabularies that fill a chunk badly
 FAMILIES = tuple(contestants.PACKAGES)
 
 
@@ -66,6 +68,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.section:
         name, part, deadline, worker, workers = options.section
+        if device == "cpu":
+            round_to_nearest()
         checks = islice(CHECKS[name](device, options.dry_run), int(worker), None, int(workers))
         section(checks, Path(part), float(deadline), device)
         return
@@ -180,7 +184,9 @@ def measured(device: str, dry: bool) -> Iterator[Check]:
         problems = rows.shape_problems((DRY_SHAPE,), device)
     else:
         shapes = rows.shape_problems(rows.CUDA_SHAPES[:1], device)
-        shapes += rows.sweeps(device, quick=False)[:4]  # first the rows that the targets need
+        # First the rows that the targets need.
+        shapes += rows.shape_problems(WIDE_SHAPES, device, ("linear_logps",))
+        shapes += rows.sweeps(device, quick=False)[:4]
         problems = list(dict.fromkeys([*shapes, *rows.problems(device, quick=False)]))
     with Bench(device, FAMILIES, timer.MIN_ROUNDS) as bench:
         for problem in problems:
@@ -202,6 +208,8 @@ CHECKS: dict[str, Callable[[str, bool], Iterator[Check]]] = {
 
 def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row]:
     """Each target, the value reached, and whether that meets it; None if it was not measured."""
+    from fastpref_kernels.linear_logps import CACHE_BYTES
+
     T, D, V = DRY_SHAPE if dry else rows.CUDA_SHAPES[0]
     logps, trained = "linear_logps frozen", "linear_logps trained"
 
@@ -216,8 +224,8 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
     def seconds(row: str, name: str = OURS) -> float | None:
         return point(row, name).get("seconds", {}).get("median")
 
-    def over(row: str, name: str = OURS) -> float | None:
-        return (point(row, name).get("over_yardstick") or {}).get("median")
+    def over(row: str, name: str = OURS, **shape: int) -> float | None:
+        return (point(row, name, **shape).get("over_yardstick") or {}).get("median")
 
     def extra(**shape: int) -> float | None:
         size = point(logps, OURS, **shape).get("extra_bytes")
@@ -225,6 +233,20 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
 
     swept = rows.sweeps("cuda", quick=False)[0]
     few, many = (extra(T=swept.T, D=swept.D, V=V) for V in (swept.V, 8 * swept.V))
+    with_sums, without, forward = (
+        seconds(logps, f"{OURS}, score sums"), seconds(logps), seconds("forward frozen")
+    )  # fmt: skip
+    sums = None if with_sums is None or without is None else max(with_sums - without, 0.0)
+    wide: list[tuple[str, float | None, str, float]] = []
+    for t, d, v in WIDE_SHAPES:
+        # In bf16; a trained head whose dlogits do not fit into the cache takes four products.
+        count, name = (3, OURS) if 2 * t * v <= CACHE_BYTES else (4, f"{OURS}, no cache")
+        for head, products, value in (
+            ("frozen", 2, over(logps, T=t, D=d, V=v)),
+            ("trained", count, over(trained, name, T=t, D=d, V=v)),
+        ):
+            text = f"{head} head, V {v:,}: time over its {products} products"
+            wide.append((text, value, "<=", 1.20))
     exact = [row["met"] for row in checks if row.get("dtype") == "bfloat16" and "met" in row]
     padded, attention = "dpo_padded frozen", "packed_attention frozen"
     table = [
@@ -242,6 +264,10 @@ def targets(points: list[Row], checks: list[Row], dry: bool = False) -> list[Row
         ("forward only: time over its product", over("forward frozen"), "<=", 1.20),
         ("score geometry: share of the head's forward and backward",
          _ratio(seconds("score_geometry frozen"), seconds(logps)), "<=", 0.05),
+        ("sums of a batch's scores: share of a forward pass of the head", _ratio(sums, forward),
+         "<=", 0.15),
+        ("linear_kl: time over its 3 products", over("linear_kl frozen"), "<=", 1.30),
+        *wide,
         ("packed attention: FlexAttention's time over ours",
          _ratio(seconds(attention, "torch FlexAttention"), seconds(attention)), ">=", 1.3),
         ("memory at V 256k over V 32k", _ratio(many, few), "<=", 1.3),

@@ -3,7 +3,7 @@
 `build_trunk` reads the layers of a supported architecture, or says what it does not know in them.
 """
 
-from fastpref.trunk.families import UnknownLayer
+from fastpref.trunk.linear import UnknownLayer
 from fastpref.trunk.model import Trunk, build_trunk
 
 __all__ = ["Trunk", "UnknownLayer", "build_trunk"]

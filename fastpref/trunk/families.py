@@ -15,7 +15,7 @@ from fastpref.trunk.attention import AttentionLayer, Heads
 from fastpref.trunk.block import Block
 from fastpref.trunk.gated import Activation
 from fastpref.trunk.layer import NormModule
-from fastpref.trunk.linear import LinearGroup, base_layer
+from fastpref.trunk.linear import LinearGroup, UnknownLayer, active_adapter, base_layer
 from fastpref.trunk.mlp import MlpLayer
 from fastpref.trunk.norm import Norm
 
@@ -41,10 +41,6 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 _WINDOW_OF_CONFIG = frozenset({"mistral", "phi3"})
 
 
-class UnknownLayer(ValueError):
-    """A layer has a part that the explicit blocks do not compute."""
-
-
 def family_of(layer: nn.Module) -> str:
     """Name of a decoder layer's architecture; raises UnknownLayer for one that is not known."""
     package, _, _ = type(layer).__module__.rpartition(".")
@@ -62,7 +58,9 @@ def read_block(layer: nn.Module) -> Block:
     attention_norms, mlp_norms = FAMILIES[family]
     parts: Any = layer
     for module in layer.modules():
-        _check_hooks(module)
+        check_hooks(module)
+    for module in (layer, parts.self_attn, parts.mlp):
+        _check_forward(module, family)
     norm_names = {*attention_norms.values(), *mlp_norms.values()}
     _check_children(layer, {"self_attn", "mlp", *norm_names}, optional=_dropouts(layer))
     return Block(
@@ -79,6 +77,8 @@ def read_norm(module: Any, family: str) -> NormModule:
     names = [name for name, _ in module.named_parameters()]
     if not type(module).__name__.endswith("RMSNorm") or eps is None or names != ["weight"]:
         raise UnknownLayer(f"the norm {type(module).__name__} is not known")
+    check_hooks(module)
+    _check_forward(module, family)
     return NormModule(module, Norm(eps, 1.0 if family.startswith("gemma") else 0.0))
 
 
@@ -139,7 +139,7 @@ def _linear(parent: nn.Module, name: str) -> nn.Module:
         raise UnknownLayer(f"{name} is a {type(base).__name__}, which is not known")
     if layer is base:
         return base
-    if type(layer).__module__.rpartition(".")[0] != "peft.tuners.lora":
+    if type(layer).forward.__module__.rpartition(".")[0] != "peft.tuners.lora":
         raise UnknownLayer(f"{name} has an adapter that is not LoRA ({type(layer).__name__})")
     if layer.lora_variant or layer.lora_magnitude_vector:
         raise UnknownLayer(f"{name} has a variant of LoRA, such as DoRA")
@@ -147,6 +147,7 @@ def _linear(parent: nn.Module, name: str) -> nn.Module:
         raise UnknownLayer(f"{name} has dropout before its adapter")
     if any(layer.lora_bias.values()) or layer.fan_in_fan_out or layer.merged:
         raise UnknownLayer(f"{name} has an adapter with a bias, or one that is merged")
+    active_adapter(name, layer)
     return layer
 
 
@@ -180,7 +181,14 @@ def _dropouts(layer: nn.Module) -> set[str]:
     }
 
 
-def _check_hooks(module: nn.Module) -> None:
+def _check_forward(module: nn.Module, family: str) -> None:
+    """Raise UnknownLayer if the forward pass of a module's class is not that of transformers."""
+    package: str = type(module).forward.__module__
+    if not package.startswith(f"transformers.models.{family}."):
+        raise UnknownLayer(f"the forward pass of {type(module).__name__} is one of {package}")
+
+
+def check_hooks(module: nn.Module) -> None:
     """Raise UnknownLayer for a module with hooks, or whose forward pass was replaced."""
     if any(True for _ in _hooks(module)):
         raise UnknownLayer(f"a hook of {type(module).__name__} would not run")

@@ -24,6 +24,10 @@ from torch.nn.functional import linear
 Tensors = Mapping[str, Tensor | None]
 
 
+class UnknownLayer(ValueError):
+    """A layer has a part that the explicit blocks do not compute."""
+
+
 class Adapter(NamedTuple):
     """The active LoRA adapter of a layer."""
 
@@ -82,7 +86,8 @@ class LinearGroup:
         adapters = self.adapters()
         if not adapters:
             return None
-        key = (dtype, adapters[0].a.device, *(id(adapter.a) for adapter in adapters))
+        parts = ((id(adapter.a), len(adapter.a), adapter.scale) for adapter in adapters)
+        key = (dtype, adapters[0].a.device, *parts)
         if key not in self._copies:
             columns, end = {}, 0
             for adapter in adapters:
@@ -139,10 +144,12 @@ class LinearGroup:
         if grad_x is not None:
             grad_x.addmm_(grad_update, copies.stacked_a)
         if any(needs[f"{name}.lora_a"] for name in copies.columns):
-            update = _scaled_update(x, copies)
             grad_a = _product(grad_update.T, x, copies.master_dtype)
             for name, columns in copies.columns.items():
                 result[f"{name}.lora_a"] = grad_a[columns]
+        if any(needs[f"{name}.lora_b"] for name in copies.columns):
+            update = _scaled_update(x, copies)
+            for name, columns in copies.columns.items():
                 result[f"{name}.lora_b"] = _product(
                     by_name[name].T, update[:, columns], copies.master_dtype
                 )
@@ -165,12 +172,20 @@ def base_layer(layer: Any) -> Any:
 
 
 def active_adapter(name: str, layer: Any) -> Adapter | None:
-    """The LoRA adapter that is active in a layer, if any."""
-    if not hasattr(layer, "lora_A") or layer.disable_adapters:
+    """The LoRA adapter that is active in a layer, if any; raises UnknownLayer for several."""
+    if not hasattr(layer, "lora_A"):
+        return None
+    if layer.merged:
+        if layer.disable_adapters:
+            raise UnknownLayer(f"{name} has a merged adapter, which cannot be left out")
+        return None  # the weight has it
+    if layer.disable_adapters:
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if not active:
         return None
+    if len(active) > 1:
+        raise UnknownLayer(f"{name} has {len(active)} active adapters, {' and '.join(active)}")
     a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     return Adapter(name, a, b, float(layer.scaling[active[0]]))
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastpref.attention import Segments
 from fastpref.trunk.attention import Positions
 from fastpref.trunk.block import Block
-from fastpref.trunk.families import UnknownLayer, family_of, read_block, read_norm
+from fastpref.trunk.families import check_hooks, family_of, read_block, read_norm
 from fastpref.trunk.layer import NormModule
-from fastpref.trunk.linear import copy_adapters
+from fastpref.trunk.linear import UnknownLayer, copy_adapters
 from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
 from fastpref.utils.first_order import refuse_second_order
 
@@ -83,6 +83,7 @@ def build_trunk(model: Any) -> Trunk:
     if not isinstance(layers, nn.ModuleList) or not layers:
         raise UnknownLayer(f"{type(model).__name__} has no list of decoder layers")
     family = family_of(layers[0])
+    check_hooks(model)
     children = {name for name, _ in model.named_children()}
     if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         part = min(children ^ {"embed_tokens", "layers", "norm", "rotary_emb"})

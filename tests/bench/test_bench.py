@@ -358,8 +358,10 @@ def test_a_mistake_is_one_line_and_exit_code_two(
 
 
 def test_targets_are_met_or_not_or_not_measured() -> None:
-    def point(op: str, head: str, name: str, seconds: float, over: float) -> dict[str, Any]:
-        problem = Problem(op, head, *rows.CUDA_SHAPES[0], "bfloat16")
+    def point(
+        op: str, head: str, name: str, seconds: float, over: float, shape: int = 0
+    ) -> dict[str, Any]:
+        problem = Problem(op, head, *rows.CUDA_SHAPES[shape], "bfloat16")
         speed = {"seconds": {"median": seconds}, "over_yardstick": {"median": over}}
         return harness._row(problem, name) | speed | {"extra_bytes": 500_000_000}
 
@@ -369,6 +371,11 @@ def test_targets_are_met_or_not_or_not_measured() -> None:
         point("linear_logps", "frozen", "cce", 2.4, 1.3),
         point("linear_logps", "trained", ours, 5.0, 1.3),
         point("score_geometry", "frozen", ours, 0.1, 0.05),
+        point("linear_logps", "frozen", f"{ours}, score sums", 2.125, 1.2),
+        point("forward", "frozen", ours, 1.0, 1.0),
+        point("linear_kl", "frozen", ours, 4.0, 1.4),
+        point("linear_logps", "trained", f"{ours}, no cache", 4.0, 1.15, shape=2),
+        point("linear_logps", "trained", ours, 4.0, 1.5, shape=2),
     ]
     checks = [{"dtype": "bfloat16", "met": True}, {"dtype": "bfloat16", "failed": "so"}]
     reached = {row["target"]: (row["value"], row["met"]) for row in suite.targets(points, checks)}
@@ -377,6 +384,11 @@ def test_targets_are_met_or_not_or_not_measured() -> None:
     assert reached["head frozen: cce's time over ours"] == (1.2, False)
     assert reached["head trained, cached: time over its 3 products"] == (1.3, False)
     assert reached["score geometry: share of the head's forward and backward"] == (0.05, True)
+    assert reached["sums of a batch's scores: share of a forward pass of the head"] == (0.125, True)
+    assert reached["linear_kl: time over its 3 products"] == (1.4, False)
+    assert reached["trained head, V 152,064: time over its 4 products"] == (1.15, True)
+    assert reached["frozen head, V 256,000: time over its 2 products"] == (None, None)
+    assert "trained head, V 256,000: time over its 3 products" in reached
     assert reached["head frozen: trl's time over ours"] == (None, None)
 
 

@@ -267,6 +267,34 @@ def test_what_is_unknown_in_a_layer_is_named(change, message):
         build_trunk(model.model)
 
 
+@pytest.mark.parametrize("part", ["", "norm"])
+def test_a_hook_outside_of_the_layers_is_named(part):
+    model = model_of("llama").model
+    model.get_submodule(part).register_forward_hook(lambda *_: None)
+    with pytest.raises(UnknownLayer, match=r"a hook of Llama(Model|RMSNorm) would not run"):
+        build_trunk(model)
+
+
+@pytest.mark.parametrize("part", ["", "self_attn", "mlp", "input_layernorm", "self_attn.q_norm"])
+def test_a_class_with_another_forward_pass_is_named(part, monkeypatch):
+    """Whether it was derived, or patched: its gradient may differ where its values do not."""
+    model = model_of("qwen3").model
+    kind = type(model.layers[1].get_submodule(part))
+    message = f"the forward pass of (Other)?{kind.__name__} is one of {__name__}"
+
+    def forward(self, *arguments, **options):
+        return kind.forward(self, *arguments, **options)
+
+    other = type(f"Other{kind.__name__}", (kind,), {"forward": forward})
+    if part:
+        model.layers[1].get_submodule(part).__class__ = other
+        with pytest.raises(UnknownLayer, match=message):
+            build_trunk(model)
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(UnknownLayer, match=message):
+        build_trunk(model_of("qwen3").model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
