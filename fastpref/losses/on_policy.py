@@ -1,17 +1,18 @@
 """Objectives on groups of responses that the policy itself has just sampled.
 
 Their gradients are those of policy gradient methods, unbiased for samples of the current weights:
-in `fastpref rounds` with `steps: 1`, and nearly so with a few steps. Each is written as a square
-with the same gradient, which is 0 at the optimum. Notation: see `groupwise`.
+in `fastpref rounds` with `steps: 1`, and nearly so with a few steps. `rloo` and `nash_md` are
+squares with the same gradient, which are 0 at the optimum; `gspo` accounts for the steps within a
+round by ratios to the policy that sampled. Notation: see `groupwise`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fastpref.logps import GroupedLogps
-from fastpref.losses.base import number
+from fastpref.losses.base import choice, number
 from fastpref.losses.groupwise import GroupwiseLoss
 from fastpref.utils.lazy_torch import Tensor, torch
 
@@ -70,4 +71,48 @@ class NashMD(GroupwiseLoss):
         return (rewards - wins / (n - 1).clamp(min=1)).square() / (2 * self.beta * n)
 
 
-OBJECTIVES: tuple[type[GroupwiseLoss], ...] = (RLOO, NashMD)
+# Added to standard deviations: a group with equal scores has advantages 0.
+_STD_EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class GSPO(GroupwiseLoss):
+    """Group sequence policy optimization: GRPO with one clipped ratio for each whole response.
+
+    loss:       1/N * sum_i max(-A_i * s_i, -A_i * min(max(s_i, 1 - epsilon), 1 + epsilon_high)),
+                s_i = exp(t_i / n_i), A_i = (scores_i - mean(scores)) / (std(scores) + 1e-4)
+    incentives: d_i = A_i * s_i / (N * n_i), and 0 where A_i > 0 and s_i > 1 + epsilon_high, or
+                A_i < 0 and s_i < 1 - epsilon
+    source:     Zheng et al. 2025, section 4, arXiv:2507.18071
+    use:        on the policy's own samples, in rounds of several steps, in place of `rloo`; the
+                reference must be the policy that sampled, `rounds.reference: round`, and nothing
+                but the clipping holds the policy near the start of the run
+
+    Rewards are t; n_i is the number of tokens. The standard deviation is that of the group with
+    Bessel's correction; scale_rewards="none" leaves the division out, as in Dr. GRPO. In the first
+    step of a round all s are 1, and the gradient is that of GRPO without a KL penalty. A single
+    response has no others to compare with, and no gradient.
+    """
+
+    name: ClassVar[str] = "gspo"
+    beta: ClassVar[float] = 1.0  # type: ignore[misc]
+    epsilon: float = number(3e-4, above=0, below=1)
+    epsilon_high: float = number(4e-4, above=0)
+    scale_rewards: Literal["group", "none"] = choice("group", "none")
+
+    def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
+        advantages = self._advantages(policy.scores.to(rewards), same)
+        ratios = (rewards / policy.lengths.clamp(min=1)).exp()
+        bounded = ratios.clamp(1 - self.epsilon, 1 + self.epsilon_high)
+        return torch.maximum(-advantages * ratios, -advantages * bounded) / same.sum(1)
+
+    def _advantages(self, scores: Tensor, same: Tensor) -> Tensor:
+        n = same.sum(1)
+        centered = scores - torch.where(same, scores, 0.0).sum(1) / n
+        if self.scale_rewards == "none":
+            return centered
+        variance = torch.where(same, centered.square(), 0.0).sum(1) / (n - 1).clamp(min=1)
+        return centered / (variance.sqrt() + _STD_EPS)
+
+
+OBJECTIVES: tuple[type[GroupwiseLoss], ...] = (RLOO, NashMD, GSPO)

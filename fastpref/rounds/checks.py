@@ -7,7 +7,7 @@ import os
 from fastpref.config import Config, ConfigError, Data
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.normalized import SFT
-from fastpref.losses.on_policy import RLOO, NashMD
+from fastpref.losses.on_policy import GSPO, RLOO, NashMD
 
 # Options of the data that concern prompts.
 _OF_PROMPTS = {
@@ -58,6 +58,11 @@ def check(config: Config) -> None:
             f"rounds.reference: the penalty of {loss.name} has no gradient in the only step of a "
             "round if it pulls to the round's own start; set rounds.reference=start, or raise "
             "rounds.steps"
+        )
+    if isinstance(loss, GSPO) and rounds.reference_mode != "round":
+        raise ConfigError(
+            f"rounds.reference: the ratios of {loss.name} are to the policy that sampled, got "
+            f"{rounds.reference_mode}; set rounds.reference=round"
         )
     if config.model.path is None and config.model.tokenizer is None:
         raise ConfigError(

@@ -205,13 +205,13 @@ FAMILY = {
     token_level: ("tdpo1", "tdpo2", "ti_dpo"),
     pointwise: ("kto", "kto_simple", "bco", "ddro_unpaired", "pro_b"),
     groupwise: ("info_nca", "nca", "pro_s"),
-    on_policy: ("rloo", "nash_md"),
+    on_policy: ("rloo", "nash_md", "gspo"),
 }
 
 
 def test_names_are_listed_module_by_module():
     assert losses.names() == tuple(name for names in FAMILY.values() for name in names)
-    assert len(set(losses.names())) == 54
+    assert len(set(losses.names())) == 55
     assert len(losses.names("pairwise")) == 44
     assert losses.names("pointwise") == FAMILY[pointwise]
     assert losses.names("groupwise") == FAMILY[groupwise] + FAMILY[on_policy]
@@ -328,6 +328,7 @@ def test_defaults():
         "pro_s": {"beta": 0.003, "alpha": 2.5},
         "rloo": {"beta": 0.05},
         "nash_md": {"beta": 0.1},
+        "gspo": {"epsilon": 0.0003, "epsilon_high": 0.0004, "scale_rewards": "group"},
     }
 
 

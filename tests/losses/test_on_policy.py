@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import statistics
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from fastpref import losses
 from fastpref.logps import GroupedLogps
 from fastpref.losses.groupwise import GroupwiseLoss, groupwise_incentives
-from fastpref.losses.on_policy import RLOO, NashMD
+from fastpref.losses.on_policy import GSPO, RLOO, NashMD
 from fastpref.online import policy_gradient
 from fastpref.online.rollouts import Rollouts
 from fastpref.reproduce import logit_tables, online_tables
@@ -108,6 +110,68 @@ def test_rloo_has_the_gradient_of_the_online_objective_on_the_policys_own_sample
     ]
     incentives = groupwise_incentives(RLOO(beta=0.3), *sums)
     torch.testing.assert_close(-by_token, incentives.repeat_interleave(rollouts.lengths))
+
+
+def test_gspo_in_plain_floats() -> None:
+    """Ratios below, within and above the bounds, each with advantages of both signs."""
+    steps, scores = [-0.3, -0.3, 0.05, -0.02, 0.3, 0.3], [1.0, -2.0, 0.5, 0.25, 3.0, -1.5]
+    lengths, groups = torch.tensor([2, 1, 3, 1, 1, 2]), torch.tensor([0, 6])
+    reference = GroupedLogps(
+        -lengths.double(), lengths, groups, torch.tensor(scores, dtype=torch.float64)
+    )
+    moved = reference.logps + torch.tensor(steps, dtype=torch.float64) * lengths
+    policy = dataclasses.replace(reference, logps=moved)
+    advantages = [s - statistics.fmean(scores) for s in scores]
+    for scale, std in (("group", statistics.stdev(scores) + 1e-4), ("none", 1.0)):
+        loss = losses.build("gspo", epsilon=0.1, epsilon_high=0.2, scale_rewards=scale)
+        assert isinstance(loss, GSPO)
+        terms, expected = [], []
+        for a, step, n in zip(advantages, steps, lengths.tolist(), strict=True):
+            s = math.exp(step)
+            terms.append(max(-a / std * s, -a / std * min(max(s, 0.9), 1.2)) / 6)
+            clipped = s > 1.2 if a > 0 else s < 0.9
+            expected.append(0.0 if clipped else a / std * s / (6 * n))
+        assert loss(policy, reference).loss.item() == pytest.approx(sum(terms), rel=1e-13)
+        incentives = groupwise_incentives(loss, policy, reference)
+        assert incentives.tolist() == pytest.approx(expected, abs=1e-14)
+        assert expected.count(0.0) == 2
+
+
+def test_gspo_has_the_gradient_of_grpo_on_the_policys_own_samples() -> None:
+    """A group of three, one of a single response that GRPO refuses, and one of equal scores."""
+    lengths, groups = torch.tensor([2, 1, 3, 2, 1, 4]), torch.tensor([0, 3, 4, 6])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    scores = torch.tensor([0.5, -1.0, 2.0, 7.0, 1.0, 1.0], dtype=torch.float64)
+    old = -torch.rand(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = GroupedLogps(-torch.ones(6, dtype=torch.float64), lengths, groups, scores)
+    incentives = groupwise_incentives(GSPO(), sums, sums)
+    grpo = policy_gradient.GRPO(beta=0.0)
+    rollouts = grpo.prepare(Rollouts(offsets[:4], old[:6], scores[:3], cu_groups=groups[:2]))
+    logps = old[:6].clone().requires_grad_()
+    (by_token,) = torch.autograd.grad(grpo.loss(logps, rollouts).sum() / 3, logps)
+    torch.testing.assert_close(-by_token, incentives[:3].repeat_interleave(lengths[:3]))
+    assert incentives[3:].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_gspo_takes_many_steps_on_one_set_of_samples_within_its_bounds() -> None:
+    """With ratios the later steps stop where the clipping begins; the reward still grows."""
+    reference, rewards = online_tables.world(3, 32)
+    generator = torch.Generator().manual_seed(0)
+    table = reference.clone().requires_grad_()
+    loss, optimizer = GSPO(epsilon=0.2, epsilon_high=0.2), torch.optim.Adam([table], lr=0.02)
+    ones, offsets = torch.ones(1024), torch.arange(0, 1025, 4)
+    for _ in range(4):
+        old = table.detach().log_softmax(0)
+        drawn = logit_tables.draw(old[None], 1024, generator)[0]
+        before = GroupedLogps(old[drawn], ones, offsets, rewards[drawn])
+        for _ in range(20):
+            logps = table.log_softmax(0)
+            optimizer.zero_grad()
+            loss(dataclasses.replace(before, logps=logps[drawn]), before).loss.mean().backward()
+            optimizer.step()
+        kl = (old.exp() * (old - table.detach().log_softmax(0))).sum().item()
+        assert 0 < kl < 0.05
+        assert ((table.detach().softmax(0) - old.exp()) * rewards).sum() > 0.05
 
 
 def _train(reference: Tensor, rewards: Tensor, loss: GroupwiseLoss, steps: int = 400) -> Tensor:

@@ -65,6 +65,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"loss": "rloo", "rounds": {"steps": 1}},
     ),
     (
+        "rounds.reference: the ratios of gspo are to the policy that sampled, got start; set "
+        "rounds.reference=round",
+        {"loss": "gspo", "rounds": {"reference": "start"}},
+    ),
+    (
         "training.epochs: rounds have steps and evaluations of their own, rounds.steps and "
         "rounds.eval_prompts; remove it",
         {"training": {"epochs": 2}},
@@ -119,6 +124,11 @@ def test_a_config_that_is_written_and_read_again() -> None:
 @pytest.mark.parametrize("rounds", [{"steps": 1, "reference": "start"}, {"steps": 2}])
 def test_a_penalty_that_pulls_somewhere_is_accepted(rounds: dict[str, Any]) -> None:
     check(parsed({"loss": "nash_md", "rounds": rounds}))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_ratios_to_the_policy_that_sampled_are_accepted(steps: int) -> None:
+    check(parsed({"loss": "gspo", "rounds": {"steps": steps}}))
 
 
 def test_the_example_is_valid() -> None:
@@ -197,10 +207,10 @@ def test_an_update_command_that_fails(tmp_path: Path) -> None:
 
 
 def test_a_scorer_that_cannot_be_made_names_the_field() -> None:
+    training, display = configs.Training(), Display(Console(quiet=True))
     with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: cannot import no:such"):
         make_scorer(configs.RoundScorer(function="no:such"), training, display)
     scorer = make_scorer(configs.RoundScorer(function="builtins:zip"), training, display)
     assert callable(scorer)
     with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: "):
         scorer(["p"], ["c"])
-    training, display = configs.Training(), Display(Console(quiet=True))

@@ -100,6 +100,7 @@ def rows_of(home: Path, number: int, kind: str) -> list[dict[str, Any]]:
     [
         {"loss": {"name": "kto"}, "adapter": {"r": 2}},
         {"loss": {"name": "info_nca"}, "optim": {"lr": 1e-3}},
+        {"loss": {"name": "gspo", "epsilon": 0.2, "epsilon_high": 0.2}, "optim": {"lr": 1e-3}},
         {"loss": {"name": "tdpo2"}, "adapter": {"r": 2}},
     ],
     ids=lambda sections: str(sections["loss"]["name"]),

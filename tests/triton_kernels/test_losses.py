@@ -38,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # The loss of a pair depends on its batch, its group, or its tokens.
 NOT_ALONE = {"beta_dpo", "aot", "aot_unpaired", "tdpo1", "tdpo2", "ti_dpo"}
-NOT_ALONE |= {"info_nca", "nca", "pro_s", "rloo", "nash_md"}
+NOT_ALONE |= {"info_nca", "nca", "pro_s", "rloo", "nash_md", "gspo"}
 OF_ANOTHER = {"logpi_dpo"}  # its kernel is that of `pmo`, with beta = 0
 
 # Beside the defaults: every hyperparameter at another value, and at its special ones.
