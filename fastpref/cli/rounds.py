@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fastpref.cli.arguments import ConfigFile, DryRun
 from fastpref.cli.preflight import check_inputs, check_run
+from fastpref.cli.train import note
 
 
 def rounds(
@@ -23,13 +24,13 @@ def rounds(
     from fastpref.config import load
     from fastpref.rounds.checks import check
 
-    loaded = load(config, overrides, typer.echo)
+    loaded = load(config, overrides, note)
     check(loaded)
-    check_inputs(loaded)
-    check_run(loaded)
     if dry_run:
         print(loaded.to_yaml(), end="")
         return
+    check_inputs(loaded)
+    check_run(loaded)
 
     from fastpref.rounds.loop import run
     from fastpref.utils.progress import Display, quiet_libraries

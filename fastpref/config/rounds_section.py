@@ -118,7 +118,9 @@ class RoundScorer(Section):
     """Source of the scores of completions."""
 
     reward_model: PathName | None = Field(
-        None, description="Folder or Hub name of a sequence classifier with one label."
+        None,
+        description="Folder or Hub name of a sequence classifier with one label, or of a model "
+        "that compares two answers, such as `llm-blender/PairRM-hf`.",
     )
     function: Name | None = Field(
         None,

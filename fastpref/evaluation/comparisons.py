@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +38,17 @@ class JudgeScorer:
     verdict does not count. Where a completion has no verdict at all, all completions of its prompt
     get the score of a tie, so that they make no pair; a note counts both.
 
-    answers: file of the judge's answers, by content. Nothing in it is asked for again.
+    answers: file of the judge's answers, by content. Nothing in it is asked for again. Without one
+        they last as long as the scorer.
     """
 
-    def __init__(self, judge: Judge, answers: Path, display: Display) -> None:
-        self._judge, self._answers, self._display = judge, answers, display
+    def __init__(self, judge: Judge, answers: Path | None, display: Display) -> None:
+        self._judge, self._display = judge, display
+        if answers is None:
+            # The folder is deleted with the scorer.
+            self._folder = tempfile.TemporaryDirectory()
+            answers = Path(self._folder.name) / "answers.jsonl"
+        self._answers = answers
         self.fingerprint = sha256("judge", json.dumps(judge.settings, sort_keys=True))
 
     def compare(self, groups: Sequence[Group], check: Callable[[], None]) -> list[list[float]]:

@@ -15,8 +15,9 @@ from typing import Any
 from rich.table import Table
 
 from fastpref.data.readers import DataError, read_rows
+from fastpref.evaluation.comparisons import JudgeScorer
 from fastpref.evaluation.score import note_texts, responses_of, scored_rows
-from fastpref.evaluation.scorers import RewardModelScorer, Scorer
+from fastpref.evaluation.scorers import RewardModelScorer, Scorer, model_scorer
 from fastpref.model.reward_policy import HEAD
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
@@ -39,6 +40,7 @@ SECTIONS = {
 }
 SECTIONS["Reasoning"] += ("hep-python", "hep-rust")
 _MATH = "math-prm"
+_KINDS = ("SequenceClassification", "PairRM")  # ends of the names of reward models
 
 
 def is_classifier(model: str) -> bool:
@@ -59,7 +61,7 @@ def is_classifier(model: str) -> bool:
             # An adapter that lost its head, or has it among its targets, is of a classifier, too.
             adapted = [*_names(values, "modules_to_save"), *_names(values, "target_modules")]
             is_adapter = HEAD in adapted or values.get("task_type") == "SEQ_CLS"
-            return is_adapter or any("SequenceClassification" in kind for kind in kinds)
+            return is_adapter or any(kind.endswith(_KINDS) for kind in kinds)
     return False
 
 
@@ -85,7 +87,7 @@ def run(
     """
     if out is not None and out.exists():
         raise UserError(f"--out: {out} is already there; choose another file")
-    scorer = RewardModelScorer(model, device, dtype, text=text)
+    scorer = model_scorer(model, display, device, dtype, text=text)
     result = {"model": model, "data": data, **evaluate(scorer, data, display)}
     display.console.print(table(result))
     if out is not None:
@@ -94,7 +96,7 @@ def run(
         display.note(str(out))
 
 
-def evaluate(scorer: Scorer, data: str, display: Display) -> dict[str, Any]:
+def evaluate(scorer: Scorer | JudgeScorer, data: str, display: Display) -> dict[str, Any]:
     """Accuracies of a scorer: `accuracy` of all pairs, `subsets`, `sections` and their `score`."""
     rows = []
     for number, row in read_rows(data, "filtered"):

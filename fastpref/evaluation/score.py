@@ -15,7 +15,8 @@ from fastpref.data.prompt_column import prompt_of
 from fastpref.data.prompt_parts import whole_prompt
 from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.tokenize import chunks
-from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer, Scorer
+from fastpref.evaluation.comparisons import Group, JudgeScorer
+from fastpref.evaluation.scorers import FunctionScorer, Scorer, model_scorer
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
@@ -36,14 +37,16 @@ class Source:
     dtype: str | None = None
     text: bool = False
 
-    def build(self) -> Scorer:
+    def build(self, display: Display) -> Scorer | JudgeScorer:
         """Load the model or import the function; raises UserError unless there is one of them."""
         if (self.model is None) == (self.function is None):
             raise UserError("score: expected a reward model or --function, one of them")
         if self.function is not None:
             return FunctionScorer(self.function)
         assert self.model is not None
-        return RewardModelScorer(self.model, self.device, self.dtype, self.batch_size, self.text)
+        return model_scorer(
+            self.model, display, self.device, self.dtype, self.batch_size, self.text
+        )
 
 
 class Responses(NamedTuple):
@@ -69,11 +72,12 @@ def run(source: Source, data: str, out: Path | None, display: Display, limit: in
         raise UserError("--data: is missing; name a file with responses")
     if out is not None and out.exists():
         raise UserError(f"--out: {out} is already there; choose another file")
-    scorer = source.build()
-    rows = _rows(data, limit)
+    scorer = source.build(display)
+    compares = isinstance(scorer, JudgeScorer)
+    rows = _rows(data, limit, least=2 if compares else 1)
     if not rows:
         raise DataError(f"{data}: has no rows; use data with at least one response")
-    if source.model is not None:
+    if source.model is not None and not compares:
         note_texts(data, rows, source.text, display)
     if out is None:
         for row in scored_rows(scorer, rows, display):
@@ -96,9 +100,15 @@ def note_texts(
 
 
 def scored_rows(
-    scorer: Scorer, rows: list[tuple[Record, Responses]], display: Display
+    scorer: Scorer | JudgeScorer, rows: list[tuple[Record, Responses]], display: Display
 ) -> Iterator[Record]:
     """Rows with the scores of their responses, in order."""
+    if isinstance(scorer, JudgeScorer):
+        groups = [Group(responses.prompt, responses.texts) for _, responses in rows]
+        compared = scorer.compare(groups, lambda: None)
+        for (row, responses), of_row in zip(rows, compared, strict=True):
+            yield responses.scored(row, of_row)
+        return
     display.phase("score", len(rows), 0)
     done = 0
     for part in chunks(rows, _ROWS):
@@ -110,13 +120,20 @@ def scored_rows(
         display.advance(done)
 
 
-def _rows(data: str, limit: int | None) -> list[tuple[Record, Responses]]:
+def _rows(data: str, limit: int | None, least: int) -> list[tuple[Record, Responses]]:
+    """Rows with their responses; raises DataError for a row with fewer than `least` of these."""
     rows: list[tuple[Record, Responses]] = []
     for number, row in read_rows(data):
         if len(rows) == limit:
             break
         try:
-            rows.append((row, responses_of(row)))
+            responses = responses_of(row)
+            if len(responses.texts) < least:
+                raise DataError(
+                    f"a model that compares needs {least} responses of a prompt, got "
+                    f"{len(responses.texts)}; use one that scores a response"
+                )
+            rows.append((row, responses))
         except DataError as error:
             raise DataError(f"{data}, row {number}: {error}") from None
     return rows

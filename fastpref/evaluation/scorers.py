@@ -1,4 +1,4 @@
-"""Scorers of completions: a reward model, or a Python function that the user names."""
+"""Scorers of completions: a model, or a Python function that the user names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any, Protocol
 
 from fastpref.data.messages import Messages
 from fastpref.data.tokenize import chunks
+from fastpref.evaluation.comparisons import JudgeScorer
 from fastpref.evaluation.judge.answers import Question, prompt_text
+from fastpref.evaluation.judge.pair_model import PairJudge, PairModel, compares_pairs
 from fastpref.evaluation.judge.reward_model import RewardModel
 from fastpref.utils.atomic_files import sha256
 from fastpref.utils.errors import UserError, first_line, shown
+from fastpref.utils.progress import Display
 
 _OPTION = "--function"
 
@@ -71,6 +74,27 @@ class RewardModelScorer:
         for batch in chunks(order, self._batch_size):
             scores.update(zip(batch, self.model.scores(list(map(list, batch))), strict=True))
         return [scores[tuple(sequence)] for sequence in sequences]
+
+
+def model_scorer(
+    path: str,
+    display: Display,
+    device: str = "auto",
+    dtype: str | None = None,
+    batch_size: int = 8,
+    text: bool = False,
+    answers: Path | None = None,
+) -> RewardModelScorer | JudgeScorer:
+    """Scorer of a reward model, or of a model that compares two answers, such as PairRM.
+
+    answers: file for the comparisons, as of `JudgeScorer`.
+    """
+    if not compares_pairs(path):
+        return RewardModelScorer(path, device, dtype, batch_size, text)
+    if text:
+        raise UserError(f"--text: is not for {path}, which compares answers; leave it out")
+    judge = PairJudge(PairModel(path, device, dtype), batch_size, bradley_terry=True)
+    return JudgeScorer(judge, answers, display)
 
 
 class FunctionScorer:

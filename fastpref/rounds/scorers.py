@@ -13,7 +13,7 @@ from fastpref.rounds.scoring import Comparer, Group, Scorer
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
-ANSWERS = "answers.jsonl"  # of the judge, beside the folders of the rounds
+ANSWERS = "answers.jsonl"  # of a judge or a model that compares, beside the folders of the rounds
 _OF_JUDGE = (
     *("endpoint", "model", "api_key_env", "template", "temperature", "max_tokens", "seed", "body"),
     *("workers", "timeout", "retries"),
@@ -33,17 +33,20 @@ def make_scorer(options: RoundScorer, training: Training, display: Display) -> S
     Raises UserError, which names the field, here and in its calls.
     """
     from fastpref.evaluation.comparisons import JudgeScorer
-    from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer
+    from fastpref.evaluation.scorers import FunctionScorer, model_scorer
 
+    answers = Path(training.output_dir) / "rounds" / ANSWERS
     with _naming_fields():
         if options.judge is not None:
-            answers = Path(training.output_dir) / "rounds" / ANSWERS
             judge = _chat_options(options.judge).build()
             return _ComparerOfConfig(JudgeScorer(judge, answers, display))
         if options.function is not None:
             return _OfConfig(FunctionScorer(options.function))
         assert options.reward_model is not None
-        return _OfConfig(RewardModelScorer(options.reward_model, training.device))
+        scorer = model_scorer(options.reward_model, display, training.device, answers=answers)
+        if isinstance(scorer, JudgeScorer):
+            return _ComparerOfConfig(scorer)
+        return _OfConfig(scorer)
 
 
 def _chat_options(judge: RoundJudge) -> Any:

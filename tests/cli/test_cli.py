@@ -67,6 +67,24 @@ def test_dry_run_prints_the_whole_config(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_rounds_prints_the_config_alone(fastpref: Command, tmp_path: Path) -> None:
+    config = """
+model: {path: missing/model}
+data: {train: missing.jsonl}
+loss: {name: dpo}
+optim: {lr: 1.0e-6}
+training: {output: run}
+rounds: {scorer: {function: 'rules:score'}}
+"""
+    (tmp_path / "c.yaml").write_text(config)
+    done = fastpref("rounds", str(tmp_path / "c.yaml"), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("model:") and "train: missing.jsonl" in done.stdout
+    assert done.stderr.startswith("note: training.output")
+    done = fastpref("rounds", str(tmp_path / "c.yaml"), cwd=tmp_path)
+    assert done.returncode == 2 and "model.path: cannot load missing/model" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -99,6 +99,7 @@ class RewardOptions:
         # torch and transformers take seconds to import.
         import torch
 
+        from fastpref.evaluation.judge.pair_model import PairJudge, PairModel, compares_pairs
         from fastpref.evaluation.judge.reward_model import RewardJudge, RewardModel
         from fastpref.evaluation.sample import DTYPES
 
@@ -107,5 +108,8 @@ class RewardOptions:
         require("device", self.device, has_gpu, "cpu, for torch finds no GPU")
         require("dtype", self.dtype, self.dtype in (None, *DTYPES), " or ".join(DTYPES))
         require("batch_size", self.batch_size, self.batch_size >= 1, "a number >= 1")
+        if compares_pairs(self.reward_model):
+            pair_model = PairModel(self.reward_model, self.device, self.dtype)
+            return PairJudge(pair_model, self.batch_size, self.bradley_terry)
         model = RewardModel(self.reward_model, self.device, self.dtype)
         return RewardJudge(model, self.batch_size, self.bradley_terry)

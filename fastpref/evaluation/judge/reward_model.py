@@ -66,7 +66,7 @@ class RewardModel:
         else:
             model = _load_adapter(source, base, self.dtype, self.tokenizer.pad_token_id)
         self.model = model.to(torch_device).eval()
-        self.fingerprint = _fingerprint(source, config)
+        self.fingerprint = fingerprint_of(source, config)
 
     @property
     def context(self) -> int | None:
@@ -246,7 +246,7 @@ def _load(source: str, dtype: str) -> Any:
     return model
 
 
-def _fingerprint(source: str, config: Any) -> str:
+def fingerprint_of(source: str, config: Any) -> str:
     """State of a folder's files, or the commit of a Hub repository: scores belong to weights."""
     folder = Path(os.path.expanduser(source))
     if not folder.is_dir():
