@@ -5,14 +5,26 @@
 
 Demo's task: answers name a word, and each word has a latent utility that decides all preferences.
 From one supervised model, offline DPO takes 60 steps on the pairs of the data; three rounds take 20
-steps each on their own samples, scored by the same utility, with the same batch size, optimizer and
-schedule, and both at each of two learning rates. The supervised model is trained for longer than
-the demo's, so that nearly all its samples are answers. The true-preference rate of a model is the
-probability, by the utilities, that its answer is preferred to the supervised model's: the mean of
-S(u - u_start) over answers to all prompts. An answer in another form than the templates' is worse
-than every word. The rounds win where their better rate is above the better one of offline DPO.
+steps each on their own samples, scored by the same utility. Objective, batch size, optimizer and
+schedule are the same. The objective is DPO and, per token, SFT on the preferred answer: DPO alone
+lowers the log-probs of both answers until the model leaves the templates. The supervised model is
+trained for longer than the demo's, so that nearly all its samples are answers.
 
-Real model: the score of an answer is the rule of `helpful_form`, and should rise over the rounds.
+Learning rates and SFT weights are those of `SETTINGS`, the best of each method on seed 10, which is
+not among the seeds of the result: of rates from 0.0005 to 0.004 and weights from 0.03 to 2, offline
+DPO was best at a weight of 0.1 and rates of 0.002 and 0.004 (true-preference rates of 0.681 and
+0.684), and the rounds at a rate of 0.002 and a weight of 1 (0.719). Offline DPO counts with the
+better of its two settings, seed by seed.
+
+The true-preference rate of a model is the probability, by the utilities, that its answer is
+preferred to the supervised model's: the mean of S(u - u_start) over answers to all prompts, which
+are those of the training. An answer in another form than the templates' is worse than every word.
+The rounds win where their rate is above that of offline DPO by more than two standard errors, over
+prompts, of the difference.
+
+Real model: the score of an answer is the rule of `helpful_form`. It rises where an answer to each
+held-out prompt has a higher mean score after three rounds than before, by more than two standard
+errors, over prompts, of the difference.
 """
 
 from __future__ import annotations
@@ -22,6 +34,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,7 +49,7 @@ from fastpref import demo, metrics
 from fastpref.data.messages import text_of
 from fastpref.data.prompts import read_prompts
 from fastpref.data.synthetic import pure_semantic
-from fastpref.evaluation.evaluate import evaluate
+from fastpref.docgen import markdown
 from fastpref.evaluation.sample import Sampler
 from fastpref.model.generate import Sampling
 from fastpref.rounds import loop, sequence
@@ -46,9 +59,11 @@ from fastpref.utils.progress import Display
 
 ROUNDS, STEPS = 3, 60  # steps of all rounds, and of offline DPO
 WARM_UP = 300  # steps of the supervised model
-RATES = (1e-4, 2e-4)  # learning rates
+# Learning rate and weight of SFT.
+SETTINGS = {"offline_dpo": ((2e-3, 0.1), (4e-3, 0.1)), "rounds": ((2e-3, 1.0),)}
+SEEDS = (20, 21, 22)
 WORST = -5.0  # utility of an answer in another form; the words' are standard normal
-ANSWERS = 8  # of each prompt, for the true-preference rate
+ANSWERS = 16  # of each prompt, for the true-preference rate
 
 
 class TrueUtility:
@@ -74,9 +89,9 @@ class TrueUtility:
 
 
 class HelpfulForm:
-    """Scorer: 1 point each for an end, 30 to 120 words, three listed items, and no apology."""
+    """Scorer: a point each for an end, 20 to 60 words, three listed items, and no apology."""
 
-    fingerprint = "helpful form 1"
+    fingerprint = "helpful form 2"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         return [helpful_form(text) for text in completions]
@@ -88,13 +103,13 @@ def helpful_form(text: str) -> float:
     items = len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s", text, re.MULTILINE))
     ends = text.rstrip().endswith((".", "!", "?", ")"))
     apologizes = re.search(r"\b(sorry|as an ai|i cannot|i can't)\b", text, re.IGNORECASE)
-    length = 1 - min(1.0, max(0, 30 - words) / 30 + max(0, words - 120) / 120)
+    length = 1 - min(1.0, max(0, 20 - words) / 20 + max(0, words - 60) / 60)
     return ends + length + min(items, 3) / 3 + (apologizes is None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--real-model", type=Path, default=None)
     parser.add_argument("--data", type=Path, default=None, help="with --real-model: prompts")
     parser.add_argument("--out", type=Path, default=None)
@@ -104,11 +119,11 @@ def main() -> None:
     display, began = Display(Console(width=150)), time.monotonic()
     if options.real_model is None:
         name = "demo"
-        seeds = [on_the_demo(folder / str(seed), seed, display) for seed in range(options.seeds)]
-        part: dict[str, Any] = {"seeds": seeds, "rounds_win": all(map(_rounds_win, seeds))}
+        seeds = [on_the_demo(folder / str(seed), seed, display) for seed in options.seeds]
+        part: dict[str, Any] = {"seeds": seeds, "rounds_win": all(map(_wins, seeds))}
     else:
         name = "real model"
-        part = {"rounds": on_a_model(folder, options.real_model, options.data, display)}
+        part = on_a_model(folder, options.real_model, options.data, display)
     part["seconds"] = round(time.monotonic() - began)
     print(json.dumps(part, indent=1))
     if options.out is not None:
@@ -118,11 +133,6 @@ def main() -> None:
     shutil.rmtree(folder)
 
 
-def _rounds_win(result: dict[str, Any]) -> bool:
-    rates = result["true_preference_rate"]
-    return bool(max(rates["rounds"].values()) > max(rates["offline_dpo"].values()))
-
-
 def on_the_demo(out: Path, seed: int, display: Display) -> dict[str, Any]:
     """Offline DPO and three rounds from one supervised model, for one seed."""
     pure_semantic.write(out / "data", seed)
@@ -130,51 +140,55 @@ def on_the_demo(out: Path, seed: int, display: Display) -> dict[str, Any]:
     scorer, began = TrueUtility(seed), time.monotonic()
     data = {name: value for name, value in stages["sft"]["data"].items() if name != "eval"}
     start = train(configs.parse(_with(stages["sft"], WARM_UP, out / "sft", data=data)), display)
-    models = {("start", 0.0): start}
+    prompts = write_prompts(out)
+    first = answers_utilities(start, prompts, scorer, display)
     seconds = {"sft": round(time.monotonic() - began), "offline_dpo": 0, "rounds": 0}
-    for lr in RATES:
+    rows = [{"method": "start", **outcome(first, first)}]
+    preferences: dict[str, list[Sequence[float]]] = {name: [] for name in SETTINGS}
+    for name, lr, weight in ((name, *one) for name, each in SETTINGS.items() for one in each):
+        folder, began = out / f"{name}-{lr}-{weight}", time.monotonic()
+        loss = [{**stages["dpo"]["loss"], "weight": 1.0}]
+        loss.append({"name": "sft", "weight": weight, "average": True})
         optim = {**stages["dpo"]["optim"], "lr": lr}
-        for name in ("offline_dpo", "rounds"):
-            folder, began = out / f"{name}-{lr}", time.monotonic()
-            values = _with(stages["dpo"], STEPS, folder, data=data, optim=optim)
-            if name == "rounds":
-                config = configs.parse(rounds_config(out, values))
-                models[name, lr] = loop.run(config, display, scorer=lambda: scorer)
-            else:
-                models[name, lr] = train(configs.parse(values), display)
-            seconds[name] += round(time.monotonic() - began)
-    utilities = {
-        key: answers_utilities(folder, out / "prompts.jsonl", scorer, display)
-        for key, folder in models.items()
-    }
-    first = utilities["start", 0.0]
-    held_out = {
-        key: evaluate(str(folder), str(out / "data" / "test.jsonl"), display)["metrics"]
-        for key, folder in models.items()
-    }
-    result = {
-        "seed": seed,
-        "true_preference_rate": _table({key: rate(u, first) for key, u in utilities.items()}),
-        "mean_utility": _table({key: sum(u) / len(u) for key, u in utilities.items()}),
-        "other_form": _table(
-            {key: sum(one == WORST for one in u) / len(u) for key, u in utilities.items()}
-        ),
-        "held_out_pairs_accuracy": _table({k: m["accuracy"]["value"] for k, m in held_out.items()}),
-        "rounds": {
-            f"{lr:g}": metrics.read_records(out / f"rounds-{lr}" / sequence.FILE) for lr in RATES
-        },
-        "seconds": seconds,
-    }
-    display.note(f"seed {seed}: {json.dumps(result['true_preference_rate'])}")
-    return result
+        values = _with(stages["dpo"], STEPS, folder, data=data, optim=optim, loss=loss)
+        if name == "rounds":
+            config = configs.parse(rounds_config(values, prompts))
+            model = loop.run(config, display, scorer=lambda: scorer)
+        else:
+            model = train(configs.parse(values), display)
+        seconds[name] += round(time.monotonic() - began)
+        new = answers_utilities(model, prompts, scorer, display)
+        preferences[name].append(preferred(new, first))
+        rows.append({"method": name, "lr": lr, "sft_weight": weight, **outcome(new, first)})
+        display.note(f"seed {seed}: {json.dumps(rows[-1])}")
+    best = [max(values, key=statistics.fmean) for values in preferences.values()]
+    return {"seed": seed, "models": rows, "difference": difference(*best), "seconds": seconds}
 
 
-def _table(values: dict[tuple[str, float], float]) -> dict[str, dict[str, float]]:
-    """Values by method and learning rate."""
-    table: dict[str, dict[str, float]] = {}
-    for (name, lr), value in values.items():
-        table.setdefault(name, {})[f"{lr:g}"] = value
-    return table
+def outcome(new: Sequence[float], start: Sequence[float]) -> dict[str, float]:
+    """Rate against the start, mean utility, and share of answers in another form."""
+    return {
+        "true_preference_rate": statistics.fmean(preferred(new, start)),
+        "mean_utility": statistics.fmean(new),
+        "other_form": sum(one == WORST for one in new) / len(new),
+    }
+
+
+def preferred(new: Sequence[float], old: Sequence[float]) -> list[float]:
+    """Probabilities that a new answer is preferred to the old one of its prompt and number."""
+    return [1 / (1 + math.exp(o - n)) for n, o in zip(new, old, strict=True)]
+
+
+def difference(offline: Sequence[float], rounds: Sequence[float]) -> dict[str, float]:
+    """Rate of the rounds less that of offline DPO, with its standard error over prompts."""
+    answers = [r - o for r, o in zip(rounds, offline, strict=True)]
+    prompts = [statistics.fmean(answers[k : k + ANSWERS]) for k in range(0, len(answers), ANSWERS)]
+    error = statistics.stdev(prompts) / math.sqrt(len(prompts))
+    return {"value": statistics.fmean(prompts), "standard_error": error}
+
+
+def _wins(seed: dict[str, Any]) -> bool:
+    return bool(seed["difference"]["value"] > 2 * seed["difference"]["standard_error"])
 
 
 def _with(stage: dict[str, Any], steps: int, folder: Path, **sections: Any) -> dict[str, Any]:
@@ -184,21 +198,21 @@ def _with(stage: dict[str, Any], steps: int, folder: Path, **sections: Any) -> d
     return {**stage, **sections, "training": training}
 
 
-def rate(new: Sequence[float], old: Sequence[float]) -> float:
-    """Probability that a new answer is preferred to the old one of the same prompt and number."""
-    return sum(1 / (1 + math.exp(o - n)) for n, o in zip(new, old, strict=True)) / len(new)
-
-
-def rounds_config(out: Path, offline: dict[str, Any]) -> dict[str, Any]:
-    """Config of the rounds: that of the offline stage, on the prompts of the data."""
+def write_prompts(out: Path) -> Path:
+    """File of the different prompts of the training pairs."""
     lines = (out / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = sorted({json.loads(line)["prompt"] for line in lines})
     path = out / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+def rounds_config(offline: dict[str, Any], prompts: Path) -> dict[str, Any]:
+    """Config of the rounds: that of the offline stage, on the prompts of the data."""
     training = {name: value for name, value in offline["training"].items() if name != "steps"}
     return {
         **offline,
-        "data": {**offline["data"], "train": str(path), "eval": str(path)},
+        "data": {**offline["data"], "train": str(prompts), "eval": str(prompts)},
         "training": training,
         "rounds": {
             "count": ROUNDS,
@@ -207,7 +221,7 @@ def rounds_config(out: Path, offline: dict[str, Any]) -> dict[str, Any]:
             "scorer": {"function": "the:oracle"},
             "pairs": "all",
             "min_gap": 1.0,
-            "eval_prompts": len(prompts),
+            "eval_prompts": 75,
         },
     }
 
@@ -223,10 +237,10 @@ def answers_utilities(
     return scorer([one.prompt.text.prompt for one in drawn], [one.text for one in drawn])
 
 
-def on_a_model(out: Path, model: Path, data: Path, display: Display) -> list[dict[str, Any]]:
+def on_a_model(out: Path, model: Path, data: Path, display: Display) -> dict[str, Any]:
     """Three rounds of LoRA on a real model, whose answers are scored by their form."""
     lines = data.read_text(encoding="utf-8").splitlines()
-    short = [row for row in map(json.loads, lines) if len(_question(row)) < 200][:48]
+    short = [row for row in map(json.loads, lines) if len(_question(row)) < 200][:80]
     paths = {"train": out / "prompts.jsonl", "eval": out / "held-out.jsonl"}
     for path, rows in zip(paths.values(), (short[:32], short[32:]), strict=True):
         messages = [[{"role": "user", "content": _question(row)}] for row in rows]
@@ -237,25 +251,73 @@ def on_a_model(out: Path, model: Path, data: Path, display: Display) -> list[dic
         "adapter": {"r": 16, "alpha": 32},
         "data": {
             **{name: str(path) for name, path in paths.items()},
-            "max_length": 384,
+            "max_length": 256,
             "cache": str(out / "cache"),
         },
         "loss": {"name": "dpo", "beta": 0.1},
-        "optim": {"lr": 2e-4},
+        "optim": {"lr": 5e-4},
         "training": {"batch_size": 8, "log_every": 2, "output_dir": str(out / "run")},
         "rounds": {
-            "count": 3,
+            "count": ROUNDS,
             "prompts": 16,
-            "steps": 6,
-            "sampling": {"samples": 4, "max_new_tokens": 96, "batch_size": 32},
+            "steps": 8,
+            "sampling": {"samples": 4, "max_new_tokens": 64, "batch_size": 48},
             "scorer": {"function": "helpful:form"},
             "pairs": "all",
             "min_gap": 0.2,
-            "eval_prompts": 16,
+            "eval_prompts": 48,
         },
     }
     loop.run(configs.parse(values), display, scorer=HelpfulForm)
-    return metrics.read_records(out / "run" / sequence.FILE)
+    before, after = (_held_out_scores(out / "run", number) for number in (0, ROUNDS))
+    gains = [new - old for new, old in zip(after, before, strict=True)]
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return {
+        "rounds": metrics.read_records(out / "run" / sequence.FILE),
+        "gain": {"value": statistics.fmean(gains), "standard_error": error, "prompts": len(gains)},
+    }
+
+
+def _held_out_scores(run: Path, number: int) -> list[float]:
+    """Score of the completion of each held-out prompt after a round."""
+    (path,) = (run / "rounds" / f"{number:04}").glob("eval-scores-*.jsonl")
+    return [json.loads(line)["scores"][0] for line in path.read_text().splitlines()]
+
+
+def demo_table(result: Any) -> str:
+    """Rates of both methods and their difference, by seed."""
+    rows = []
+    for seed in result["demo"]["seeds"]:
+        best = {
+            name: max(
+                (model for model in seed["models"] if model["method"] == name),
+                key=lambda model: float(model["true_preference_rate"]),
+            )
+            for name in SETTINGS
+        }
+        shown = [
+            f"{model['true_preference_rate']:.3f} ({model['mean_utility']:.2f})"
+            for model in best.values()
+        ]
+        gap = seed["difference"]
+        shown.append(f"{gap['value']:.3f} ± {gap['standard_error']:.3f}".replace("-", "−"))
+        rows.append([str(seed["seed"]), *shown])
+    return markdown.table(("seed", "offline DPO", "three rounds", "difference"), rows)
+
+
+def model_table(result: Any) -> str:
+    """Measures of the held-out answers of the real model, by round."""
+    rows = [
+        [
+            "start" if row["round"] == 0 else str(row["round"]),
+            f"{row['eval_reward']:.2f}",
+            f"{row['eval_length']:.0f}",
+            f"{row['eval_finished']:.2f}",
+            f"{row['kl_to_start']:.1f}",
+        ]
+        for row in result["real model"]["rounds"]
+    ]
+    return markdown.table(("round", "score", "tokens", "ended by itself", "KL to the start"), rows)
 
 
 def _question(row: dict[str, Any]) -> str:

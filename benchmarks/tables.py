@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures, reward_model, startup, trl_first_step, trunk
+from benchmarks import architectures, reward_model, rounds, startup, trl_first_step, trunk
 from benchmarks.calibration import tables as calibration
 from benchmarks.loops import report as loops
 from benchmarks.peer_suites import suite, trl
@@ -255,6 +255,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "peer-suites-trl": trl.table,
     "trl-first-step": trl_first_step.table,
     "reward-model": reward_model.table,
+    "rounds-demo": rounds.demo_table,
+    "rounds-model": rounds.model_table,
     "real-model-objectives": objectives_table,
     "real-model-trl": trl_table,
     "calibration-band": lambda result: calibration.tables(result["training"])[0],
