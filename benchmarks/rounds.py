@@ -122,7 +122,7 @@ def main() -> None:
         seeds = [on_the_demo(folder / str(seed), seed, display) for seed in options.seeds]
         part: dict[str, Any] = {"seeds": seeds, "rounds_win": all(map(_wins, seeds))}
     else:
-        name = "real model"
+        name = "real_model"
         part = on_a_model(folder, options.real_model, options.data, display)
     part["seconds"] = round(time.monotonic() - began)
     print(json.dumps(part, indent=1))
@@ -315,7 +315,7 @@ def model_table(result: Any) -> str:
             f"{row['eval_finished']:.2f}",
             f"{row['kl_to_start']:.1f}",
         ]
-        for row in result["real model"]["rounds"]
+        for row in result["real_model"]["rounds"]
     ]
     return markdown.table(("round", "score", "tokens", "ended by itself", "KL to the start"), rows)
 
