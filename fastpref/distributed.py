@@ -47,8 +47,7 @@ class LostRank(UserError):
 @contextmanager
 def process_group() -> Iterator[None]:
     """Initialize the process group when launched by torchrun or srun; no-op for one process."""
-    slurm.adopt(os.environ)
-    if _environment_int("WORLD_SIZE", 1) == 1:
+    if started_ranks() == 1:
         yield
         return
     this_rank, _, _ = map(_environment_int, ("RANK", "LOCAL_RANK", "MASTER_PORT"))
@@ -182,6 +181,12 @@ def _reports_first(store: dist.Store, error: UserError) -> bool:
     except RuntimeError:  # the process that serves the store has ended
         return True
     return stored.decode() == text
+
+
+def started_ranks() -> int:
+    """Number of ranks that torchrun or srun has started, known before they meet."""
+    slurm.adopt(os.environ)
+    return _environment_int("WORLD_SIZE", 1)
 
 
 def _environment_int(name: str, default: int | None = None) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from fastpref.config import Config, ConfigError, Data
+from fastpref.distributed import started_ranks
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.normalized import SFT
 from fastpref.losses.on_policy import GSPO, RLOO, NashMD
@@ -28,12 +27,11 @@ def check(config: Config) -> None:
             "rounds: is missing; fastpref rounds needs a section such as rounds: {count: 3, "
             "scorer: {reward_model: NAME}}"
         )
-    # The process group does not exist yet; torchrun sets the variable.
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = started_ranks()
     if ranks > 1:
         raise ConfigError(
-            f"rounds: run in one process, and there are {ranks} ranks; start without torchrun "
-            "(servers may draw the samples on other GPUs)"
+            f"rounds: run in one process, and there are {ranks} ranks; start one without torchrun "
+            "or srun (servers may draw the samples on other GPUs)"
         )
     _check_data(config.data)
     for option, is_set in {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,26 @@ def test_the_example_is_valid() -> None:
     assert config.rounds is not None and config.rounds.reference == "round"
 
 
-def test_rounds_are_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+         "SLURM_STEP_NODELIST": "node1"},
+    ],
+    ids=["torchrun", "srun"],
+)  # fmt: skip
+def test_rounds_are_not_started_as_several_ranks(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, **environ})
     with pytest.raises(ConfigError, match="rounds: run in one process, and there are 2 ranks; st"):
+        check(parsed({}))
+
+
+def test_a_number_of_ranks_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(UserError, match="WORLD_SIZE: must be a whole number"):
         check(parsed({}))
 
 

@@ -39,7 +39,7 @@ def comparer(
     server: ChatServer, folder: Path, notes: list[str] | None = None, **more: Any
 ) -> Comparer:
     display = Display(Console(quiet=True))
-    display.note = (notes if notes is not None else []).append  # type: ignore[method-assign]
+    display.note = (notes if notes is not None else []).append  # type: ignore
     options = RoundScorer(judge={"endpoint": server.url, "model": "judge", "retries": 0, **more})
     scorer = make_scorer(options, Training(output_dir=str(folder)), display)
     assert isinstance(scorer, Comparer)
