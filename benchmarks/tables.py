@@ -17,7 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures, reward_model, rounds, startup, trl_first_step, trunk
+from benchmarks import (
+    architectures,
+    distillation,
+    reward_model,
+    rounds,
+    startup,
+    trl_first_step,
+    trunk,
+)
 from benchmarks.calibration import tables as calibration
 from benchmarks.loops import report as loops
 from benchmarks.peer_suites import suite, trl
@@ -249,6 +257,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "faults": faults,
     "trunk": trunk.table,
     "startup": startup.table,
+    "distillation": distillation.table,
     "loops": loops.table,
     "peer-suites-liger": suite.table,
     "peer-suites-cce": suite.table,
