@@ -41,12 +41,12 @@ def make_scorer(options: RoundScorer, training: Training, display: Display) -> S
             judge = _chat_options(options.judge).build()
             return _ComparerOfConfig(JudgeScorer(judge, answers, display))
         if options.function is not None:
-            return _OfConfig(FunctionScorer(options.function))
+            return _ScorerOfConfig(FunctionScorer(options.function))
         assert options.reward_model is not None
         scorer = model_scorer(options.reward_model, display, training.device, answers=answers)
         if isinstance(scorer, JudgeScorer):
             return _ComparerOfConfig(scorer)
-        return _OfConfig(scorer)
+        return _ScorerOfConfig(scorer)
 
 
 def _chat_options(judge: RoundJudge) -> Any:
@@ -59,34 +59,30 @@ def _chat_options(judge: RoundJudge) -> Any:
     return ChatOptions(**values)
 
 
-class _ComparerOfConfig:
-    """Comparer whose errors name fields of the config."""
+class _OfConfig:
+    """Scorer or comparer whose errors name fields of the config."""
 
-    def __init__(self, comparer: Comparer) -> None:
-        self._comparer = comparer
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
     @property
     def fingerprint(self) -> str:
-        return self._comparer.fingerprint
+        text: str = self._inner.fingerprint
+        return text
 
+
+class _ComparerOfConfig(_OfConfig):
     def compare(self, groups: Sequence[Group], check: Callable[[], None]) -> list[list[float]]:
         with _naming_fields():
-            return self._comparer.compare(groups, check)
+            scores: list[list[float]] = self._inner.compare(groups, check)
+            return scores
 
 
-class _OfConfig:
-    """Scorer whose errors name fields of the config."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
-
-    @property
-    def fingerprint(self) -> str:
-        return self._scorer.fingerprint
-
+class _ScorerOfConfig(_OfConfig):
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         with _naming_fields():
-            return self._scorer(prompts, completions)
+            scores: list[float] = self._inner(prompts, completions)
+            return scores
 
 
 @contextmanager

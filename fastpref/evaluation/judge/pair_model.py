@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, DebertaV2Model, DebertaV2PreTrainedModel
 
-from fastpref.data.tokenize import chunks
 from fastpref.evaluation.judge.answers import Question
 from fastpref.evaluation.judge.cache import Cache
+from fastpref.evaluation.judge.model_judge import ModelJudge
 from fastpref.evaluation.judge.pairs import Pair
 from fastpref.evaluation.judge.reward_model import fingerprint_of
 from fastpref.evaluation.judge.verdicts import Game, Judged, of_preference
@@ -193,31 +193,15 @@ class PairModel:
 
 
 @dataclass(frozen=True)
-class PairJudge:
+class PairJudge(ModelJudge):
     """A model that compares both answers of a pair, in both orders.
 
-    bradley_terry: the preference is σ of the mean log-odds of both orders, instead of 1, ½ or 0.
+    The margin is the mean log-odds of both orders.
     """
 
     model: PairModel
-    batch_size: int = 8
-    bradley_terry: bool = False
 
     positional = True
-
-    @property
-    def name(self) -> str:
-        return self.model.source
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the verdicts."""
-        return {
-            "model": self.name,
-            "fingerprint": self.model.fingerprint,
-            "dtype": self.model.dtype,
-            "bradley_terry": self.bradley_terry,
-        }
 
     def judge(self, pairs: list[Pair], cache: Cache, display: Display) -> list[Judged]:
         """Compare the answers of every pair; log-odds in the cache are not computed again.
@@ -237,16 +221,9 @@ class PairJudge:
                 f"{SOURCE_TOKENS:,} and answers at half of the rest"
             )
         pending = [item for item in asked.items() if item[0] not in cache.records]
-        # Neighbors of similar length need little padding.
-        pending.sort(key=lambda item: len(item[1].ids))
-        done = len(asked) - len(pending)
-        display.phase("judge", len(asked), done)
-        for batch in chunks(pending, self.batch_size):
-            logits = self.model.logits([comparison for _, comparison in batch])
-            for (key, _), logit in zip(batch, logits, strict=True):
-                cache.add(key, {"model": self.name, "logit": logit})
-            done += len(batch)
-            display.advance(done)
+        self.compute(
+            pending, len(asked), lambda one: one.ids, self.model.logits, "logit", cache, display
+        )
         return [self._verdict(pair, cache) for pair in pairs]
 
     def _verdict(self, pair: Pair, cache: Cache) -> Judged:
@@ -255,9 +232,8 @@ class PairJudge:
         baseline_first, model_first = (
             cache.records[self._key(pair, *order)]["logit"] for order in _orders(pair)
         )
-        mean = torch.tensor((model_first - baseline_first) / 2, dtype=torch.float64)
-        preference = mean.sigmoid() if self.bradley_terry else (mean.sign() + 1) / 2
-        return Judged(pair, (_game(baseline_first), _game(model_first)), float(preference))
+        preference = self.preference((model_first - baseline_first) / 2)
+        return Judged(pair, (_game(baseline_first), _game(model_first)), preference)
 
     def _key(self, pair: Pair, first: str, second: str) -> str:
         model = self.model

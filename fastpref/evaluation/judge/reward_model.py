@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastpref.data.tokenize import chunks
 from fastpref.evaluation.judge.answers import Question
 from fastpref.evaluation.judge.cache import Cache
+from fastpref.evaluation.judge.model_judge import ModelJudge
 from fastpref.evaluation.judge.pairs import Pair
 from fastpref.evaluation.judge.verdicts import Judged, of_preference
 from fastpref.training.setup import device_of
@@ -136,31 +136,12 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
-class RewardJudge:
-    """A reward model that prefers the answer with the higher reward.
-
-    bradley_terry: the preference is σ(reward difference) instead of 1, ½ or 0.
-    """
+class RewardJudge(ModelJudge):
+    """A reward model that prefers the answer with the higher reward."""
 
     model: RewardModel
-    batch_size: int = 8
-    bradley_terry: bool = False
 
     positional = False
-
-    @property
-    def name(self) -> str:
-        return self.model.source
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the verdicts."""
-        return {
-            "model": self.name,
-            "fingerprint": self.model.fingerprint,
-            "dtype": self.model.dtype,
-            "bradley_terry": self.bradley_terry,
-        }
 
     def judge(self, pairs: list[Pair], cache: Cache, display: Display) -> list[Judged]:
         """Score both answers of every pair; scores in the cache are not computed again."""
@@ -174,25 +155,15 @@ class RewardJudge:
             for key, answer in answers.items()
             if key not in cache.records
         ]
-        # Neighbors of similar length need little padding.
-        pending.sort(key=lambda item: len(item[1]))
-        done = len(answers) - len(pending)
-        display.phase("judge", len(answers), done)
-        for batch in chunks(pending, self.batch_size):
-            rewards = self.model.scores([ids for _, ids in batch])
-            for (key, _), reward in zip(batch, rewards, strict=True):
-                cache.add(key, {"model": self.name, "reward": reward})
-            done += len(batch)
-            display.advance(done)
+        self.compute(pending, len(answers), list, self.model.scores, "reward", cache, display)
         return [self._verdict(pair, cache) for pair in pairs]
 
     def _verdict(self, pair: Pair, cache: Cache) -> Judged:
         reward_a, reward_b = (
             cache.records[self._key(pair, answer)]["reward"] for answer in (pair.a, pair.b)
         )
-        margin = torch.tensor(reward_a - reward_b, dtype=torch.float64)
-        preference = margin.sigmoid() if self.bradley_terry else (margin.sign() + 1) / 2
-        return of_preference(pair, float(preference), f"rewards {reward_a!r} and {reward_b!r}")
+        preference = self.preference(reward_a - reward_b)
+        return of_preference(pair, preference, f"rewards {reward_a!r} and {reward_b!r}")
 
     def _key(self, pair: Pair, answer: str) -> str:
         model = self.model
