@@ -8,28 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastpref.config import Config
 from fastpref.data.dataset import load_groups
 from fastpref.evaluation import reward_bench
 from fastpref.evaluation.judge.answers import Question
 from fastpref.evaluation.scorers import RewardModelScorer
-from tests.helpers.data import LLAMA, write_jsonl
+from tests.helpers.data import write_jsonl
+from tests.helpers.reward_models import random_reward_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
     """A reward model of random weights."""
-    folder = tmp_path_factory.mktemp("scores") / "model"
-    torch.manual_seed(0)
-    pad = tokenizer.convert_tokens_to_ids("<pad>")
-    options = {**LLAMA, "initializer_range": 0.3, "num_labels": 1, "pad_token_id": pad}
-    config = AutoConfig.for_model(str(options.pop("model_type")), **options)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return random_reward_model(tmp_path_factory.mktemp("scores") / "model", tokenizer)
 
 
 def test_text_is_scored_on_the_tokens_that_are_trained(

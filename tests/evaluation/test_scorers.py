@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from fastpref.data.readers import DataError
 from fastpref.evaluation import reward_bench, score
 from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
-from tests.helpers.data import LLAMA, write_jsonl
+from tests.helpers.data import write_jsonl
+from tests.helpers.reward_models import random_reward_model
 
 Command = Callable[..., CompletedProcess[str]]
 CHAT = [{"role": "user", "content": "tea?"}]
@@ -41,14 +42,7 @@ number = 3
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
     """A reward model of random weights."""
-    folder = tmp_path_factory.mktemp("scorer") / "model"
-    torch.manual_seed(0)
-    pad = tokenizer.convert_tokens_to_ids("<pad>")
-    options = {**LLAMA, "initializer_range": 0.3, "num_labels": 1, "pad_token_id": pad}
-    config = AutoConfig.for_model(str(options.pop("model_type")), **options)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return random_reward_model(tmp_path_factory.mktemp("scorer") / "model", tokenizer)
 
 
 @pytest.fixture

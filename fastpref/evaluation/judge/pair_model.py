@@ -19,7 +19,7 @@ from fastpref.evaluation.judge.answers import Question
 from fastpref.evaluation.judge.cache import Cache
 from fastpref.evaluation.judge.model_judge import ModelJudge
 from fastpref.evaluation.judge.pairs import Pair
-from fastpref.evaluation.judge.reward_model import fingerprint_of
+from fastpref.evaluation.judge.reward_model import check_complete, fingerprint_of
 from fastpref.evaluation.judge.verdicts import Game, Judged, of_preference
 from fastpref.training.setup import device_of
 from fastpref.utils.atomic_files import sha256
@@ -124,12 +124,7 @@ class PairModel:
             model, report = loaded
         except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
             raise ModelError(cannot_load(_OPTION, source, error)) from None
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ModelError(
-                f"{_OPTION}: {source} has no weights named {missing[0]}, which would be random; "
-                "use a trained reward model"
-            )
+        check_complete(source, report)
         self._prefixes = {text: int(getattr(config, name)) for text, name in _PREFIXES.items()}
         for text, number in self._prefixes.items():
             if self.tokenizer.convert_tokens_to_ids(text) != number:

@@ -208,13 +208,18 @@ def _load(source: str, dtype: str) -> Any:
         )
     except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
         raise ModelError(cannot_load(_OPTION, source, error)) from None
+    check_complete(source, report)
+    return model
+
+
+def check_complete(source: str, report: dict[str, Any]) -> None:
+    """Raise ModelError for weights that the report of transformers says are missing."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{_OPTION}: {source} has no weights named {missing[0]}, which would be random; use a "
             "trained reward model"
         )
-    return model
 
 
 def fingerprint_of(source: str, config: Any) -> str:
