@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import threading
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastpref.evaluation.judge.cache import Cache
-from fastpref.evaluation.judge.endpoint import Endpoint, Stopped
+from fastpref.evaluation.judge.endpoint import Endpoint
 from fastpref.evaluation.judge.pairs import Pair
 from fastpref.evaluation.judge.template import Reply, fill, verdict
 from fastpref.evaluation.judge.verdicts import Game, Judged, of_games, of_preference
@@ -88,16 +89,14 @@ def _ask(
     display: Display,
     done: int,
 ) -> None:
-    """Ask `workers` questions at a time and add each answer to the cache as it comes.
+    """Ask `workers` questions at a time, and add each answer to the cache before the next question.
 
     After a failure no question is begun, but answers to those under way are kept.
     done: number of answers that the cache already has, for the display.
     """
-    tasks: queue.SimpleQueue[_Question] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[_Question, Reply | Exception] | None] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[_Question, Reply | Exception]] = queue.SimpleQueue()
     stop = threading.Event()
-    for question in questions:
-        tasks.put(question)
     reasons: set[str] = set()
 
     def note(reason: str) -> None:
@@ -106,36 +105,33 @@ def _ask(
             display.note(f"judge: {reason}; trying again")
 
     def work() -> None:
-        while not stop.is_set():
-            try:
-                question = tasks.get_nowait()
-            except queue.Empty:
-                break
+        while (question := tasks.get()) is not None:
             try:
                 results.put((question, endpoint.ask(question.text, question.name, stop, note)))
             except Exception as error:  # raised in the main thread
                 results.put((question, error))
-        results.put(None)
 
-    running = min(workers, len(questions))
-    for _ in range(running):
+    waiting = iter(questions)
+    under_way = min(workers, len(questions))
+    for question in itertools.islice(waiting, under_way):
+        tasks.put(question)
         # Daemons do not keep an interrupted process alive.
         threading.Thread(target=work, daemon=True).start()
     failure: Exception | None = None
-    while running:
-        result = results.get()
-        if result is None:
-            running -= 1
-            continue
-        question, reply = result
+    while under_way:
+        question, reply = results.get()
         if isinstance(reply, Reply):
             cache.add(question.key, {"model": endpoint.model, **reply._asdict()})
             done += 1
             display.advance(done)
-            continue
-        stop.set()
-        if failure is None and not isinstance(reply, Stopped):
+        elif failure is None:
             failure = reply
+            stop.set()
+        # A worker gets its next question after its answer is on disk: a kill loses no more answers
+        # than there are workers.
+        following = None if failure else next(waiting, None)
+        tasks.put(following)
+        under_way -= following is None
     if failure is not None:
         raise failure
 

@@ -322,6 +322,35 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
         assert not any("Authorization" in each for each in server.headers)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_slow_disk_delays_the_next_question(
+    fastpref: Command,
+    files: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+) -> None:
+    out = tmp_path / "out"
+    unsaved: list[int] = []
+
+    def rule(a: str, b: str, count: int) -> Answer:
+        with lock:
+            path = out / "answers.jsonl"
+            unsaved.append(server.asked.total() - len(path.read_text().splitlines()))
+        return likes_long(a, b, count)
+
+    def write(descriptor: int, data: bytes, write: Callable[[int, bytes], int] = os.write) -> int:
+        if data.startswith(b'{"key"'):
+            time.sleep(0.1)
+        return write(descriptor, data)
+
+    lock = threading.Lock()
+    monkeypatch.setattr(os, "write", write)
+    with serving(rule) as server:
+        assert judge(fastpref, files, server, out, "--workers", str(workers)).returncode == 0
+    assert max(unsaved) <= workers
+
+
 def start(files: tuple[str, str], server: ChatServer, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastpref", "judge", *files, "--endpoint", server.url]
     command += ["--model", "gpt-test", "--out", str(out), "--workers", "1"]
