@@ -46,7 +46,13 @@ class NormCase:
         frozen, _ = norm.rms_norm_backward(grad, x, weight, constants, False)
         value = norm.rms_norm(x, weight, constants)
         assert grad_weight is not None
-        return {"value": value, "x": grad_x, "x, frozen": frozen, "weight": grad_weight}
+        results = {"value": value, "x": grad_x, "x, frozen": frozen, "weight": grad_weight}
+        rows, update = residual.flatten(0, -2), x.flatten(0, -2)
+        weighted = weight, constants
+        for name, before in (("", None), (" of norm", weighted)):
+            added = norm.residual_rms_norm(rows, update.clone(), before, weighted)
+            results |= {f"sum{name}": added[0], f"norm of sum{name}": added[1]}
+        return results
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ def timings(device: str, dry: bool) -> Iterator[Check]:
 
     for make, name, pieces in (
         (norms, "rms_norm", 2 * tokens * width),
+        (norms, "residual rms_norm", 4 * tokens * width),
         (norms, "rms_norm backward", 3 * tokens * width),
         (norms, "rms_norm backward with residual", 4 * tokens * width),
         (rotations, "rotary", (2 * (heads + key_heads) + 1) * tokens * size),
@@ -187,15 +194,22 @@ def _norm_runs(grad: Tensor, x: Tensor, weight: Tensor) -> dict[str, dict[str, t
     backward = grad, x, weight, constants, False
     runs = {
         "rms_norm": _ours(norm, "rms_norm", x, weight, constants),
+        "residual rms_norm": _ours(
+            norm, "residual_rms_norm", x, grad.clone(), None, (weight, constants)
+        ),
         "rms_norm backward": _ours(norm, "rms_norm_backward", *backward),
         "rms_norm backward with residual": _ours(norm, "rms_norm_backward", *backward, grad),
     }
     if _has_liger(x):
+        from liger_kernel.ops import fused_add_rms_norm
         from liger_kernel.ops import rms_norm as liger
 
         _, flat, rstd, *settings, mode = liger.rms_norm_forward(x, weight, 1e-6, 0.0, "gemma", None)
         runs["rms_norm"]["liger"] = lambda: liger.rms_norm_forward(
             x, weight, 1e-6, 0.0, "gemma", None
+        )
+        runs["residual rms_norm"]["liger"] = lambda: fused_add_rms_norm.fused_add_rms_norm_forward(
+            grad, x, weight, 1e-6, 0.0, "gemma"
         )
         runs["rms_norm backward"]["liger"] = lambda: liger.rms_norm_backward(
             grad, flat, weight, rstd, 0.0, mode, *settings, False, None, needs_dw=False

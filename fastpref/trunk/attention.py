@@ -1,8 +1,9 @@
-"""Attention of a decoder block, with its norms and its residual addition.
+"""Attention of a decoder block, with its norms.
 
-    y = x + N2(o(attend(rope(Nq(q(N1(x)))), rope(Nk(k(N1(x)))), v(N1(x)))))
+    y = x + N2(u),  u = o(attend(rope(Nq(q(N1(x)))), rope(Nk(k(N1(x)))), v(N1(x))))
 
-N1, N2, Nq and Nk are left out where an architecture has none.
+N1, N2, Nq and Nk are left out where an architecture has none. The forward pass ends with u: the
+block computes y together with the norm of the MLP.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class AttentionLayer(Layer):
         tensors: Tensors,
         copies: Sequence[Copies | None],
     ) -> tuple[Tensor, Saved]:
-        """Output (P, D), and what the backward pass needs."""
+        """Update u (P, D), and what the backward pass needs."""
         outputs = self.qkv.forward(self.normalized("input", hidden, tensors), tensors, copies[0])
         query, key, value = self._split(outputs)
         query_input, key_input = (query, key) if "q" in self.norms else (None, None)
@@ -86,11 +87,9 @@ class AttentionLayer(Layer):
         backend = api.backend_for(query, self._options)
         out, lse = backend.forward(query, key, value, positions.segments, self._options)
         update = self.o.forward(out.flatten(1), tensors, copies[1])[0]
-        saved = Saved(hidden, query, key, value, out, lse, query_input, key_input, None)
-        if "output" not in self.norms:
-            return update.add_(hidden), saved
-        output = self.normalized("output", update, tensors)
-        return output.add_(hidden), saved._replace(output_input=update)
+        output_input = update if "output" in self.norms else None
+        saved = Saved(hidden, query, key, value, out, lse, query_input, key_input, output_input)
+        return update, saved
 
     def backward(
         self,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fastpref.trunk import attention, mlp
 from fastpref.trunk.attention import AttentionLayer, Positions
 from fastpref.trunk.layer import Gradients
-from fastpref.trunk.linear import LinearGroup
+from fastpref.trunk.linear import LinearGroup, Tensors
 from fastpref.trunk.mlp import MlpLayer
+from fastpref.trunk.norm import residual_rms_norm
 from fastpref.utils.first_order import refuse_second_order
 
 
@@ -36,6 +37,16 @@ class Block:
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         return *self.attention.groups, *self.mlp.groups
+
+    def middle(
+        self, hidden: Tensor, update: Tensor, first: Tensors, second: Tensors
+    ) -> tuple[Tensor, Tensor]:
+        """Input of the MLP, (P, D), and that input after the MLP's norm.
+
+        update: of the attention. first, second: tensors of the attention and of the MLP.
+        """
+        output_norm = self.attention.norm("output", first)
+        return residual_rms_norm(hidden, update, output_norm, self.mlp.norm("input", second))
 
     def __call__(self, hidden: Tensor, positions: Positions, recompute: bool = False) -> Tensor:
         """Output (P, D) of the block for its input (P, D).
@@ -62,8 +73,11 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         first, second = _by_name(names, values)
         copies = block.attention.copies(hidden.dtype), block.mlp.copies(hidden.dtype)
-        middle, of_attention = block.attention.forward(hidden, positions, first, copies[0])
-        output, of_mlp = block.mlp.forward(middle, second, copies[1])
+        update, of_attention = block.attention.forward(hidden, positions, first, copies[0])
+        middle = block.middle(hidden, update, first, second)
+        of_mlp = block.mlp.up_projection(*middle, second, copies[1])
+        del update, middle  # the norm's output is not needed again
+        output, of_mlp = block.mlp.down_projection(of_mlp, second, copies[1])
         saved = (hidden,) if recompute else (*of_attention, *of_mlp)
         ctx.save_for_backward(*saved, *values)
         ctx.arguments = block, positions, names, copies
@@ -78,10 +92,12 @@ class _Block(torch.autograd.Function):
         needs_hidden, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[-count:]
         first, second = map(Gradients, _by_name(names, values), _by_name(names, needs))
         if len(saved) == 1:
-            middle, of_attention = block.attention.forward(
+            update, of_attention = block.attention.forward(
                 saved[0], positions, first.tensors, copies[0]
             )
-            of_mlp = block.mlp.recompute(middle, second.tensors, copies[1])
+            middle = block.middle(saved[0], update, first.tensors, second.tensors)
+            of_mlp = block.mlp.up_projection(*middle, second.tensors, copies[1])
+            del update, middle
         else:
             size = len(attention.Saved._fields)
             of_attention, of_mlp = attention.Saved(*saved[:size]), mlp.Saved(*saved[size:])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.trunk.linear import Copies, LinearGroup, Tensors
-from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
+from fastpref.trunk.norm import Norm, WeightedNorm, rms_norm, rms_norm_backward
 
 
 class NormModule(NamedTuple):
@@ -53,13 +53,18 @@ class Layer:
         """Copies of the adapters that are active now, of each group."""
         return [group.copies(dtype) for group in self.groups]
 
-    def normalized(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
-        """x after a norm of the layer; x itself if there is none."""
+    def norm(self, name: str, tensors: Tensors) -> WeightedNorm | None:
+        """Weight and constants of a norm of the layer; None if there is none."""
         if name not in self.norms:
-            return x
+            return None
         weight = tensors[f"norm.{name}"]
         assert weight is not None
-        return rms_norm(x, weight, self.norms[name].norm)
+        return weight, self.norms[name].norm
+
+    def normalized(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
+        """x after a norm of the layer; x itself if there is none."""
+        norm = self.norm(name, tensors)
+        return x if norm is None else rms_norm(x, *norm)
 
     def norm_backward(
         self,

@@ -2,7 +2,7 @@
 
     y = x + N4(down(act(gate(N3(x))) * up(N3(x))))
 
-N3 and N4 are left out where an architecture has none.
+N3 and N4 are left out where an architecture has none. The block computes N3(x) together with x.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpref.trunk.gated import Activation, gated, gated_backward
 from fastpref.trunk.layer import Gradients, Layer, NormModule
 from fastpref.trunk.linear import Copies, LinearGroup, Tensors
+from fastpref.trunk.norm import residual_rms_norm
 
 
 class Saved(NamedTuple):
@@ -44,27 +45,26 @@ class MlpLayer(Layer):
         super().__init__((gate_up, down), norms)
         self.gate_up, self.down, self.activation = gate_up, down, activation
 
-    def forward(
+    def up_projection(
         self,
-        hidden: Tensor,  # (P, D)
+        hidden: Tensor,  # (P, D) x
+        normalized: Tensor,  # (P, D) N3(x)
         tensors: Tensors,
         copies: Sequence[Copies | None],
-    ) -> tuple[Tensor, Saved]:
-        """Output (P, D), and what the backward pass needs."""
-        saved = self.recompute(hidden, tensors, copies)
-        update = self._update(saved, tensors, copies)
-        if "output" not in self.norms:
-            return update.add_(hidden), saved
-        output = self.normalized("output", update, tensors)
-        return output.add_(hidden), saved._replace(output_input=update)
-
-    def recompute(self, hidden: Tensor, tensors: Tensors, copies: Sequence[Copies | None]) -> Saved:
-        """Gate and up alone, without the product by the weight of `down`."""
-        outputs = self.gate_up.forward(
-            self.normalized("input", hidden, tensors), tensors, copies[0]
-        )
+    ) -> Saved:
+        """Gate and up, and what else the backward pass needs of the layers before `down`."""
+        outputs = self.gate_up.forward(normalized, tensors, copies[0])
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
         return Saved(hidden, gate, up, None)
+
+    def down_projection(
+        self, saved: Saved, tensors: Tensors, copies: Sequence[Copies | None]
+    ) -> tuple[Tensor, Saved]:
+        """Output (P, D), and what the backward pass needs."""
+        update = self._update(saved, tensors, copies)
+        output_norm = self.norm("output", tensors)
+        output, _ = residual_rms_norm(saved.hidden, update, output_norm, None)
+        return output, saved if output_norm is None else saved._replace(output_input=update)
 
     def backward(
         self,

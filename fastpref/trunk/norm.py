@@ -24,14 +24,39 @@ class Norm(NamedTuple):
     offset: float  # 1 where the module stores weight - 1, as Gemma's do
 
 
+WeightedNorm = tuple[Tensor, Norm]  # weight (D,) and constants
+
+
 def rms_norm(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
     """Normalized x, in its dtype."""
     if (kernels := _kernels(x)) is not None:
         result: Tensor = kernels.rms_norm(x, weight, norm)
         return result
-    wide = _wide(x)
-    inverse_rms = _inverse_rms(wide, norm)
-    return (wide * inverse_rms).mul_(_scale(weight, norm, wide)).to(x.dtype)
+    return _normalized(x, weight, norm).to(x.dtype)
+
+
+def residual_rms_norm(
+    x: Tensor,  # (P, D)
+    update: Tensor,  # (P, D)
+    output_norm: WeightedNorm | None,
+    input_norm: WeightedNorm | None,
+) -> tuple[Tensor, Tensor]:
+    """Residual sum x + output_norm(update), and input_norm of the sum as rounded.
+
+    A norm that is None leaves its input as it is. Without `output_norm` the sum overwrites
+    `update`.
+    """
+    if output_norm is None and input_norm is None:
+        update += x
+        return update, update
+    if (kernels := _kernels(x)) is not None:
+        sums: tuple[Tensor, Tensor] = kernels.residual_rms_norm(x, update, output_norm, input_norm)
+        return sums
+    if output_norm is None:
+        total = update.add_(x)
+    else:
+        total = _normalized(update, *output_norm).add_(x).to(x.dtype)
+    return total, total if input_norm is None else rms_norm(total, *input_norm)
 
 
 def rms_norm_backward(
@@ -65,6 +90,12 @@ def rms_norm_backward(
 def _kernels(x: Tensor) -> Any | None:
     kernels = kernels_for(x)
     return None if kernels is None or x.shape[-1] > kernels.MAX_WIDTH else kernels
+
+
+def _normalized(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """A new tensor, not rounded to half precision."""
+    wide = _wide(x)
+    return (wide * _inverse_rms(wide, norm)).mul_(_scale(weight, norm, wide))
 
 
 def _inverse_rms(x: Tensor, norm: Norm) -> Tensor:

@@ -36,6 +36,7 @@ from fastpref_kernels.packed_attention_bwd import (
     packed_attention_dq_kernel,
 )
 from fastpref_kernels.packed_attention_fwd import packed_attention_fwd_kernel
+from fastpref_kernels.residual_norm import residual_norm_fwd_kernel
 from fastpref_kernels.rms_norm import (
     MAX_WIDTH,
     column_sums_kernel,
@@ -55,11 +56,13 @@ ARGUMENT_TYPES = {
     **dict.fromkeys(("H", "K", "P", "window"), "i32"),
     **dict.fromkeys(("tiles", "starts"), "*i32"),
     **dict.fromkeys(("logit_scale", "softcap", "scale", "eps", "offset"), "fp32"),
+    **dict.fromkeys(("update_eps", "update_offset", "total_eps", "total_offset"), "fp32"),
 }
 # Pointers in the dtype under test; other pointers are fp32.
 INPUTS = {
     *("hidden", "weight", "ref_hidden", "ref_weight", "bias", "exp_logits", "dlogits", "folded"),
     *("query", "key", "value", "out", "grad", "dquery", "dkey", "dvalue"),
+    *("update", "update_weight", "total_weight", "total", "normalized"),
     *("x", "residual", "grad_x", "cos", "sin", "gate", "up", "product", "grad_gate"),
 }
 
@@ -74,6 +77,12 @@ ATTENTION_OPTIONS = {
 }
 
 
+# Arguments that are None, by the norms at a residual addition.
+RESIDUAL_NORMS = {
+    " update": ("total_weight", "normalized"),
+    " total": ("update_weight",),
+    " update,total": (),
+}
 NORM_WIDTHS = (128, 4096, 8192, 16384)  # heads of 128 numbers, and rows
 ACTIVATIONS: dict[str, dict[str, Any]] = {"silu": {"GELU": False}, "gelu": {"GELU": True}}
 
@@ -212,6 +221,14 @@ ROW_KERNELS = {
             for name, absent in norm_outputs(width).items()
         },
     ),
+    "residual_norm_fwd": Kernel(
+        residual_norm_fwd_kernel,
+        {
+            f"{width}{name}": {**without(*absent), "BLOCK_D": width}
+            for width in NORM_WIDTHS[1:]
+            for name, absent in RESIDUAL_NORMS.items()
+        },
+    ),
     "column_sums": Kernel(column_sums_kernel, {"plain": {"BLOCK_D": SUMMED_COLUMNS}}),
     "rotary": Kernel(
         rotary_kernel,
@@ -263,7 +280,7 @@ ROW_CONFIGS: dict[str, RowConfig] = {
 
 def row_config(name: str, variant: str) -> RowConfig:
     """Rows of a program of one of ROW_KERNELS; those of a norm depend on the width."""
-    if name.startswith("rms_norm"):
+    if name.startswith(("rms_norm", "residual_norm")):
         return NORM[int(variant.partition(" ")[0])]
     return ROW_CONFIGS[name]
 

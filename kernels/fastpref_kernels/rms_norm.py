@@ -45,6 +45,14 @@ def row_offsets(row, H, stride_t, stride_h):
     return offset[:, None]
 
 
+@triton.jit
+def normalized_rows(values, weight, column, D, eps, offset):
+    """RMSNorm of rows (T, D) in fp32; columns beyond D are 0."""
+    scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    inverse_rms = tl.rsqrt(tl.sum(values * values, 1) / D + eps)
+    return values * inverse_rms[:, None] * scale[None, :]
+
+
 # The compiler orders a sum by the alignment of its loads, which must not depend on the tokens.
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_fwd_kernel(
@@ -67,9 +75,7 @@ def rms_norm_fwd_kernel(
     values = tl.load(
         x + row_offsets(row, H, stride_xt, stride_xh) + column[None, :], mask=mask, other=0.0
     ).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32) + offset
-    inverse_rms = tl.rsqrt(tl.sum(values * values, 1) / D + eps)
-    result = values * inverse_rms[:, None] * scale[None, :]
+    result = normalized_rows(values, weight, column, D, eps, offset)
     places = row.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
 
@@ -155,7 +161,7 @@ def rms_norm(
     """Normalized x, contiguous, in its dtype."""
     x = unit_stride(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile = _tile(x)
+    tile = tile_of(x)
     with launching_on(x):
         rms_norm_fwd_kernel[(triton.cdiv(_rows(x), tile["BLOCK_T"]),)](
             x=x, out=out, **_strides("x", x), **_operands(x, weight, norm), **tile
@@ -175,7 +181,7 @@ def rms_norm_backward(
     grad, x = unit_stride(grad), unit_stride(x)
     residual = None if residual is None else unit_stride(residual)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile, width = _tile(x), x.shape[-1]
+    tile, width = tile_of(x), x.shape[-1]
     tiles = triton.cdiv(_rows(x), tile["BLOCK_T"])
     programs = min(tiles, NORM_PROGRAMS)
     partials = grad_weight = None
@@ -224,7 +230,7 @@ def _operands(x: Tensor, weight: Tensor, norm: "Norm") -> dict[str, Any]:
     }
 
 
-def _tile(x: Tensor) -> dict[str, int]:
+def tile_of(x: Tensor) -> dict[str, int]:
     """Rows, columns and warps of a program."""
     columns = triton.next_power_of_2(x.shape[-1])
     config = NORM[min(width for width in NORM if width >= columns)]

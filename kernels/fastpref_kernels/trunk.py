@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastpref_kernels.gated_mlp import gated, gated_backward
+from fastpref_kernels.residual_norm import residual_rms_norm
 from fastpref_kernels.rms_norm import MAX_WIDTH, rms_norm, rms_norm_backward
 from fastpref_kernels.rotary import rotate
 
@@ -10,6 +11,7 @@ __all__ = [
     "MAX_WIDTH",
     "gated",
     "gated_backward",
+    "residual_rms_norm",
     "rms_norm",
     "rms_norm_backward",
     "rotate",

@@ -111,6 +111,54 @@ def test_norms_of_the_widest_rows(kernels: None) -> None:
     assert error(norm.rms_norm(x, weight, NORM), wide) <= FP32  # by PyTorch
 
 
+def added(
+    x: Tensor, update: Tensor, first: Tensor, second: Tensor, constants: Norm
+) -> list[Tensor]:
+    """Residual sums and their norms, with each norm alone and with both."""
+    norms = [(first, constants), (second, Norm(1e-6, 1 - constants.offset))]
+    results = []
+    for before, after in ((None, norms[1]), (norms[0], None), norms):
+        copy = update.clone()
+        total, normal = norm.residual_rms_norm(x, copy, before, after)
+        assert torch.equal(copy, total if before is None else update)
+        assert total.is_contiguous() and normal.is_contiguous()
+        if after is None:
+            assert normal is total
+        else:
+            # The backward pass computes this norm again from the total.
+            assert error(norm.rms_norm(total, *after), normal.double()) <= FP32
+        results += [total, normal]
+    return results
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 9), (7, 30), (3, 576), (2, 2100), (2, 16384)], ids=str)
+def test_norms_at_a_residual_addition(kernels: None, shape: tuple[int, int], offset: float) -> None:
+    x, update = draw(*shape), 3 * draw(*shape).flip(0)
+    weights = draw(shape[1]), draw(shape[1]).flip(0) + 1
+    check(added, [x, update, *weights], Norm(1e-5, offset))
+
+
+def test_a_residual_of_other_strides(kernels: None) -> None:
+    update, weight = draw(9, 24), draw(24)
+    joined, transposed = draw(9, 3, 24)[:, 1], draw(24, 9).t()
+    for x, y in ((joined, update), (transposed, update), (update, transposed)):
+        strided = norm.residual_rms_norm(x, y.clone(), None, (weight, NORM))
+        dense = norm.residual_rms_norm(x.contiguous(), y.contiguous(), None, (weight, NORM))
+        assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+def test_a_residual_addition_without_norms_or_too_wide(kernels: None) -> None:
+    x, update, width = draw(3, 8), draw(3, 8).flip(0), rms_norm.MAX_WIDTH + 1
+    expected = x + update
+    total, same = norm.residual_rms_norm(x, update, None, None)
+    assert torch.equal(total, expected) and same is total and total is update
+    x, update, weight = draw(2, width), draw(2, width).flip(0), draw(width)
+    exact = norm.residual_rms_norm(x.double(), update.double(), None, (weight.double(), NORM))
+    ours = norm.residual_rms_norm(x, update, None, (weight, NORM))  # by PyTorch
+    assert all(error(a, b) <= FP32 for a, b in zip(ours, exact, strict=True))
+
+
 @pytest.mark.parametrize("programs", [3, 256])  # of 11 tiles each, and 33 of one
 def test_partial_sums_of_programs(
     kernels: None, programs: int, monkeypatch: pytest.MonkeyPatch
