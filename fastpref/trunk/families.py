@@ -6,7 +6,7 @@ else raises `UnknownLayer`, so that no part of a model is silently left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import nn
@@ -190,17 +190,17 @@ def _check_forward(module: nn.Module, family: str) -> None:
 
 def check_hooks(module: nn.Module) -> None:
     """Raise UnknownLayer for a module with hooks, or whose forward pass was replaced."""
-    if any(True for _ in _hooks(module)):
+    if any(hook_tables(module)):
         raise UnknownLayer(f"a hook of {type(module).__name__} would not run")
     if "forward" in vars(module):
         raise UnknownLayer(f"the forward pass of {type(module).__name__} was replaced")
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    for name in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    ):
-        yield from getattr(module, name).values()
+def hook_tables(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Hooks of a module by their numbers, one live mapping for each kind."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from fastpref.attention import Segments
 from fastpref.trunk.attention import Positions
 from fastpref.trunk.block import Block
-from fastpref.trunk.families import check_hooks, family_of, read_block, read_norm
+from fastpref.trunk.families import (
+    check_hooks,
+    family_of,
+    hook_tables,
+    read_block,
+    read_norm,
+)
 from fastpref.trunk.layer import NormModule
 from fastpref.trunk.linear import UnknownLayer, copy_adapters
 from fastpref.trunk.norm import Norm, rms_norm, rms_norm_backward
@@ -36,6 +42,9 @@ class Trunk:
         self.by_kind = hasattr(model.rotary_emb, "layer_types")
         for layer, block in self.blocks.items():
             setattr(layer, BLOCK_METHOD, _Method(block))
+        inner = (part for layer in self.blocks for part in layer.modules())
+        parts = dict.fromkeys((model, model.norm, *inner))
+        self._hooks = [(part, table) for part in parts for table in hook_tables(part)]
 
     def __call__(
         self,
@@ -45,7 +54,11 @@ class Trunk:
         dtype: torch.dtype,
         embeddings: Tensor | None = None,  # (1, P, D) or (R, L, D), instead of ids
     ) -> Tensor:
-        """Hidden states (P, D) after the last norm; all computation is in `dtype`."""
+        """Hidden states (P, D) after the last norm; all computation is in `dtype`.
+
+        Raises RuntimeError if a module that is not called got a hook after it was read.
+        """
+        self._refuse_hooks()
         if embeddings is None:
             embeddings = self.model.embed_tokens(input_ids)
         embeddings = embeddings.to(dtype)
@@ -59,6 +72,14 @@ class Trunk:
         weight = self.norm.module.weight
         output: Tensor = _LastNorm.apply(hidden, weight, self.norm.norm)
         return output
+
+    def _refuse_hooks(self) -> None:
+        for part, table in self._hooks:
+            if any(not _is_of_fsdp(hook) for hook in table.values()):
+                raise RuntimeError(
+                    f"a hook of {type(part).__name__} was set after the layers were read and would "
+                    "not run; set it before, or take transformers' layers (model.kernels=torch)"
+                )
 
     def _angles(
         self, embeddings: Tensor, position_ids: Tensor
@@ -89,6 +110,11 @@ def build_trunk(model: Any) -> Trunk:
         part = min(children ^ {"embed_tokens", "layers", "norm", "rotary_emb"})
         raise UnknownLayer(f"{type(model).__name__} with or without a part {part} is not known")
     return Trunk(model, [read_block(layer) for layer in layers], read_norm(model.norm, family))
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether FSDP2 has set a hook; these run around the method of a block."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
 
 
 class _Method:

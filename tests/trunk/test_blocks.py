@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import peft
@@ -273,6 +274,20 @@ def test_a_hook_outside_of_the_layers_is_named(part):
     model.get_submodule(part).register_forward_hook(lambda *_: None)
     with pytest.raises(UnknownLayer, match=r"a hook of Llama(Model|RMSNorm) would not run"):
         build_trunk(model)
+
+
+@pytest.mark.parametrize("part", ["", "norm", "layers.0", "layers.1.mlp.up_proj.lora_A.default"])
+def test_a_hook_that_is_set_later_stops_the_next_pass(part):
+    model = model_of("llama", lora=True)
+    base = model.get_base_model().model
+    trunk = build_trunk(base)
+    inputs = embeddings(PACKED, model, torch.float64)
+    trunk(None, positions(PACKED), PACKED, torch.float64, inputs)
+    handle = base.get_submodule(part).register_forward_hook(partial(print, end=""))
+    with pytest.raises(RuntimeError, match=r"a hook of \w+ was set after the layers were read"):
+        trunk(None, positions(PACKED), PACKED, torch.float64, inputs)
+    handle.remove()
+    trunk(None, positions(PACKED), PACKED, torch.float64, inputs)
 
 
 @pytest.mark.parametrize("part", ["", "self_attn", "mlp", "input_layernorm", "self_attn.q_norm"])
