@@ -1,5 +1,6 @@
 """Rounds against offline DPO on the demo's task, and rounds on a real model.
 
+    python -m benchmarks.rounds --tune --out benchmarks/results/rounds.json
     python -m benchmarks.rounds --out benchmarks/results/rounds.json
     python -m benchmarks.rounds --real-model MODEL --data PROMPTS.jsonl --out …
 
@@ -10,11 +11,9 @@ schedule are the same. The objective is DPO and, per token, SFT on the preferred
 lowers the log-probs of both answers until the model leaves the templates. The supervised model is
 trained for longer than the demo's, so that nearly all its samples are answers.
 
-Learning rates and SFT weights are those of `SETTINGS`, the best of each method on seed 10, which is
-not among the seeds of the result: of rates from 0.0005 to 0.004 and weights from 0.03 to 2, offline
-DPO was best at a weight of 0.1 and rates of 0.002 and 0.004 (true-preference rates of 0.681 and
-0.684), and the rounds at a rate of 0.002 and a weight of 1 (0.719). Offline DPO counts with the
-better of its two settings, seed by seed.
+`--tune` tries the settings of `GRID` on four seeds that are not among those of the result. The
+result has the best of them for the rounds, and the best two for offline DPO, which counts with the
+better one, seed by seed.
 
 The true-preference rate of a model is the probability, by the utilities, that its answer is
 preferred to the supervised model's: the mean of S(u - u_start) over answers to all prompts, which
@@ -37,7 +36,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,40 @@ from fastpref.training.trainer import train
 from fastpref.utils import environment, result_json
 from fastpref.utils.progress import Display
 
+METHODS = ("offline_dpo", "rounds")
 ROUNDS, STEPS = 3, 60  # steps of all rounds, and of offline DPO
 WARM_UP = 300  # steps of the supervised model
-# Learning rate and weight of SFT.
-SETTINGS = {"offline_dpo": ((2e-3, 0.1), (4e-3, 0.1)), "rounds": ((2e-3, 1.0),)}
-SEEDS = (20, 21, 22)
+SEEDS, TUNING_SEEDS = (30, 31, 32), (10, 11, 12, 13)
 WORST = -5.0  # utility of an answer in another form; the words' are standard normal
 ANSWERS = 16  # of each prompt, for the true-preference rate
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of a method; samples of a prompt and their pairs are those of a round."""
+
+    method: str  # of METHODS
+    lr: float
+    sft_weight: float
+    samples: int | None = None
+    pairs: str | None = None
+
+
+def offline(lr: float, sft_weight: float) -> Setting:
+    return Setting("offline_dpo", lr, sft_weight)
+
+
+def in_rounds(lr: float, sft_weight: float, samples: int, pairs: str) -> Setting:
+    return Setting("rounds", lr, sft_weight, samples, pairs)
+
+
+GRID = (
+    *(offline(lr, weight) for lr in (2e-3, 4e-3, 8e-3) for weight in (0.03, 0.1, 0.3)),
+    *(in_rounds(lr, 1.0, 8, pairs) for lr in (2e-3, 4e-3) for pairs in ("all", "best_worst")),
+    *(in_rounds(2e-3, weight, 16, "best_worst") for weight in (1.0, 3.0, 10.0)),
+    *(in_rounds(lr, 3.0, 16, "best_worst") for lr in (1e-3, 4e-3)),
+)
+SETTINGS = (offline(2e-3, 0.1), offline(4e-3, 0.1), in_rounds(2e-3, 3.0, 16, "best_worst"))
 
 
 class TrueUtility:
@@ -109,7 +136,7 @@ def helpful_form(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--tune", action="store_true", help="try all settings on other seeds")
     parser.add_argument("--real-model", type=Path, default=None)
     parser.add_argument("--data", type=Path, default=None, help="with --real-model: prompts")
     parser.add_argument("--out", type=Path, default=None)
@@ -117,10 +144,10 @@ def main() -> None:
     torch.set_num_threads(1 if options.real_model is None else torch.get_num_threads())
     folder = Path(tempfile.mkdtemp(prefix="rounds-"))
     display, began = Display(Console(width=150)), time.monotonic()
-    if options.real_model is None:
-        name = "demo"
-        seeds = [on_the_demo(folder / str(seed), seed, display) for seed in options.seeds]
-        part: dict[str, Any] = {"seeds": seeds, "rounds_win": all(map(_wins, seeds))}
+    if options.tune:
+        name, part = "tuning", tune(folder, display)
+    elif options.real_model is None:
+        name, part = "demo", on_the_demo(folder, display)
     else:
         name = "real_model"
         part = on_a_model(folder, options.real_model, options.data, display)
@@ -133,36 +160,66 @@ def main() -> None:
     shutil.rmtree(folder)
 
 
-def on_the_demo(out: Path, seed: int, display: Display) -> dict[str, Any]:
-    """Offline DPO and three rounds from one supervised model, for one seed."""
+def on_the_demo(out: Path, display: Display) -> dict[str, Any]:
+    """Rates of all settings by seed, and what the rounds have more than offline DPO."""
+    seeds = []
+    for seed in SEEDS:
+        trained = list(models(out / str(seed), seed, SETTINGS, display))
+        offline_dpo, rounds = (
+            max((won for row, won in trained if row["method"] == method), key=statistics.fmean)
+            for method in METHODS
+        )
+        rows = [row for row, _ in trained]
+        seeds.append({"seed": seed, "models": rows, "difference": difference(offline_dpo, rounds)})
+    return {"seeds": seeds, "rounds_win": all(map(_wins, seeds))}
+
+
+def tune(out: Path, display: Display) -> dict[str, Any]:
+    """Mean rate of every setting of the grid over the seeds of tuning, the best first."""
+    rates: dict[Setting, list[float]] = {setting: [] for setting in GRID}
+    for seed in TUNING_SEEDS:
+        _, *trained = models(out / str(seed), seed, GRID, display)
+        for setting, (row, _) in zip(GRID, trained, strict=True):
+            rates[setting].append(row["true_preference_rate"])
+    rows = [
+        {**_as_row(setting), "mean": statistics.fmean(each), "rates": each}
+        for setting, each in rates.items()
+    ]
+    return {"seeds": TUNING_SEEDS, "settings": sorted(rows, key=lambda row: -row["mean"])}
+
+
+def models(
+    out: Path, seed: int, settings: Sequence[Setting], display: Display
+) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """Supervised model, then one of each setting: a row, and preferences of its answers to it."""
     pure_semantic.write(out / "data", seed)
     stages = demo.stage_configs(out, seed)
-    scorer, began = TrueUtility(seed), time.monotonic()
     data = {name: value for name, value in stages["sft"]["data"].items() if name != "eval"}
+    scorer, prompts = TrueUtility(seed), write_prompts(out)
     start = train(configs.parse(_with(stages["sft"], WARM_UP, out / "sft", data=data)), display)
-    prompts = write_prompts(out)
     first = answers_utilities(start, prompts, scorer, display)
-    seconds = {"sft": round(time.monotonic() - began), "offline_dpo": 0, "rounds": 0}
-    rows = [{"method": "start", **outcome(first, first)}]
-    preferences: dict[str, list[Sequence[float]]] = {name: [] for name in SETTINGS}
-    for name, lr, weight in ((name, *one) for name, each in SETTINGS.items() for one in each):
-        folder, began = out / f"{name}-{lr}-{weight}", time.monotonic()
+    yield {"method": "start", **outcome(first, first)}, preferred(first, first)
+    for setting in settings:
+        began, folder = time.monotonic(), out / "model"
         loss = [{**stages["dpo"]["loss"], "weight": 1.0}]
-        loss.append({"name": "sft", "weight": weight, "average": True})
-        optim = {**stages["dpo"]["optim"], "lr": lr}
+        loss.append({"name": "sft", "weight": setting.sft_weight, "average": True})
+        optim = {**stages["dpo"]["optim"], "lr": setting.lr}
         values = _with(stages["dpo"], STEPS, folder, data=data, optim=optim, loss=loss)
-        if name == "rounds":
-            config = configs.parse(rounds_config(values, prompts))
+        if setting.method == "rounds":
+            config = configs.parse(rounds_config(values, prompts, setting))
             model = loop.run(config, display, scorer=lambda: scorer)
         else:
             model = train(configs.parse(values), display)
-        seconds[name] += round(time.monotonic() - began)
+        seconds = round(time.monotonic() - began)
         new = answers_utilities(model, prompts, scorer, display)
-        preferences[name].append(preferred(new, first))
-        rows.append({"method": name, "lr": lr, "sft_weight": weight, **outcome(new, first)})
-        display.note(f"seed {seed}: {json.dumps(rows[-1])}")
-    best = [max(values, key=statistics.fmean) for values in preferences.values()]
-    return {"seed": seed, "models": rows, "difference": difference(*best), "seconds": seconds}
+        row = {**_as_row(setting), **outcome(new, first), "seconds": seconds}
+        display.note(f"seed {seed}: {json.dumps(row)}")
+        yield row, preferred(new, first)
+        shutil.rmtree(folder)
+
+
+def _as_row(setting: Setting) -> dict[str, Any]:
+    return {name: value for name, value in asdict(setting).items() if value is not None}
 
 
 def outcome(new: Sequence[float], start: Sequence[float]) -> dict[str, float]:
@@ -179,9 +236,9 @@ def preferred(new: Sequence[float], old: Sequence[float]) -> list[float]:
     return [1 / (1 + math.exp(o - n)) for n, o in zip(new, old, strict=True)]
 
 
-def difference(offline: Sequence[float], rounds: Sequence[float]) -> dict[str, float]:
+def difference(offline_dpo: Sequence[float], rounds: Sequence[float]) -> dict[str, float]:
     """Rate of the rounds less that of offline DPO, with its standard error over prompts."""
-    answers = [r - o for r, o in zip(rounds, offline, strict=True)]
+    answers = [r - o for r, o in zip(rounds, offline_dpo, strict=True)]
     prompts = [statistics.fmean(answers[k : k + ANSWERS]) for k in range(0, len(answers), ANSWERS)]
     error = statistics.stdev(prompts) / math.sqrt(len(prompts))
     return {"value": statistics.fmean(prompts), "standard_error": error}
@@ -207,19 +264,19 @@ def write_prompts(out: Path) -> Path:
     return path
 
 
-def rounds_config(offline: dict[str, Any], prompts: Path) -> dict[str, Any]:
+def rounds_config(stage: dict[str, Any], prompts: Path, setting: Setting) -> dict[str, Any]:
     """Config of the rounds: that of the offline stage, on the prompts of the data."""
-    training = {name: value for name, value in offline["training"].items() if name != "steps"}
+    training = {name: value for name, value in stage["training"].items() if name != "steps"}
     return {
-        **offline,
-        "data": {**offline["data"], "train": str(prompts), "eval": str(prompts)},
+        **stage,
+        "data": {**stage["data"], "train": str(prompts), "eval": str(prompts)},
         "training": training,
         "rounds": {
             "count": ROUNDS,
             "steps": STEPS // ROUNDS,
-            "sampling": {"samples": 8, "max_new_tokens": 24, "batch_size": 100},
+            "sampling": {"samples": setting.samples, "max_new_tokens": 24, "batch_size": 100},
             "scorer": {"function": "the:oracle"},
-            "pairs": "all",
+            "pairs": setting.pairs,
             "min_gap": 1.0,
             "eval_prompts": 75,
         },
@@ -284,6 +341,23 @@ def _held_out_scores(run: Path, number: int) -> list[float]:
     return [json.loads(line)["scores"][0] for line in path.read_text().splitlines()]
 
 
+def tuning_table(result: Any) -> str:
+    """Mean rate of every setting over the seeds of tuning, the best first."""
+    rows = [
+        [
+            {"offline_dpo": "offline DPO", "rounds": "three rounds"}[row["method"]],
+            f"{row['lr']:g}",
+            f"{row['sft_weight']:g}",
+            f"{row['samples']}, {row['pairs']}" if "samples" in row else "",
+            f"{row['mean']:.3f}",
+            f"{min(row['rates']):.3f} to {max(row['rates']):.3f}",
+        ]
+        for row in result["tuning"]["settings"]
+    ]
+    columns = ("method", "learning rate", "weight of SFT", "samples, pairs", "mean rate", "seeds")
+    return markdown.table(columns, rows)
+
+
 def demo_table(result: Any) -> str:
     """Rates of both methods and their difference, by seed."""
     rows = []
@@ -293,7 +367,7 @@ def demo_table(result: Any) -> str:
                 (model for model in seed["models"] if model["method"] == name),
                 key=lambda model: float(model["true_preference_rate"]),
             )
-            for name in SETTINGS
+            for name in METHODS
         }
         shown = [
             f"{model['true_preference_rate']:.3f} ({model['mean_utility']:.2f})"
