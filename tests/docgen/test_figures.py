@@ -143,6 +143,13 @@ def test_tables_agree_with_their_files(page: Path) -> None:
     assert tables.with_tables(text) == text, "run: python -m benchmarks.tables"
 
 
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_no_text_runs_into_a_table(page: Path) -> None:
+    """Markdown takes a line right after a table for one of its rows."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^\|.*\n(?!\||```)(.+)$", text, re.MULTILINE) == []
+
+
 def test_every_generated_table_is_on_a_page() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert set(re.findall(r"<!-- table: (\S+), from ", text)) == set(tables.TABLES)
