@@ -43,7 +43,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _STUDY_TEXT = re.compile(
     r"(<!-- not measured: the (setting|caption) of (\w+) -->\n\n)(?:[^\n<|!*].*\n)*\n?"
 )
-_TABLE = re.compile(r"(<!-- table: (\S+), from (\S+) -->\n\n)(?:\|.*\n)*")
+_TABLE = re.compile(r"(<!-- table: (\S+), from (\S+) -->\n\n)(?:\|.*\n)*\n?")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def with_tables(text: str) -> str:
 
     def new_table(match: re.Match[str]) -> str:
         marker, name, file = match.groups()
-        return f"{marker}{TABLES[name](json.loads((ROOT / file).read_text()))}\n"
+        return f"{marker}{TABLES[name](json.loads((ROOT / file).read_text()))}\n\n"
 
     def study_text(match: re.Match[str]) -> str:
         marker, part, name = match.groups()
@@ -64,7 +64,7 @@ def with_tables(text: str) -> str:
             f"{marker}{textwrap.fill(getattr(load(name), part), 100, break_on_hyphens=False)}\n\n"
         )
 
-    return _STUDY_TEXT.sub(study_text, _TABLE.sub(new_table, text))
+    return _STUDY_TEXT.sub(study_text, _TABLE.sub(new_table, text)).rstrip("\n") + "\n"
 
 
 def demo(result: Any) -> str:
@@ -265,6 +265,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "trl-first-step": trl_first_step.table,
     "reward-model": reward_model.table,
     "rounds-demo": rounds.demo_table,
+    "rounds-tuning": rounds.tuning_table,
     "rounds-model": rounds.model_table,
     "real-model-objectives": objectives_table,
     "real-model-trl": trl_table,

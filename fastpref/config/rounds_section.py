@@ -28,21 +28,29 @@ class RoundSampling(Section):
     engine: Literal["transformers", "server"] = Field(
         "transformers",
         description="`transformers` generates in this process, with the weights in memory; "
-        "`server` asks OpenAI-compatible servers, see [rounds](rounds.md).",
+        "`server` asks servers, see [rounds](rounds.md).",
     )
     servers: list[Name] = Field(
-        [], description="With `engine: server`: base addresses, such as `http://gpu-1:8000/v1`."
+        [],
+        description="With `engine: server`: addresses, such as `http://gpu-1:8000/v1`; with "
+        "`protocol: sglang` without `/v1`.",
+    )
+    protocol: Literal["openai", "sglang"] = Field(
+        "openai",
+        description="With `engine: server`: `openai` for vLLM, whose OpenAI interface returns "
+        "token ids; `sglang` for SGLang's own interface.",
     )
     model: Name | None = Field(
         None,
-        description="With `engine: server`: name under which the servers have the model. Default: "
-        "`model.path`.",
+        description="With `protocol: openai`: name under which the servers have the model. "
+        "Default: `model.path`.",
     )
     update_command: Name | None = Field(
         None,
-        description="With `engine: server`: shell command that gives a server the weights of a "
+        description="With `protocol: openai`: shell command that gives a server the weights of a "
         "round; `{folder}` and `{server}` are replaced. Default: with an adapter, the adapter is "
-        "loaded through `/load_lora_adapter`; full weights need a command.",
+        "loaded through `/load_lora_adapter`; full weights need a command. SGLang loads both "
+        "without one.",
     )
     api_key_env: Name | None = Field(
         None,
@@ -80,11 +88,28 @@ class RoundSampling(Section):
     def _servers_where_asked(self) -> RoundSampling:
         if self.engine == "server" and not self.servers:
             raise ValueError("servers: engine: server needs at least one; name their addresses")
-        for option in ("servers", "model", "update_command", "api_key_env", "timeout"):
-            is_set = getattr(self, option) != type(self).model_fields[option].default
-            if self.engine != "server" and is_set:
+        for option in ("servers", "protocol", "model", "update_command", "api_key_env", "timeout"):
+            if self.engine != "server" and self._is_set(option):
                 raise ValueError(f"{option}: is for engine: server; set that, or remove it")
         return self
+
+    @model_validator(mode="after")
+    def _options_of_the_protocol(self) -> RoundSampling:
+        if self.protocol != "sglang":
+            return self
+        for option in ("model", "update_command"):
+            if self._is_set(option):
+                raise ValueError(f"{option}: SGLang loads the weights of a round itself; remove it")
+        for server in self.servers:
+            if server.endswith("/v1"):
+                raise ValueError(
+                    f"servers: protocol: sglang asks the root of a server, got {server!r}; leave "
+                    "out /v1"
+                )
+        return self
+
+    def _is_set(self, option: str) -> bool:
+        return bool(getattr(self, option) != type(self).model_fields[option].default)
 
     @property
     def api_key(self) -> str | None:

@@ -13,6 +13,7 @@ from fastpref.data.messages import Messages
 from fastpref.data.tokenize import chunks
 from fastpref.evaluation.judge.answers import Question, prompt_text
 from fastpref.evaluation.judge.cache import open_cache
+from fastpref.evaluation.judge.endpoint import OptionNames, on_command_line
 from fastpref.evaluation.judge.pairs import Pair
 from fastpref.evaluation.judge.verdicts import Judge
 from fastpref.utils.atomic_files import sha256
@@ -40,10 +41,17 @@ class JudgeScorer:
 
     answers: file of the judge's answers, by content. Nothing in it is asked for again. Without one
         they last as long as the scorer.
+    names: what messages call the options `template` and `cache`.
     """
 
-    def __init__(self, judge: Judge, answers: Path | None, display: Display) -> None:
-        self._judge, self._display = judge, display
+    def __init__(
+        self,
+        judge: Judge,
+        answers: Path | None,
+        display: Display,
+        names: OptionNames = on_command_line,
+    ) -> None:
+        self._judge, self._display, self._names = judge, display, names
         if answers is None:
             # The folder is deleted with the scorer.
             self._folder = tempfile.TemporaryDirectory()
@@ -73,9 +81,9 @@ class JudgeScorer:
                 scores.append([TIE] * len(group.completions) if of_group is None else of_group)
             check()
         if without_verdict and unscored == len(groups):
-            name, answers = self._judge.name, self._answers
+            name, answers, option = self._judge.name, self._answers, self._names("template")
             raise UserError(
-                f"--template: no answer of {name} to {asked:,} pairs has a verdict "
+                f"{option}: no answer of {name} to {asked:,} pairs has a verdict "
                 f"({answers}); ask for one as the default template does"
             )
         if without_verdict:
@@ -87,7 +95,7 @@ class JudgeScorer:
 
     def _verdicts(self, pairs: list[Pair]) -> dict[tuple[int, str, str], float | None]:
         """Preference for the first of two texts, by the number of the prompt and the texts."""
-        with open_cache(self._answers) as cache:
+        with open_cache(self._answers, self._names("cache")) as cache:
             judged = self._judge.judge(pairs, cache, self._display)
         return {(one.pair.prompt_number, one.pair.a, one.pair.b): one.preference for one in judged}
 

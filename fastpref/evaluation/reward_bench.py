@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastpref.data.readers import DataError, read_rows
 from fastpref.evaluation.comparisons import JudgeScorer
+from fastpref.evaluation.judge.options import require_device
 from fastpref.evaluation.score import note_texts, responses_of, scored_rows
 from fastpref.evaluation.scorers import RewardModelScorer, Scorer, model_scorer
 from fastpref.model.reward_policy import HEAD
@@ -87,6 +88,7 @@ def run(
     """
     if out is not None and out.exists():
         raise UserError(f"--out: {out} is already there; choose another file")
+    require_device(device, dtype)
     scorer = model_scorer(model, display, device, dtype, text=text)
     result = {"model": model, "data": data, **evaluate(scorer, data, display)}
     display.console.print(table(result))

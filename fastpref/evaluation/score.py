@@ -16,6 +16,7 @@ from fastpref.data.prompt_parts import whole_prompt
 from fastpref.data.readers import DataError, Record, read_rows
 from fastpref.data.tokenize import chunks
 from fastpref.evaluation.comparisons import Group, JudgeScorer
+from fastpref.evaluation.judge.options import require_device
 from fastpref.evaluation.scorers import FunctionScorer, Scorer, model_scorer
 from fastpref.utils.atomic_files import replacing
 from fastpref.utils.errors import UserError
@@ -44,6 +45,7 @@ class Source:
         if self.function is not None:
             return FunctionScorer(self.function)
         assert self.model is not None
+        require_device(self.device, self.dtype)
         return model_scorer(
             self.model, display, self.device, self.dtype, self.batch_size, self.text
         )

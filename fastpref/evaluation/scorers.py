@@ -21,8 +21,6 @@ from fastpref.utils.atomic_files import sha256
 from fastpref.utils.errors import UserError, first_line, shown
 from fastpref.utils.progress import Display
 
-_OPTION = "--function"
-
 
 class Scorer(Protocol):
     """A function from prompts and completions, one of each per item, to their scores.
@@ -42,7 +40,7 @@ class RewardModelScorer:
     """Rewards of a sequence classifier with one label; see `RewardModel`.
 
     Conversations are scored as its chat template writes them. A text prompt is one message of the
-    user, or with `text` plain text.
+    user, or with `text` plain text. option: that names the model, for messages.
     """
 
     def __init__(
@@ -52,8 +50,9 @@ class RewardModelScorer:
         dtype: str | None = None,
         batch_size: int = 8,
         text: bool = False,
+        option: str = "MODEL",
     ) -> None:
-        self.model = RewardModel(path, device, dtype, text)
+        self.model = RewardModel(path, device, dtype, text, option)
         state = ("reward-model", self.model.fingerprint, self.model.dtype, str(text))
         self.fingerprint = sha256(*state)
         self._batch_size = batch_size
@@ -84,30 +83,33 @@ def model_scorer(
     batch_size: int = 8,
     text: bool = False,
     answers: Path | None = None,
+    option: str = "MODEL",
 ) -> RewardModelScorer | JudgeScorer:
     """Scorer of a reward model, or of a model that compares two answers, such as PairRM.
 
-    answers: file for the comparisons, as of `JudgeScorer`.
+    answers: file for the comparisons, as of `JudgeScorer`. option: that names the model, for
+        messages.
     """
-    if not compares_pairs(path):
-        return RewardModelScorer(path, device, dtype, batch_size, text)
+    if not compares_pairs(path, option):
+        return RewardModelScorer(path, device, dtype, batch_size, text, option)
     if text:
         raise UserError(f"--text: is not for {path}, which compares answers; leave it out")
-    judge = PairJudge(PairModel(path, device, dtype), batch_size, bradley_terry=True)
-    return JudgeScorer(judge, answers, display)
+    judge = PairJudge(PairModel(path, device, dtype, option), batch_size, bradley_terry=True)
+    return JudgeScorer(judge, answers, display, lambda name: option)
 
 
 class FunctionScorer:
     """A function `module:function` of the user, imported from the current folder or the path.
 
     It takes a list of prompts and a list of completions and returns a number for each.
+    option: that names the function, for messages.
 
     Raises UserError if there is no such function.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._function = _import(name)
+    def __init__(self, name: str, option: str = "--function") -> None:
+        self.name, self.option = name, option
+        self._function = _import(option, name)
         self.fingerprint = sha256("function", name, _source(self._function))
 
     def __call__(
@@ -117,32 +119,33 @@ class FunctionScorer:
             values = self._function(list(prompts), list(completions))
         except Exception as error:  # code of the user may raise anything
             raise UserError(
-                f"{_OPTION}: {self.name} raised {type(error).__name__}: {first_line(error)}; fix it"
+                f"{self.option}: {self.name} raised {type(error).__name__}: {first_line(error)}; "
+                "fix it"
             ) from error
         try:
             scores = [float(value) for value in values]
         except (TypeError, ValueError):
             raise UserError(
-                f"{_OPTION}: {self.name} must return a list of numbers, got {shown(values)}"
+                f"{self.option}: {self.name} must return a list of numbers, got {shown(values)}"
             ) from None
         if len(scores) != len(completions):
             raise UserError(
-                f"{_OPTION}: {self.name} returned {len(scores):,} scores for "
+                f"{self.option}: {self.name} returned {len(scores):,} scores for "
                 f"{len(completions):,} completions; return one for each"
             )
         for row, score in enumerate(scores, 1):
             if not math.isfinite(score):
                 raise UserError(
-                    f"{_OPTION}: {self.name} returned {score} for completion {row:,} of "
+                    f"{self.option}: {self.name} returned {score} for completion {row:,} of "
                     f"{len(scores):,}; return finite numbers"
                 )
         return scores
 
 
-def _import(name: str) -> Callable[..., Any]:
+def _import(option: str, name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise UserError(f"{_OPTION}: expected module:function, got {shown(name)}")
+        raise UserError(f"{option}: expected module:function, got {shown(name)}")
     # `fastpref` is an installed command, which does not search the current folder.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -152,11 +155,11 @@ def _import(name: str) -> Callable[..., Any]:
             target = getattr(target, part)
     except Exception as error:  # code of the user may raise anything
         raise UserError(
-            f"{_OPTION}: cannot import {name}: {first_line(error)}; name a function of a module "
+            f"{option}: cannot import {name}: {first_line(error)}; name a function of a module "
             "in this folder or on PYTHONPATH"
         ) from None
     if not callable(target):
-        raise UserError(f"{_OPTION}: {name} is no function, got {shown(target)}")
+        raise UserError(f"{option}: {name} is no function, got {shown(target)}")
     imported: Callable[..., Any] = target
     return imported
 

@@ -95,7 +95,7 @@ def _check_server(config: Config) -> None:
     sampling = config.rounds.sampling
     if sampling.engine != "server" or sampling.update_command is not None:
         return
-    if config.adapter is None:
+    if config.adapter is None and sampling.protocol == "openai":
         raise ConfigError(
             "rounds.sampling.update_command: servers cannot be given full weights without one; set "
             "a command with {folder}, or train an adapter"

@@ -9,6 +9,7 @@ from fastpref.config import Config
 from fastpref.rounds.checks import check
 from fastpref.rounds.learner import Learner
 from fastpref.rounds.pair_learner import PairLearner
+from fastpref.rounds.scorers import check_scorer
 from fastpref.rounds.scoring import Scorer
 from fastpref.rounds.sequence import Rounds
 from fastpref.rounds.session import Session
@@ -41,6 +42,10 @@ def run(
             base_weights.check(checkpoint, config)
         for leftovers in (folder / "rounds", *folder.glob("rounds/*")):
             clear_leftovers(leftovers)
+        if scorer is None:
+            assert config.rounds is not None
+            # The policy may take minutes to load.
+            check_scorer(config.rounds.scorer, display)
         with signals.collecting(received) as signums:
             session = Session(config, display, folder if checkpoint is not None else None)
             rounds = Rounds(session, checkpoint, signums, scorer)

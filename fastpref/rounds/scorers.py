@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fastpref.config import ConfigError, RoundJudge, RoundScorer, Training
-from fastpref.rounds.scoring import Comparer, Group, Scorer
-from fastpref.utils.errors import UserError
+from fastpref.config import RoundJudge, RoundScorer, Training
+from fastpref.rounds.scoring import Comparer, Scorer
+from fastpref.utils.model_sources import check_source
 from fastpref.utils.progress import Display
 
+if TYPE_CHECKING:
+    from fastpref.evaluation.judge.chat_judge import ChatJudge
+
 ANSWERS = "answers.jsonl"  # of a judge or a model that compares, beside the folders of the rounds
+_FUNCTION, _REWARD_MODEL = "rounds.scorer.function", "rounds.scorer.reward_model"
 _OF_JUDGE = (
     *("endpoint", "model", "api_key_env", "template", "temperature", "max_tokens", "seed", "body"),
     *("workers", "timeout", "retries"),
 )
-# Options of the command line in messages, and the fields that stand for them here.
-_FIELDS = {
-    "--function": "rounds.scorer.function",
-    "--reward-model": "rounds.scorer.reward_model",
-    **{f"--{name.replace('_', '-')}": f"rounds.scorer.judge.{name}" for name in _OF_JUDGE},
-    "--cache": "rounds.scorer.judge",
-}
+_TEST = "This is a test of the connection. Answer with one word: ready."
 
 
 def make_scorer(options: RoundScorer, training: Training, display: Display) -> Scorer | Comparer:
@@ -36,61 +32,42 @@ def make_scorer(options: RoundScorer, training: Training, display: Display) -> S
     from fastpref.evaluation.scorers import FunctionScorer, model_scorer
 
     answers = Path(training.output_dir) / "rounds" / ANSWERS
-    with _naming_fields():
-        if options.judge is not None:
-            judge = _chat_options(options.judge).build()
-            return _ComparerOfConfig(JudgeScorer(judge, answers, display))
-        if options.function is not None:
-            return _ScorerOfConfig(FunctionScorer(options.function))
-        assert options.reward_model is not None
-        scorer = model_scorer(options.reward_model, display, training.device, answers=answers)
-        if isinstance(scorer, JudgeScorer):
-            return _ComparerOfConfig(scorer)
-        return _ScorerOfConfig(scorer)
+    if options.judge is not None:
+        return JudgeScorer(_chat_judge(options.judge), answers, display, _judge_field)
+    if options.function is not None:
+        return FunctionScorer(options.function, _FUNCTION)
+    assert options.reward_model is not None
+    return model_scorer(
+        options.reward_model, display, training.device, answers=answers, option=_REWARD_MODEL
+    )
 
 
-def _chat_options(judge: RoundJudge) -> Any:
-    """Options of the judge as the command line has them."""
+def check_scorer(options: RoundScorer, display: Display) -> None:
+    """Raise UserError for a scorer that cannot work, as far as that is cheap to know.
+
+    A judge is asked one short question, with the options of its real ones and as many tries. A
+    function is imported. Of a reward model only the place is checked.
+    """
+    from fastpref.evaluation.scorers import FunctionScorer
+
+    if options.judge is not None:
+        endpoint = _chat_judge(options.judge).endpoint
+        endpoint.ask(_TEST, "a test", note=lambda why: display.note(f"judge: {why}; trying again"))
+    elif options.function is not None:
+        FunctionScorer(options.function, _FUNCTION)
+    else:
+        check_source(_REWARD_MODEL, str(options.reward_model))
+
+
+def _chat_judge(judge: RoundJudge) -> ChatJudge:
     from fastpref.evaluation.judge.options import ChatOptions
 
     values = {name: getattr(judge, name) for name in _OF_JUDGE}
     values["template"] = None if judge.template is None else Path(judge.template)
     values["body"] = tuple(f"{name}={json.dumps(value)}" for name, value in judge.body.items())
-    return ChatOptions(**values)
+    return ChatOptions(**values, names=_judge_field).build()
 
 
-class _OfConfig:
-    """Scorer or comparer whose errors name fields of the config."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    @property
-    def fingerprint(self) -> str:
-        text: str = self._inner.fingerprint
-        return text
-
-
-class _ComparerOfConfig(_OfConfig):
-    def compare(self, groups: Sequence[Group], check: Callable[[], None]) -> list[list[float]]:
-        with _naming_fields():
-            scores: list[list[float]] = self._inner.compare(groups, check)
-            return scores
-
-
-class _ScorerOfConfig(_OfConfig):
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        with _naming_fields():
-            scores: list[float] = self._inner(prompts, completions)
-            return scores
-
-
-@contextmanager
-def _naming_fields() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for option, field in _FIELDS.items():
-            text = text.replace(option, field)
-        raise ConfigError(text) from None
+def _judge_field(option: str) -> str:
+    """Field of the config for an option of `fastpref judge`; the file of answers has none."""
+    return "rounds.scorer.judge" if option == "cache" else f"rounds.scorer.judge.{option}"

@@ -207,9 +207,11 @@ class Rounds:
     def _engine(self, weights: int) -> Engine:
         session, options = self.session, self.session.rounds.sampling
         if self._served is not None:
-            self._served.update(self._weights(weights))
-            model, give = self._served.model, self._served.give
-            return ServerEngine(options, model, session.ends, give, self.display.note)
+            served = self._served
+            served.update(self._weights(weights))
+            return ServerEngine(
+                options, served.protocol, served.weights, served.give, self.display.note
+            )
         sampling = Sampling(
             temperature=options.temperature,
             top_p=options.top_p,

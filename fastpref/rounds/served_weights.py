@@ -1,21 +1,28 @@
-"""Give the weights of a round to servers: as an adapter, or as a folder by a command."""
+"""Give the weights of a round to servers, by their protocol or by a command of the user."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
 import subprocess
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from fastpref.config import RoundSampling
-from fastpref.evaluation.judge.endpoint import Failure, Refusal, post
+from fastpref.evaluation.judge.endpoint import Failure, Refusal
 from fastpref.model.export import export
+from fastpref.rounds.openai_protocol import OpenAIProtocol
+from fastpref.rounds.protocol import PREFIX, ServerProtocol, Weights
 from fastpref.rounds.session import Session
+from fastpref.rounds.sglang_protocol import SGLangProtocol
 from fastpref.utils.atomic_files import remove, replacing
 from fastpref.utils.errors import UserError
 
-_NAME = "fastpref-"  # begins the names of adapters at the servers
-_LOADED = "already been loaded"  # what vLLM answers to a name that it has
+_PROTOCOLS: dict[str, Callable[[RoundSampling, AbstractSet[int]], ServerProtocol]] = {
+    "openai": OpenAIProtocol,
+    "sglang": SGLangProtocol,
+}
 
 
 class ServedWeights:
@@ -24,18 +31,24 @@ class ServedWeights:
     def __init__(self, session: Session) -> None:
         self._session, self._config = session, session.config
         self._options: RoundSampling = session.rounds.sampling
-        self._folder: Path | None = None
-        self._name = ""
+        self.protocol = _PROTOCOLS[self._options.protocol](self._options, session.ends)
+        self._weights: Weights | None = None
 
     @property
-    def model(self) -> str:
-        """Name of the weights at the servers."""
-        return self._name
+    def weights(self) -> Weights:
+        """Weights of the last update."""
+        assert self._weights is not None
+        return self._weights
 
     def update(self, key: str) -> None:
-        """Write the policy as it is to a folder named by its key, and give it to all servers."""
-        folder = self._session.folder / "rounds" / f"weights-{key[:16]}"
-        if folder == self._folder:
+        """Write the policy as it is to a folder named by its key, and give it to all servers.
+
+        A server that fails gets it later, when it says that it has lost the weights. Of a process's
+        first update a failure is an error: the address may be wrong.
+        """
+        folder = (self._session.folder / "rounds" / f"weights-{key[:16]}").absolute()
+        previous = self._weights
+        if previous is not None and folder == previous.folder:
             return
         for stale in folder.parent.glob("weights-*"):
             if stale != folder:
@@ -43,36 +56,37 @@ class ServedWeights:
         if not folder.exists():
             with replacing(folder) as temporary:
                 export(self._session.policy, self._session.tokenizer, temporary, self._is_merged)
-        previous, self._folder = self._name, folder.absolute()
-        self._name = self._options.model or str(self._config.model.path)
-        if self._options.update_command is None:
-            self._name = f"{_NAME}{key[:16]}"
+        name = f"{PREFIX}{key[:16]}"
+        if self._options.update_command is not None:
+            name = self._options.model or str(self._config.model.path)
+        self._weights = Weights(name, folder, not self._is_merged)
         for server in self._options.servers:
-            self.give(server)
-            if previous.startswith(_NAME):
+            try:
+                self.give(server)
+            except Failure as failure:
+                if previous is None:
+                    raise UserError(
+                        f"rounds.sampling.servers: {server} does not take the weights ({failure}); "
+                        "start it, or name another"
+                    ) from None
+                self._session.display.note(f"{server}: {failure}; it gets the weights later")
+            else:
                 self._unload(server, previous)
 
     def give(self, server: str) -> None:
-        """Give the weights to one server; raises UserError if it does not take them."""
-        assert self._folder is not None
+        """Give the weights to one server.
+
+        Raises Failure where another try may succeed, and UserError if it does not take them.
+        """
         if self._options.update_command is not None:
-            _run(self._options.update_command, self._folder, server)
-            return
-        body = {"lora_name": self._name, "lora_path": str(self._folder)}
-        try:
-            post(f"{server}/load_lora_adapter", body, self._options.api_key, self._options.timeout)
-        except (Failure, Refusal) as error:
-            if _LOADED not in str(error):
-                raise UserError(
-                    f"rounds.sampling.servers: {server} does not load the adapter ({error}); start "
-                    "it with LoRA and runtime updates allowed, or set rounds.sampling."
-                    "update_command"
-                ) from None
+            _run(self._options.update_command, self.weights.folder, server)
+        else:
+            self.protocol.load(server, self.weights)
 
     def close(self) -> None:
         """Delete the folder, which is exported again where it is needed."""
-        if self._folder is not None:
-            remove(self._folder)
+        if self._weights is not None:
+            remove(self._weights.folder)
 
     @property
     def _is_merged(self) -> bool:
@@ -80,15 +94,11 @@ class ServedWeights:
         adapter = self._config.adapter
         return adapter is None or (self._options.update_command is not None and adapter.merge)
 
-    def _unload(self, server: str, name: str) -> None:
-        """Free the place of an adapter; it does no harm where it stays."""
-        with contextlib.suppress(Failure, Refusal):
-            post(
-                f"{server}/unload_lora_adapter",
-                {"lora_name": name},
-                self._options.api_key,
-                self._options.timeout,
-            )
+    def _unload(self, server: str, previous: Weights | None) -> None:
+        """Free the place of the weights before; it does no harm where they stay."""
+        if previous is not None and self._options.update_command is None:
+            with contextlib.suppress(Failure, Refusal):
+                self.protocol.unload(server, previous)
 
 
 def _run(command: str, folder: Path, server: str) -> None:

@@ -1,13 +1,12 @@
-"""Samples from OpenAI-compatible servers, which get and return token ids.
+"""Samples from servers, which get and return token ids.
 
-Requests go to `/completions` of the server with the fewest open ones. A failure that may pass, and
-a wait that is too long, send the request to another server; the server that failed rests, twice as
-long each time. A sample is known by its place, so an answer that comes twice counts once.
+Requests go to the server with the fewest open ones. A failure that may pass, and a wait that is too
+long, send the request to another server; the server that failed rests, twice as long each time. A
+sample is known by its place, so an answer that comes twice counts once.
 """
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
@@ -17,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastpref.config import RoundSampling
-from fastpref.evaluation.judge.endpoint import Failure, Refusal, post
-from fastpref.rounds.sampling import Drawn, Place, Request, drawn
+from fastpref.evaluation.judge.endpoint import Failure, Refusal
+from fastpref.rounds.protocol import Lost, ServerProtocol, Weights
+from fastpref.rounds.sampling import Drawn, Place, Request
 from fastpref.utils.errors import UserError
 
 FIRST_REST, LONGEST_REST = 1.0, 60.0  # seconds
@@ -35,12 +35,22 @@ class Server:
     open: int = 0
     failures: int = 0  # in a row
     rests_until: float = 0.0  # by `time.monotonic`
+    given: int = 0  # times that it got the weights of the round again
+    giving: threading.Lock = field(default_factory=threading.Lock)
 
-    def failed(self, wait: float) -> None:
-        """Let the server rest, at least as long as it asks for."""
-        pause = min(LONGEST_REST, FIRST_REST * 2**self.failures)
-        self.failures += 1
-        self.rests_until = time.monotonic() + max(pause, wait)
+    def failed(self, wait: float) -> bool:
+        """Let the server rest, at least as long as it asks for.
+
+        Returns whether this is its first failure after a success. Requests that are open together
+        fail together, which counts once.
+        """
+        now = time.monotonic()
+        is_new = self.rests_until <= now
+        if is_new:
+            self.rests_until = now + min(LONGEST_REST, FIRST_REST * 2**self.failures)
+            self.failures += 1
+        self.rests_until = max(self.rests_until, now + wait)
+        return is_new and self.failures == 1
 
 
 @dataclass
@@ -54,18 +64,18 @@ class Task:
 class ServerEngine:
     """Completions from servers that have the weights of the round.
 
-    model: name of these weights at the servers. give: gives them to one server that has lost them.
+    give: gives them to one server that has lost them.
     """
 
     def __init__(
         self,
         options: RoundSampling,
-        model: str,
-        ends: AbstractSet[int],
+        protocol: ServerProtocol,
+        weights: Weights,
         give: Callable[[str], None],
         note: Callable[[str], object],
     ) -> None:
-        self._options, self._model, self._ends = options, model, ends
+        self._options, self._protocol, self._weights = options, protocol, weights
         self._give, self._note = give, note
         self._servers = [Server(url) for url in options.servers]
         self._lock = threading.Lock()
@@ -120,21 +130,18 @@ class ServerEngine:
         server = self._take()
         if server is None:
             return None
-        wait = 0.0
+        wait, given = 0.0, server.given
         try:
-            answer = self._ask(server, task.request)
+            answer = self._protocol.complete(server.url, self._weights, task.request)
         except Failure as failure:
             reason, wait = str(failure), failure.wait
+        except Lost as lost:
+            reason, wait = self._give_again(server, given, str(lost))
         except Refusal as refusal:
-            if refusal.code != 404:
-                raise UserError(
-                    f"rounds.sampling.servers: {server.url} refused a request ({refusal}); fix "
-                    "rounds.sampling, or the options of the server"
-                ) from None
-            # A server that was started again has lost the weights.
-            reason = str(refusal)
-            with self._lock:
-                self._give(server.url)
+            raise UserError(
+                f"rounds.sampling.servers: {server.url} refused a request ({refusal}); fix "
+                "rounds.sampling, or the options of the server"
+            ) from None
         else:
             with self._lock:
                 server.open -= 1
@@ -142,16 +149,31 @@ class ServerEngine:
             return answer
         with self._lock:
             server.open -= 1
-            server.failed(wait)
+            is_first = server.failed(wait)
         task.failures.append(f"{server.url}: {reason}")
         if len(task.failures) > RETRIES:
             raise UserError(
                 f"rounds.sampling.servers: a request failed {len(task.failures)} times "
                 f"({task.failures[-1]}); {_RETRY}"
             )
-        if server.failures == 1:
+        if is_first:
             self._note(f"{task.failures[-1]}; its requests are sent again")
         return None
+
+    def _give_again(self, server: Server, given: int, reason: str) -> tuple[str, float]:
+        """Give the weights to a server that has lost them, unless another request just did.
+
+        given: number of times that it had got them again when the request was sent. Returns the
+        reason of the failure, and how long the server asks to wait.
+        """
+        with server.giving:
+            if server.given == given and not self._stop.is_set():
+                try:
+                    self._give(server.url)
+                except Failure as failure:
+                    return f"{reason}; it does not take them: {failure}", failure.wait
+                server.given += 1
+        return reason, 0.0
 
     def _take(self) -> Server | None:
         """The server with the fewest open requests that does not rest; None at the end."""
@@ -166,47 +188,6 @@ class ServerEngine:
                 pause = min(server.rests_until for server in self._servers) - now
             self._stop.wait(min(max(pause, 0.0), _POLL))
         return None
-
-    def _ask(self, server: Server, request: Request) -> Drawn:
-        options = self._options
-        body = {
-            "model": self._model,
-            "prompt": request.prompt,
-            "n": 1,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "max_tokens": options.max_new_tokens,
-            "seed": request.seed,
-            "stop_token_ids": sorted(self._ends),
-            "return_token_ids": True,
-        }
-        data = post(f"{server.url}/completions", body, options.api_key, options.timeout)
-        return self._read(server, request, data)
-
-    def _read(self, server: Server, request: Request, data: bytes) -> Drawn:
-        """Completion of an answer; raises Failure for a broken one."""
-        try:
-            choice: Any = json.loads(data)["choices"][0]
-            reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise Failure("the body is not a completion") from None
-        tokens = choice.get("token_ids")
-        is_list = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-        if not is_list:
-            raise UserError(
-                f"rounds.sampling.servers: {server.url} returns no token_ids, and its text would "
-                "be other tokens; use a server that knows return_token_ids, such as vLLM"
-            )
-        one = drawn(request.place, tokens, self._ends)
-        if not one.finished and reason == "stop":
-            # Some servers leave out the token that ended the completion.
-            end = stop if stop in self._ends else min(self._ends, default=None)
-            if end is None:
-                raise Failure("a completion ended without an end token")
-            one = Drawn(request.place, [*one.tokens, end], finished=True)
-        if not one.tokens or len(one.tokens) > self._options.max_new_tokens + 1:
-            raise Failure(f"a completion has {len(one.tokens):,} tokens")
-        return one
 
 
 def _arrived(answers: queue.Queue[Any]) -> list[Any]:

@@ -15,10 +15,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from fastpref.data.readers import DataError
 from fastpref.evaluation import reward_bench, score
-from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer
+from fastpref.evaluation.comparisons import Group, JudgeScorer
+from fastpref.evaluation.scorers import FunctionScorer, RewardModelScorer, model_scorer
 from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 from tests.helpers.data import write_jsonl
+from tests.helpers.pair_models import write_pair_model
 from tests.helpers.reward_models import random_reward_model
 
 Command = Callable[..., CompletedProcess[str]]
@@ -177,6 +179,64 @@ def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
     assert not reward_bench.is_classifier(str(tmp_path))
     with pytest.raises(UserError, match="is an adapter without a trained head"):
         RewardModelScorer(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere",), "MODEL: cannot load nowhere: "),
+        (("llama",), "MODEL: llama has 2 labels; use a classifier with one"),
+        (("llama", None, 8, "tpu"), "--device: expected auto, cpu or cuda, got 'tpu'"),
+        (("llama", None, 8, "cpu", "fp8"), "--dtype: expected bfloat16 or float32 or float64, go"),
+        ((None, "nowhere:f"), "--function: cannot import nowhere:f: "),
+    ],
+)
+def test_messages_of_score_name_its_arguments(
+    arguments: tuple[Any, ...], says: str, tiny_llama: str, display: Display,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(Path(tiny_llama).parent)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = [Path(tiny_llama).name if each == "llama" else each for each in arguments]
+    with pytest.raises(UserError) as caught:
+        score.Source(*given).build(display)
+    assert str(caught.value).startswith(says.replace("llama", Path(tiny_llama).name))
+
+
+def test_messages_of_eval_name_its_arguments(
+    source: str, tiny_llama: str, display: Display
+) -> None:
+    for device, dtype, says in (("tpu", None, "--device: exp"), ("cpu", "fp8", "--dtype: exp")):
+        with pytest.raises(UserError, match=f"^{says}"):
+            reward_bench.run(source, "d.jsonl", None, display, device=device, dtype=dtype)
+    with pytest.raises(UserError, match=r"^MODEL: .* has 2 labels; use a classifier with one"):
+        reward_bench.run(tiny_llama, "d.jsonl", None, display, device="cpu")
+
+
+def test_a_caller_has_a_name_of_its_own_for_a_scorer(
+    rules: Path, source: str, display: Display, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    field = "rounds.scorer.reward_model"
+    with pytest.raises(UserError, match=f"^{field}: cannot load nowhere: "):
+        model_scorer("nowhere", display, option=field)
+    scorer = model_scorer(source, display, "cpu", option=field)
+    assert isinstance(scorer, RewardModelScorer)
+    with torch.no_grad():
+        scorer.model.model.score.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=f"^{field}: .* gives rewards that are not finite; fix it"):
+        scorer(["a"], ["b"])
+    ranker = write_pair_model(rules / "ranker", tokenizer, ranker_type="pairranker")
+    with pytest.raises(UserError, match=f"^{field}: .* is a ranker in llm-blender's own layout"):
+        model_scorer(ranker, display, option=field)
+    answers = rules / "answers.jsonl"
+    answers.write_text("text\n")
+    compares = write_pair_model(rules / "compares", tokenizer)
+    pair_scorer = model_scorer(compares, display, "cpu", answers=answers, option=field)
+    assert isinstance(pair_scorer, JudgeScorer)
+    with pytest.raises(UserError, match=rf"^{field}: .*answers\.jsonl, line 1: not an answer of a"):
+        pair_scorer.compare([Group("a", ["b", "c"])], lambda: None)
+    with pytest.raises(UserError, match=r"^rounds\.scorer\.function: rules:broken raised KeyError"):
+        FunctionScorer("rules:broken", "rounds.scorer.function")(["a"], ["b"])
 
 
 def test_sections_weigh_as_those_of_reward_bench(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
-from typing import Any
+from typing import Any, Protocol
 
 from tests.helpers.local_server import listening
 
@@ -27,7 +27,7 @@ class CompletionServer:
         self.requests: list[dict[str, Any]] = []
         self.loaded: list[tuple[str, str]] = []  # names and folders of adapters
         self.unloaded: list[str] = []
-        self.answered = 0
+        self.refuses = ""  # words with which adapters are refused
         self.url = ""
 
     def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any, str]:
@@ -36,6 +36,8 @@ class CompletionServer:
             if path.endswith("/unload_lora_adapter"):
                 self.unloaded.append(body["lora_name"])
                 return 200, "ok", "answer"
+            if path.endswith("/load_lora_adapter") and self.refuses:
+                return 400, {"message": self.refuses}, "answer"
             if path.endswith("/load_lora_adapter"):
                 self.loaded.append((body["lora_name"], body["lora_path"]))
                 return 200, "ok", "answer"
@@ -53,12 +55,18 @@ class CompletionServer:
         return 200, {"choices": choices}, behavior
 
 
+class Log(Protocol):
+    """A server's side of the protocol."""
+
+    url: str
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any, str]:
+        """Status, JSON and behavior for a request."""
+
+
 @contextmanager
-def serving(
-    complete: Complete, behavior: Behavior = lambda number: "answer"
-) -> Iterator[CompletionServer]:
-    """Context manager of a server on a free port of this machine."""
-    log = CompletionServer(complete, behavior)
+def listening_for(log: Log) -> Iterator[str]:
+    """Context manager of a free port of this machine, at which a log responds."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -81,10 +89,17 @@ def serving(
                 self.wfile.write(encoded)
             except OSError:  # the client has given up
                 return
-            if "completions" in self.path and status == 200:
-                with log.lock:
-                    log.answered += 1
 
     with listening(Handler) as address:
+        yield address
+
+
+@contextmanager
+def serving(
+    complete: Complete, behavior: Behavior = lambda number: "answer"
+) -> Iterator[CompletionServer]:
+    """Context manager of a server on a free port of this machine."""
+    log = CompletionServer(complete, behavior)
+    with listening_for(log) as address:
         log.url = f"{address}/v1"
         yield log

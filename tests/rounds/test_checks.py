@@ -22,6 +22,7 @@ from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 
 SERVER = {"engine": "server", "servers": ["http://localhost:8000/v1"]}
+SGLANG = {"engine": "server", "servers": ["http://localhost:30000"], "protocol": "sglang"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "rounds: is missing; fastpref rounds needs a section such as rounds: {count: 3, scorer: "
@@ -49,6 +50,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "rounds.sampling.timeout: is for engine: server; set that, or remove it",
         {"rounds": {"sampling": {"timeout": 5}}},
+    ),
+    (
+        "rounds.sampling.servers: protocol: sglang asks the root of a server, got "
+        "'http://localhost:8000/v1'; leave out /v1",
+        {"rounds": {"sampling": {**SERVER, "protocol": "sglang"}}},
+    ),
+    (
+        "rounds.sampling.update_command: SGLang loads the weights of a round itself; remove it",
+        {"rounds": {"sampling": {**SGLANG, "update_command": "cp {folder}"}}},
+    ),
+    (
+        "rounds.sampling.model: SGLang loads the weights of a round itself; remove it",
+        {"rounds": {"sampling": {**SGLANG, "model": "m"}}},
     ),
     (
         "rounds.sampling.update_command: servers cannot be given full weights without one; set a "
@@ -226,9 +240,9 @@ def test_an_update_command_that_fails(tmp_path: Path) -> None:
 
 def test_a_scorer_that_cannot_be_made_names_the_field() -> None:
     training, display = configs.Training(), Display(Console(quiet=True))
-    with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: cannot import no:such"):
+    with pytest.raises(UserError, match=r"^rounds\.scorer\.function: cannot import no:such"):
         make_scorer(configs.RoundScorer(function="no:such"), training, display)
     scorer = make_scorer(configs.RoundScorer(function="builtins:zip"), training, display)
     assert callable(scorer)
-    with pytest.raises(ConfigError, match=r"^rounds\.scorer\.function: "):
+    with pytest.raises(UserError, match=r"^rounds\.scorer\.function: "):
         scorer(["p"], ["c"])

@@ -16,6 +16,7 @@ from fastpref import metrics
 from fastpref.rounds import artifacts, sequence
 from fastpref.training import trainer
 from fastpref.utils.errors import UserError
+from tests.helpers import sglang_server
 from tests.helpers.completion_server import serving
 from tests.helpers.round_runs import Letters, config_of, play
 
@@ -136,6 +137,27 @@ def test_servers_get_the_adapter_of_each_round(tiny_llama: str, tmp_path: Path) 
     asked = {tuple(body["prompt"]): body for body in requests}
     for row in map(json.loads, samples):
         assert tuple(row["prompt_tokens"]) in asked
+
+
+def test_sglang_gets_the_full_weights_of_each_round(tiny_llama: str, tmp_path: Path) -> None:
+    def complete(prompt: list[int], seed: int) -> list[int]:
+        draw = random.Random(f"{prompt} {seed}")
+        return [draw.randrange(10, 300) for _ in range(5)]
+
+    with sglang_server.serving(complete) as one:
+        rounds = config_of(tiny_llama, tmp_path).rounds
+        assert rounds is not None
+        values = rounds.model_dump(mode="json", exclude_unset=True)
+        values["sampling"] |= {"engine": "server", "protocol": "sglang", "servers": [one.url]}
+        play(config_of(tiny_llama, tmp_path, rounds=values))
+    assert len(one.requests) == 2 * 6 * 3 and "lora_path" not in one.requests[0]
+    assert len({name for name, _ in one.updates}) == len(one.updates) == 2
+    assert all({"config.json", "model.safetensors"} <= set(files) for _, files in one.updates)
+    rows = next((tmp_path / "run/rounds/0002").glob("samples-*")).read_text().splitlines()
+    for row in map(json.loads, rows):
+        asked = [each for each in one.requests if each["input_ids"] == row["prompt_tokens"]]
+        drawn = [complete(r["input_ids"], r["sampling_params"]["sampling_seed"]) for r in asked]
+        assert all(tokens in drawn for tokens in row["tokens"])
 
 
 def test_a_scorer_without_preferences_ends_the_run(tiny_llama: str, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastpref.config import RoundSampling
-from fastpref.rounds import server
+from fastpref.rounds import openai_protocol, server
+from fastpref.rounds.openai_protocol import OpenAIProtocol
+from fastpref.rounds.protocol import Weights
 from fastpref.rounds.sampling import Drawn, Request
-from fastpref.rounds.served_weights import ServedWeights
 from fastpref.utils.errors import UserError
 from tests.helpers.completion_server import serving
 
@@ -24,6 +27,7 @@ def complete(prompt: list[int], seed: int) -> list[int]:
     return [*tokens, END] if seed % 3 else tokens
 
 
+WEIGHTS = Weights("weights", Path("folder"), is_adapter=True)
 REQUESTS = [Request((k // 3, k % 3), [7, k // 3 + 3], 100 + k) for k in range(15)]
 
 
@@ -33,14 +37,22 @@ def options(*urls: str, timeout: float = 5.0) -> RoundSampling:
     )
 
 
+def engine_of(
+    *urls: str,
+    timeout: float = 5.0,
+    give: Callable[[str], None] = print,
+    note: Callable[[str], object] = print,
+) -> server.ServerEngine:
+    sampling = options(*urls, timeout=timeout)
+    return server.ServerEngine(sampling, OpenAIProtocol(sampling, {END}), WEIGHTS, give, note)
+
+
 def drawn_from(
     *urls: str, timeout: float = 5.0, give: list[str] | None = None, notes: list[str] | None = None
 ) -> list[Drawn]:
     given = [] if give is None else give
     told = [] if notes is None else notes
-    engine = server.ServerEngine(
-        options(*urls, timeout=timeout), "weights", {END}, given.append, told.append
-    )
+    engine = engine_of(*urls, timeout=timeout, give=given.append, note=told.append)
     return [one for shard in engine.draw(REQUESTS, set()) for one in shard]
 
 
@@ -88,7 +100,7 @@ def test_a_server_that_was_started_again_gets_the_weights_again(
 def test_samples_that_are_complete_are_not_asked_for() -> None:
     with serving(complete) as one:
         one.loaded.append(("weights", "folder"))
-        engine = server.ServerEngine(options(one.url), "weights", {END}, print, print)
+        engine = engine_of(one.url)
         complete_places = {r.place for r in REQUESTS[:14]}
         drawn = [part for shard in engine.draw(REQUESTS, complete_places) for part in shard]
     assert [part.place for part in drawn] == [REQUESTS[14].place]
@@ -118,34 +130,42 @@ def test_an_answer_without_token_ids_is_refused() -> None:
             drawn_from(one.url)
 
 
-def test_the_token_that_ended_a_completion_is_added_where_the_server_leaves_it_out() -> None:
-    engine = server.ServerEngine(options("http://localhost:1/v1"), "weights", {END}, print, print)
-    body = b'{"choices": [{"token_ids": [5, 6], "finish_reason": "stop", "stop_reason": null}]}'
-    one = engine._read(server.Server("x"), REQUESTS[0], body)
-    assert one == Drawn((0, 0), [5, 6, END], True)
-
-
-def test_a_server_that_loads_no_adapters(tmp_path: Path) -> None:
-    weights = ServedWeights.__new__(ServedWeights)
-    weights._options, weights._name = options("http://127.0.0.1:9/v1"), "fastpref-1"
-    weights._folder = tmp_path
-    with pytest.raises(UserError) as caught:
-        weights.give("http://127.0.0.1:9/v1")
-    assert str(caught.value).startswith(
-        "rounds.sampling.servers: http://127.0.0.1:9/v1 does not load the adapter ("
-    )
-
-
 def test_a_request_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal = server.Refusal(400, "too long")
+    refusal = openai_protocol.Refusal(400, "too long")
 
     def refuse(*arguments: object) -> bytes:
         raise refusal
 
-    monkeypatch.setattr(server, "post", refuse)
+    monkeypatch.setattr(openai_protocol, "post", refuse)
     with pytest.raises(UserError) as caught:
         drawn_from("http://a/v1")
     assert str(caught.value) == (
         "rounds.sampling.servers: http://a/v1 refused a request (HTTP 400: too long); fix "
         "rounds.sampling, or the options of the server"
     )
+
+
+def test_requests_that_fail_together_are_one_failure() -> None:
+    one = server.Server("x")
+    assert [one.failed(0.0) for _ in range(16)] == [True] + [False] * 15
+    assert one.failures == 1 and one.rests_until < time.monotonic() + 1.1
+    one.failed(30.0)  # what the server asks for counts always
+    assert one.rests_until > time.monotonic() + 29
+
+
+def test_one_request_gives_the_weights_for_all_that_missed_them() -> None:
+    given: list[str] = []
+    engine, one = engine_of("http://a/v1", give=given.append), server.Server("http://a/v1")
+    assert [engine._give_again(one, 0, "lost") for _ in range(4)] == [("lost", 0.0)] * 4
+    assert given == ["http://a/v1"]
+    engine._give_again(one, 1, "lost")
+    assert len(given) == 2
+
+
+def test_weights_that_a_server_does_not_take_are_a_failure_of_it() -> None:
+    def fails(url: str) -> None:
+        raise openai_protocol.Failure("no answer", 3.0)
+
+    engine, one = engine_of("http://a/v1", give=fails), server.Server("http://a/v1")
+    reason = "lost; it does not take them: no answer"
+    assert engine._give_again(one, 0, "lost") == (reason, 3.0) and one.given == 0

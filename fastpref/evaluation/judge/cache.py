@@ -40,13 +40,13 @@ class Cache:
 
 
 @contextmanager
-def open_cache(path: Path) -> Iterator[Cache]:
-    """Open a cache file, and create it if needed.
+def open_cache(path: Path, option: str = "--cache") -> Iterator[Cache]:
+    """Open a cache file, and create it if needed. option: that names the file, for messages.
 
     Raises UserError if another process holds the file, or if it is not a cache.
     """
     if path.is_dir():
-        raise UserError(f"--cache: {path} is a folder; name a file")
+        raise UserError(f"{option}: {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -54,18 +54,18 @@ def open_cache(path: Path) -> Iterator[Cache]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--cache: {path} is in use by another process; wait for it, or name another file"
+                f"{option}: {path} is in use by another process; wait for it, or name another file"
             ) from None
         except OSError as error:  # a file system without locks
             raise UserError(
-                f"--cache: {path} cannot be locked ({error.strerror}); name a file on a local disk"
+                f"{option}: {path} cannot be locked ({error.strerror}); name a file on a local disk"
             ) from None
-        yield Cache(path, descriptor, _records(path, descriptor))
+        yield Cache(path, descriptor, _records(option, path, descriptor))
     finally:
         os.close(descriptor)
 
 
-def _records(path: Path, descriptor: int) -> dict[str, dict[str, Any]]:
+def _records(option: str, path: Path, descriptor: int) -> dict[str, dict[str, Any]]:
     *lines, rest = path.read_bytes().split(b"\n")
     records: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
@@ -74,12 +74,12 @@ def _records(path: Path, descriptor: int) -> dict[str, dict[str, Any]]:
             records[record.pop("key")] = record
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(
-                f"--cache: {path}, line {number}: not an answer of a judge; remove the line, or "
+                f"{option}: {path}, line {number}: not an answer of a judge; remove the line, or "
                 "name another file"
             ) from None
     if rest:
         # A file of something else must not lose its last line.
         if rest[: len(_START)] != _START[: len(rest)]:
-            raise UserError(f"--cache: {path} is not a cache of judge; name another file")
+            raise UserError(f"{option}: {path} is not a cache of judge; name another file")
         os.ftruncate(descriptor, sum(len(line) + 1 for line in lines))
     return records

@@ -32,6 +32,14 @@ _TRANSIENT = {408, 409, 429}
 _PATH = "/chat/completions"
 
 
+OptionNames = Callable[[str], str]  # what messages call an option, such as `api_key_env`
+
+
+def on_command_line(option: str) -> str:
+    """Name of an option as the command line has it."""
+    return f"--{option.replace('_', '-')}"
+
+
 class Stopped(Exception):
     """The run ended while a question waited for its next try."""
 
@@ -67,6 +75,7 @@ class Endpoint:
     timeout: of a connection and of a wait for data, seconds.
     retries: further tries after a failure that may pass.
     first_wait: seconds before the second try.
+    names: what messages call the options.
     """
 
     url: str
@@ -76,12 +85,14 @@ class Endpoint:
     timeout: float = 120.0
     retries: int = 6
     first_wait: float = 1.0
+    names: OptionNames = field(default=on_command_line, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
+            endpoint = self.names("endpoint")
             raise UserError(
-                f"--endpoint: expected a URL such as http://localhost:8000/v1, got {self.url!r}"
+                f"{endpoint}: expected a URL such as http://localhost:8000/v1, got {self.url!r}"
             )
 
     @property
@@ -102,7 +113,7 @@ class Endpoint:
 
         Raises UserError if the server refuses the question or fails too often, and Stopped.
         """
-        stop = stop or threading.Event()
+        stop, endpoint = stop or threading.Event(), self.names("endpoint")
         for attempt in range(self.retries + 1):
             try:
                 return self._post(question, name)
@@ -110,7 +121,7 @@ class Endpoint:
                 reason, wait = str(failure), failure.wait
             if wait > LONGEST_RETRY_AFTER:
                 raise UserError(
-                    f"--endpoint: {self.address} asks to wait {wait:,.0f} seconds ({reason}); run "
+                    f"{endpoint}: {self.address} asks to wait {wait:,.0f} seconds ({reason}); run "
                     "the same command again later, it continues"
                 )
             if attempt == self.retries:
@@ -120,7 +131,7 @@ class Endpoint:
             if stop.wait(max(backoff, wait)):
                 raise Stopped
         raise UserError(
-            f"--endpoint: {self.address} failed {self.retries + 1} times ({reason}); check that it "
+            f"{endpoint}: {self.address} failed {self.retries + 1} times ({reason}); check that it "
             "works, then run the same command again, it continues"
         )
 
@@ -133,14 +144,16 @@ class Endpoint:
             raise Failure(self._without_key(str(failure)), failure.wait) from None
         except Refusal as refusal:
             code, detail = refusal.code, self._without_key(refusal.detail)
+        endpoint, model = self.names("endpoint"), self.names("model")
+        api_key_env, fields = self.names("api_key_env"), self.names("body")
         if code in (401, 403):
             raise UserError(
-                f"--endpoint: {self.address} refused the key (HTTP {code}: {detail}); name "
-                "the environment variable that holds it with --api-key-env"
+                f"{endpoint}: {self.address} refused the key (HTTP {code}: {detail}); name "
+                f"the environment variable that holds it with {api_key_env}"
             )
         raise UserError(
-            f"--endpoint: {self.address} refused the question of {name} (HTTP {code}: "
-            f"{detail}); fix --endpoint, --model or --body, or leave the prompt out"
+            f"{endpoint}: {self.address} refused the question of {name} (HTTP {code}: "
+            f"{detail}); fix {endpoint}, {model} or {fields}, or leave the prompt out"
         )
 
     def _without_key(self, text: str) -> str:
@@ -205,9 +218,19 @@ def _detail(error: urllib.error.HTTPError) -> str:
         text = error.read(4096).decode(errors="replace")
     except (OSError, http.client.HTTPException):
         text = ""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text)["error"]["message"])
+    with contextlib.suppress(ValueError):
+        text = _message(json.loads(text)) or text
     return " ".join(text.split())[:200] or error.reason or "no reason"
+
+
+def _message(body: Any) -> str | None:
+    """Message in the body of an error, as OpenAI, vLLM, SGLang or FastAPI write it."""
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        body = body["error"]
+    if not isinstance(body, dict):
+        return None
+    values = (body.get(name) for name in ("message", "error_message", "detail"))
+    return next((str(value) for value in values if value), None)
 
 
 def _reason(error: Exception, timeout: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.evaluation.judge.chat_judge import ChatJudge
-from fastpref.evaluation.judge.endpoint import Endpoint
+from fastpref.evaluation.judge.endpoint import Endpoint, OptionNames, on_command_line
 from fastpref.evaluation.judge.template import read_template
 from fastpref.evaluation.judge.verdicts import Judge
 from fastpref.model.generate import require
@@ -21,7 +21,7 @@ _RESERVED = ("model", "messages", "stream", "n")
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Options of a judge behind an endpoint."""
+    """Options of a judge behind an endpoint. names: what messages call them."""
 
     endpoint: str
     model: str
@@ -34,8 +34,9 @@ class ChatOptions:
     workers: int = 8
     timeout: float = 120.0
     retries: int = 6
+    names: OptionNames = on_command_line
 
-    def build(self) -> Judge:
+    def build(self) -> ChatJudge:
         """Make the judge; raises UserError that names the option."""
         require("temperature", self.temperature, 0 <= self.temperature < float("inf"), ">= 0")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, "a number >= 1")
@@ -49,22 +50,26 @@ class ChatOptions:
             self._body(),
             timeout=self.timeout,
             retries=self.retries,
+            names=self.names,
         )
-        return ChatJudge(endpoint, read_template(self.template), self.workers)
+        template = read_template(self.template, self.names("template"))
+        return ChatJudge(endpoint, template, self.workers)
 
     def _key(self) -> str | None:
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
+            option = self.names("api_key_env")
             raise UserError(
-                f"--api-key-env: the environment variable {self.api_key_env} is not set; set it to "
+                f"{option}: the environment variable {self.api_key_env} is not set; set it to "
                 "the key"
             )
         return key
 
     def _body(self) -> dict[str, Any]:
-        """Fields of the request: those of the options, changed or removed by `--body`."""
+        """Fields of the request: those of the options, changed or removed by `body`."""
+        option = self.names("body")
         body: dict[str, Any] = {
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
@@ -74,7 +79,7 @@ class ChatOptions:
             name, equals, text = setting.partition("=")
             if not name or not equals or name in _RESERVED:
                 raise UserError(
-                    f"--body: expected FIELD=VALUE such as top_p=0.9, with a field other than "
+                    f"{option}: expected FIELD=VALUE such as top_p=0.9, with a field other than "
                     f"{', '.join(_RESERVED)}, got {setting!r}"
                 )
             try:
@@ -97,19 +102,25 @@ class RewardOptions:
     def build(self) -> Judge:
         """Load the reward model; raises UserError that names the option."""
         # torch and transformers take seconds to import.
-        import torch
-
         from fastpref.evaluation.judge.pair_model import PairJudge, PairModel, compares_pairs
         from fastpref.evaluation.judge.reward_model import RewardJudge, RewardModel
-        from fastpref.evaluation.sample import DTYPES
 
-        require("device", self.device, self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
-        has_gpu = torch.cuda.is_available() or self.device != "cuda"
-        require("device", self.device, has_gpu, "cpu, for torch finds no GPU")
-        require("dtype", self.dtype, self.dtype in (None, *DTYPES), " or ".join(DTYPES))
+        require_device(self.device, self.dtype)
         require("batch_size", self.batch_size, self.batch_size >= 1, "a number >= 1")
         if compares_pairs(self.reward_model):
             pair_model = PairModel(self.reward_model, self.device, self.dtype)
             return PairJudge(pair_model, self.batch_size, self.bradley_terry)
         model = RewardModel(self.reward_model, self.device, self.dtype)
         return RewardJudge(model, self.batch_size, self.bradley_terry)
+
+
+def require_device(device: str, dtype: str | None) -> None:
+    """Raise UserError about `--device` or `--dtype` of a reward model."""
+    import torch
+
+    from fastpref.evaluation.sample import DTYPES
+
+    require("device", device, device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+    has_gpu = torch.cuda.is_available() or device != "cuda"
+    require("device", device, has_gpu, "cpu, for torch finds no GPU")
+    require("dtype", dtype, dtype in (None, *DTYPES), " or ".join(DTYPES))

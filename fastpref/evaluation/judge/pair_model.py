@@ -26,7 +26,6 @@ from fastpref.utils.atomic_files import sha256
 from fastpref.utils.errors import ModelError, UserError, cannot_load
 from fastpref.utils.progress import Display
 
-_OPTION = "--reward-model"
 _ARCHITECTURE = "DebertaV2PairRM"
 # Tokens before the prompt and the two answers, and the fields of the config with their ids.
 _PREFIXES = {
@@ -37,8 +36,10 @@ _PREFIXES = {
 SOURCE_TOKENS, ALL_TOKENS = 1224, 2048  # longest prompt; prompt and both answers
 
 
-def compares_pairs(source: str) -> bool:
+def compares_pairs(source: str, option: str = "--reward-model") -> bool:
     """Whether a model compares two answers in one pass; False for what cannot be read at all.
+
+    option: that names the source, for messages.
 
     Raises ModelError for a layout of PairRM that is not known here.
     """
@@ -48,14 +49,14 @@ def compares_pairs(source: str) -> bool:
         return False
     if hasattr(config, "ranker_type"):
         raise ModelError(
-            f"{_OPTION}: {source} is a ranker in llm-blender's own layout; use one in the layout "
+            f"{option}: {source} is a ranker in llm-blender's own layout; use one in the layout "
             "of transformers, such as llm-blender/PairRM-hf"
         )
     names = config.architectures or ()
     unknown = [name for name in names if name.endswith("PairRM") and name != _ARCHITECTURE]
     if unknown:
         raise ModelError(
-            f"{_OPTION}: {source} compares answers in an unknown layout, {unknown[0]}; use one of "
+            f"{option}: {source} compares answers in an unknown layout, {unknown[0]}; use one of "
             f"{_ARCHITECTURE}"
         )
     return _ARCHITECTURE in names
@@ -105,13 +106,20 @@ class PairModel:
     """A model that compares two answers to a prompt.
 
     source: folder or Hub name. dtype: None is bfloat16 on CUDA and float32 on CPU.
+    option: that names the source, for messages.
 
     Raises ModelError for weights or tokens that are not those of the layout.
     """
 
-    def __init__(self, source: str, device: str = "auto", dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        device: str = "auto",
+        dtype: str | None = None,
+        option: str = "--reward-model",
+    ) -> None:
         torch_device = device_of(device)
-        self.source = source
+        self.source, self.option = source, option
         self.dtype = dtype or ("bfloat16" if torch_device.type == "cuda" else "float32")
         try:
             config = AutoConfig.from_pretrained(source)
@@ -123,13 +131,13 @@ class PairModel:
             )
             model, report = loaded
         except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
-            raise ModelError(cannot_load(_OPTION, source, error)) from None
-        check_complete(source, report)
+            raise ModelError(cannot_load(option, source, error)) from None
+        check_complete(option, source, report)
         self._prefixes = {text: int(getattr(config, name)) for text, name in _PREFIXES.items()}
         for text, number in self._prefixes.items():
             if self.tokenizer.convert_tokens_to_ids(text) != number:
                 raise ModelError(
-                    f"{_OPTION}: {source} has no token {text} with the id of its config, {number}; "
+                    f"{option}: {source} has no token {text} with the id of its config, {number}; "
                     "use the tokenizer that the model was trained with"
                 )
         self.has_cut = False  # a comparison, of which a note told
@@ -183,7 +191,9 @@ class PairModel:
         places = torch.tensor([each.places for each in comparisons])
         logits = self.model(ids.to(device), mask.to(device), places.to(device)).float().cpu()
         if not logits.isfinite().all():
-            raise ModelError(f"{_OPTION}: {self.source} gives rewards that are not finite; fix it")
+            raise ModelError(
+                f"{self.option}: {self.source} gives rewards that are not finite; fix it"
+            )
         return [float(logit) for logit in logits]
 
 

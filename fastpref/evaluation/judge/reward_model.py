@@ -21,8 +21,6 @@ from fastpref.utils.atomic_files import sha256
 from fastpref.utils.errors import ModelError, UserError, cannot_load
 from fastpref.utils.progress import Display
 
-_OPTION = "--reward-model"
-
 
 class RewardModel:
     """A model that scores one answer to a prompt.
@@ -31,19 +29,25 @@ class RewardModel:
         bfloat16 on CUDA and float32 on CPU.
     text: score a text prompt with the answer behind it as plain text with an EOS, as the trainer
         reads such data, instead of as a conversation.
+    option: that names the source, for messages.
 
     Raises ModelError if the source is no reward model with a chat template. A causal language model
     is refused, for its score layer would be random.
     """
 
     def __init__(
-        self, source: str, device: str = "auto", dtype: str | None = None, text: bool = False
+        self,
+        source: str,
+        device: str = "auto",
+        dtype: str | None = None,
+        text: bool = False,
+        option: str = "--reward-model",
     ) -> None:
         torch_device = device_of(device)
-        self.source, self.text = source, text
+        self.source, self.text, self.option = source, text, option
         self.dtype = dtype or ("bfloat16" if torch_device.type == "cuda" else "float32")
         try:
-            base = _base_of_adapter(source)
+            base = _base_of_adapter(option, source)
             config = AutoConfig.from_pretrained(base or source)
             if base is not None:
                 config.num_labels = 1
@@ -51,20 +55,20 @@ class RewardModel:
         except UserError:
             raise
         except Exception as error:  # transformers and the Hub raise unrelated types
-            raise ModelError(cannot_load(_OPTION, source, error)) from None
+            raise ModelError(cannot_load(option, source, error)) from None
         if config.num_labels != 1:
             raise ModelError(
-                f"{_OPTION}: {source} has {config.num_labels} labels; use a classifier with one, "
+                f"{option}: {source} has {config.num_labels} labels; use a classifier with one, "
                 "whose output is the reward"
             )
         if self.tokenizer.chat_template is None and not text:
             raise ModelError(
-                f"{_OPTION}: {source} has no chat template; use a reward model with one"
+                f"{option}: {source} has no chat template; use a reward model with one"
             )
         if base is None:
-            model = _load(source, self.dtype)
+            model = _load(option, source, self.dtype)
         else:
-            model = _load_adapter(source, base, self.dtype, self.tokenizer.pad_token_id)
+            model = _load_adapter(option, source, base, self.dtype, self.tokenizer.pad_token_id)
         self.model = model.to(torch_device).eval()
         self.fingerprint = fingerprint_of(source, config)
 
@@ -131,7 +135,9 @@ class RewardModel:
         output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
         rewards = output.logits[:, 0].float().cpu()
         if not rewards.isfinite().all():
-            raise ModelError(f"{_OPTION}: {self.source} gives rewards that are not finite; fix it")
+            raise ModelError(
+                f"{self.option}: {self.source} gives rewards that are not finite; fix it"
+            )
         return [float(reward) for reward in rewards]
 
 
@@ -171,7 +177,7 @@ class RewardJudge(ModelJudge):
         return sha256("reward", *state, pair.question.text, answer)
 
 
-def _base_of_adapter(source: str) -> str | None:
+def _base_of_adapter(option: str, source: str) -> str | None:
     """Model of an adapter's folder; None for a folder or a Hub name of a whole model."""
     file = Path(os.path.expanduser(source)) / "adapter_config.json"
     if not file.is_file() or (file.parent / "config.json").is_file():
@@ -179,13 +185,13 @@ def _base_of_adapter(source: str) -> str | None:
     config = json.loads(file.read_text(encoding="utf-8"))
     if "score" not in (config.get("modules_to_save") or ()):
         raise ModelError(
-            f"{_OPTION}: {source} is an adapter without a trained head (score), which would be "
+            f"{option}: {source} is an adapter without a trained head (score), which would be "
             "random; use one of fastpref reward"
         )
     return str(config["base_model_name_or_path"])
 
 
-def _load_adapter(source: str, base: str, dtype: str, pad: int | None) -> Any:
+def _load_adapter(option: str, source: str, base: str, dtype: str, pad: int | None) -> Any:
     """A reward model with its adapter merged."""
     from peft import PeftModel
 
@@ -196,28 +202,28 @@ def _load_adapter(source: str, base: str, dtype: str, pad: int | None) -> Any:
         merged: Any = PeftModel.from_pretrained(model, source)
         merged = merged.merge_and_unload()
     except Exception as error:  # transformers, peft and the Hub raise unrelated types
-        raise ModelError(cannot_load(_OPTION, source, error)) from None
+        raise ModelError(cannot_load(option, source, error)) from None
     merged.config.get_text_config().pad_token_id = pad
     return merged
 
 
-def _load(source: str, dtype: str) -> Any:
+def _load(option: str, source: str, dtype: str) -> Any:
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except Exception as error:  # transformers, safetensors and the Hub raise unrelated types
-        raise ModelError(cannot_load(_OPTION, source, error)) from None
-    check_complete(source, report)
+        raise ModelError(cannot_load(option, source, error)) from None
+    check_complete(option, source, report)
     return model
 
 
-def check_complete(source: str, report: dict[str, Any]) -> None:
+def check_complete(option: str, source: str, report: dict[str, Any]) -> None:
     """Raise ModelError for weights that the report of transformers says are missing."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
-            f"{_OPTION}: {source} has no weights named {missing[0]}, which would be random; use a "
+            f"{option}: {source} has no weights named {missing[0]}, which would be random; use a "
             "trained reward model"
         )
 

@@ -59,8 +59,10 @@ class Reply(NamedTuple):
     finish_reason: str | None
 
 
-def read_template(path: Path | None) -> str:
+def read_template(path: Path | None, option: str = "--template") -> str:
     """Template of a question: a file with all of PLACEHOLDERS; None is the default template.
+
+    option: that names the file, for messages.
 
     Raises UserError if the file cannot be read, lacks a placeholder or has another one.
     """
@@ -69,16 +71,16 @@ def read_template(path: Path | None) -> str:
     try:
         template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template: cannot read {path} ({error}); name a text file") from None
+        raise UserError(f"{option}: cannot read {path} ({error}); name a text file") from None
     for placeholder in PLACEHOLDERS:
         if placeholder not in template:
             raise UserError(
-                f"--template: {path} has no {placeholder}; add {' and '.join(PLACEHOLDERS)}"
+                f"{option}: {path} has no {placeholder}; add {' and '.join(PLACEHOLDERS)}"
             )
     for placeholder in _ANY_PLACEHOLDER.findall(template):
         if placeholder not in PLACEHOLDERS:
             raise UserError(
-                f"--template: {path} has the unknown placeholder {placeholder}; remove it, known "
+                f"{option}: {path} has the unknown placeholder {placeholder}; remove it, known "
                 f"are {', '.join(PLACEHOLDERS)}"
             )
     return template

@@ -106,6 +106,30 @@ def test_the_wait_grows_and_is_at_least_what_the_server_asks_for(
     assert len(set(waits)) > 5
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"error": {"message": "no  such\\nmodel"}}', "no such model"),
+        ('{"object": "error", "message": "no such model"}', "no such model"),
+        ('{"success": false, "error_message": "no such model"}', "no such model"),
+        ('{"detail": "no such model"}', "no such model"),
+        ('{"error": "no such model"}', '{"error": "no such model"}'),
+        ('{"error": {}, "message": 1}', '{"error": {}, "message": 1}'),
+        ("[1]", "[1]"),
+        ("", "Not Found"),
+    ],
+)
+def test_the_words_of_an_error_in_every_form(body: str, says: str) -> None:
+    with serving(lambda a, b, count: Answer(status=404, body=body.encode())) as server:
+        client = endpoint(server, names=lambda option: f"judge.{option}")
+        with pytest.raises(UserError) as caught:
+            client.ask("Which?", "row 1")
+    assert str(caught.value) == (
+        f"judge.endpoint: {server.url}/chat/completions refused the question of row 1 (HTTP 404: "
+        f"{says}); fix judge.endpoint, judge.model or judge.body, or leave the prompt out"
+    )
+
+
 def test_retry_after_is_seconds_or_a_date() -> None:
     def header(value: str | None) -> float:
         message = Message()
