@@ -33,7 +33,17 @@ from benchmarks.faults import lives
 from benchmarks.faults.kills import differing_bits, untimed, write_config
 from fastpref import config as configs
 from fastpref.model import policy
-from fastpref.rounds import artifacts, loop, measures, pair_learner, scoring, sequence, session
+from fastpref.online import value_steps
+from fastpref.rounds import (
+    artifacts,
+    loop,
+    measures,
+    pair_learner,
+    rollout_learner,
+    scoring,
+    sequence,
+    session,
+)
 from fastpref.training import signals
 from fastpref.utils import environment, result_json
 from fastpref.utils.progress import Display
@@ -43,6 +53,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "samples: generated": (policy, "with_transformers"),
     "samples: shard": (artifacts.Shards, "append"),
     "round: file": (artifacts.RoundFiles, "write"),
+    "round: tensors": (artifacts.RoundFiles, "write_tensors"),
+    "rollouts: computed": (rollout_learner.RolloutLearner, "_collect"),
+    "values: stepped": (value_steps.ValueSteps, "after_step"),
     "scores: computed": (scoring, "_scores"),
     "pairs: made": (sequence, "pair"),
     "pairs: tokens": (pair_learner, "groups_of"),
@@ -50,6 +63,13 @@ PLACES: dict[str, tuple[Any, str]] = {
     **{
         name: place for name, place in lives.PLACES.items() if not name.startswith(("model", "tok"))
     },
+}
+# Objectives on rollouts: one with a value head, one without, one with opponents.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "ppo": {"name": "ppo", "value_lr": 0.05},
+    "grpo": {"name": "grpo"},
+    "nash_md": {"name": "nash_md", "mixture": 0.5},
 }
 KILLED = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
 
@@ -68,27 +88,33 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", action="store_true", help="LoRA with an averaged reference")
+    parser.add_argument("--loss", choices=OPTIONS, default="dpo")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="faults-rounds-"))
     lives.PLACES.update(PLACES)
     began = time.monotonic()
-    report = kill_runs(folder, options.kills, random.Random(options.seed), options.adapter)
+    values = rounds_config(folder, options.adapter, options.loss)
+    report = kill_runs(folder, options.kills, random.Random(options.seed), values)
     report["seconds"] = round(time.monotonic() - began)
     shutil.rmtree(folder)
     print(json.dumps(report, indent=1))
     if options.out is not None:
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        name = "lora, reference: {ema: 0.9}" if options.adapter else "all weights, reference: round"
+        rounds = values["rounds"]
+        reference = str(rounds.get("reference", "round")).replace("'", "")
+        name = f"{'lora' if options.adapter else 'all weights'}, reference: {reference}"
+        name = name if options.loss == "dpo" else f"{options.loss}, {name}"
         known[name] = {**environment.describe("cpu"), **report}
         options.out.write_text(result_json.dumps({"benchmark": "faults-rounds", **known}))
     sys.exit(bool(report["differences"]))
 
 
-def kill_runs(folder: Path, kills: int, rng: random.Random, adapter: bool) -> dict[str, Any]:
+def kill_runs(
+    folder: Path, kills: int, rng: random.Random, values: dict[str, Any]
+) -> dict[str, Any]:
     """Kill lives of runs until there are enough, and compare each run with the whole one."""
-    values = rounds_config(folder, adapter)
     whole = folder / "whole"
     began = time.monotonic()
     code = _wait(_live(values, whole, None))
@@ -189,7 +215,7 @@ def compare(run: Path, whole: Path) -> list[str]:
     return lines
 
 
-def rounds_config(folder: Path, adapter: bool) -> dict[str, Any]:
+def rounds_config(folder: Path, adapter: bool, loss: str = "dpo") -> dict[str, Any]:
     """Three rounds of two steps on a Llama of a few hundred weights."""
     values: dict[str, Any] = yaml.safe_load(write_config(folder).read_text())
     pairs = values["data"]["train"]
@@ -211,6 +237,10 @@ def rounds_config(folder: Path, adapter: bool) -> dict[str, Any]:
     if adapter:
         values["adapter"] = {"r": 2, "alpha": 4, "dropout": 0.1}
         values["rounds"]["reference"] = {"ema": 0.9}
+    if loss != "dpo":
+        values["loss"] = OPTIONS[loss]
+        if loss == "ppo" or not adapter:
+            values["rounds"]["reference"] = "start"
     return values
 
 

@@ -31,6 +31,9 @@ def check_inputs(config: Config) -> None:
         check_source("model.tokenizer", model.tokenizer)
     if adapter is not None and adapter.path is not None:
         check_source("adapter.path", adapter.path, "adapter_config.json")
+    teacher = getattr(config.build_loss(), "teacher", None)
+    if teacher is not None:
+        check_source("loss.teacher", teacher, "config.json")
     for path in _sources(config.data.train, config.data.eval):
         _check_data(path)
     for template in (config.data.chat_template, *_templates(config)):

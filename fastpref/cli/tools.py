@@ -135,12 +135,14 @@ def losses(
         return
     table = Table("name", "kind", "loss", "defaults", "reference", show_lines=True)
     table.caption = family.NOTATION
-    for objective in (*family.names(), *family.reward_names()):
+    for objective in (*family.names(), *family.reward_names(), *family.rollout_names()):
         about = family.describe(objective)
         defaults = "\n".join(f"{key} {value}" for key, value in about.defaults.items())
         kind = about.kind if about.level == "sequence" else f"{about.kind}, {about.level}"
         if objective in family.reward_names():
             kind = f"{about.kind}, reward model"
+        elif objective in family.rollout_names():
+            kind = f"{about.kind}, rounds only"
         needs = "yes" if about.needs_reference else "no"
         table.add_row(objective, kind, about.formula, defaults, needs)
     Console().print(table, markup=False)

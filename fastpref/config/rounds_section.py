@@ -57,7 +57,11 @@ class RoundSampling(Section):
         description="With `engine: server`: environment variable that holds the key of the "
         "servers.",
     )
-    samples: Annotated[int, Field(ge=2)] = Field(4, description="Completions of each prompt.")
+    samples: PositiveInt = Field(
+        4,
+        description="Completions of each prompt; 1 is enough for `ppo`, `distillation`, and "
+        "`nash_md` with a mixture.",
+    )
     temperature: PositiveFloat = Field(1.0, description="Temperature of sampling.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the likeliest tokens with this total probability."

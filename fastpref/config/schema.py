@@ -163,6 +163,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rollouts_need_rounds(self) -> Config:
+        loss = self.build_loss()
+        if loss.of_rollouts and self.rounds is None:
+            raise ValueError(
+                f"loss: {loss.name} learns from samples that the policy draws; add a section "
+                "rounds and use fastpref rounds, or choose another objective"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_data(self) -> Config:
         if self.training.eval_every is not None and self.data.eval is None:
             raise ValueError("training.eval_every: there is nothing to evaluate; set data.eval")

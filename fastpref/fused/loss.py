@@ -62,6 +62,11 @@ class FusedPreferenceLoss(nn.Module):
                 f"loss: {objective.name} is an objective of reward models, which have rewards in "
                 f"place of log-probs; use fastpref reward, or another objective"
             )
+        if objective.of_rollouts:
+            raise ValueError(
+                f"loss: {objective.name} learns from samples of the policy, which this loss does "
+                f"not see; use fastpref rounds, fastpref.online, or another objective"
+            )
         if not isinstance(calibration, RewardCalibration | PairCalibration | None):
             raise ValueError(f"calibration: expected a RewardCalibration, got {calibration!r}")
         if calibration is not None and not validation.of_pairs(objective):

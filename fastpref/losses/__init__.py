@@ -18,6 +18,7 @@ from fastpref.losses.registry import (
     incentives,
     names,
     reward_names,
+    rollout_names,
 )
 from fastpref.losses.token_level import TokenLevelLoss
 
@@ -46,4 +47,5 @@ __all__ = [
     "names",
     "pair_incentives",
     "reward_names",
+    "rollout_names",
 ]

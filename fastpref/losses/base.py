@@ -34,11 +34,12 @@ def number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     below: float = math.inf,
+    at_most: float = math.inf,
 ) -> Any:
     """A dataclass field that holds a finite number within bounds, checked when it is set."""
     bounds = [
         f"{sign} {bound:g}"
-        for sign, bound in ((">", above), (">=", at_least), ("<", below))
+        for sign, bound in ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
         if math.isfinite(bound)
     ]
 
@@ -47,7 +48,7 @@ def number(
             raise ValueError(f"{argument}: must be a number, got {value!r}")
         if not abs(value) <= sys.float_info.max:
             raise ValueError(f"{argument}: must be finite, got {value}")
-        if not (value > above and value >= at_least and value < below):
+        if not (value > above and at_most >= value >= at_least and value < below):
             raise ValueError(f"{argument}: must be {' and '.join(bounds)}, got {value}")
 
     return _checked_field(default, check)
@@ -95,6 +96,8 @@ class Loss(ABC):
     needs_margin: ClassVar[bool] = False
     # Whether it takes rewards of a reward model in place of log-probs, see `losses.reward`.
     of_rewards: ClassVar[bool] = False
+    # Whether it takes samples with their tokens, and has no loss itself, see `losses.rollout`.
+    of_rollouts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for parameter in fields(self):

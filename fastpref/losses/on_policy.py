@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from fastpref.logps import GroupedLogps
 from fastpref.losses.base import choice, number
 from fastpref.losses.groupwise import GroupwiseLoss
+from fastpref.losses.rollout import refusal
 from fastpref.utils.lazy_torch import Tensor, torch
 
 
@@ -57,12 +58,29 @@ class NashMD(GroupwiseLoss):
 
     Rewards are beta * t. The scores are those of a reward model, whose differences are logits of
     preferences. The opponent is the policy itself, and the optimum the Nash equilibrium of the
-    game with a KL penalty, the policy in proportion to reference * exp(P(y beats policy) / beta);
-    the paper and TRL draw the opponent to the reference. A single response has P = 1/2.
+    game with a KL penalty, the policy in proportion to reference * exp(P(y beats policy) / beta).
+    A single response has P = 1/2. With mixture > 0, in rounds alone, the opponents are samples of
+    their own, from the policy to the power of 1 - mixture times the reference to that of mixture,
+    token by token; the paper and TRL have 1/2.
     """
 
     name: ClassVar[str] = "nash_md"
     beta: float = number(0.1, above=0)
+    mixture: float = number(0.0, at_least=0, at_most=1)
+
+    @property
+    def of_rollouts(self) -> bool:  # type: ignore[override]
+        return self.mixture > 0
+
+    def check(
+        self,
+        policy: GroupedLogps,
+        reference: GroupedLogps | None,
+        reference_point: Tensor | None,
+    ) -> None:
+        if self.of_rollouts:
+            raise ValueError(refusal(self.name))
+        super().check(policy, reference, reference_point)
 
     def response_losses(self, policy: GroupedLogps, rewards: Tensor, same: Tensor) -> Tensor:
         scores, n = policy.scores.to(rewards), same.sum(1).to(rewards)

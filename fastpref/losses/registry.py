@@ -19,6 +19,7 @@ from fastpref.losses import (
     on_policy,
     pointwise,
     reward,
+    rollout,
     token_level,
     wrappers,
 )
@@ -57,6 +58,10 @@ BY_NAME: dict[str, type[Objective]] = {
 OF_REWARDS: dict[str, type[Objective]] = {
     objective.name: objective for objective in reward.OBJECTIVES
 }
+# Objectives of `fastpref rounds` alone, which `names` does not list either.
+OF_ROLLOUTS: dict[str, type[Objective]] = {
+    objective.name: objective for objective in rollout.OBJECTIVES
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Description:
 def names(kind: Kind | None = None) -> tuple[str, ...]:
     """The names, of all kinds or of one, that `build` and a config's `loss: {name: ...}` accept.
 
-    Without those of reward models, see `reward_names`.
+    Without those of reward models and on rollouts, see `reward_names` and `rollout_names`.
     """
     return tuple(name for name, objective in BY_NAME.items() if kind in (None, objective.kind))
 
@@ -90,6 +95,11 @@ def names(kind: Kind | None = None) -> tuple[str, ...]:
 def reward_names() -> tuple[str, ...]:
     """The names of the objectives of reward models, which `build` accepts, too."""
     return tuple(OF_REWARDS)
+
+
+def rollout_names() -> tuple[str, ...]:
+    """The names of the objectives of `fastpref rounds` alone, which `build` accepts, too."""
+    return tuple(OF_ROLLOUTS)
 
 
 def build(name: str, **parameters: Any) -> Objective:
@@ -100,13 +110,13 @@ def build(name: str, **parameters: Any) -> Objective:
     unknown parameter, a value out of range and an option that does not apply.
     """
     objective = _find(name)
-    if objective.of_rewards:
-        return _build_of_rewards(objective, parameters)
+    if objective.name in {**OF_REWARDS, **OF_ROLLOUTS}:
+        return _build_without_options(objective, parameters)
     return wrappers.build_with_options(objective, parameters)
 
 
-def _build_of_rewards(objective: type[Objective], parameters: dict[str, Any]) -> Objective:
-    """An objective of reward models; raises ValueError for the options of others."""
+def _build_without_options(objective: type[Objective], parameters: dict[str, Any]) -> Objective:
+    """An objective of reward models or on rollouts; raises ValueError for the options of others."""
     accepted = [field.name for field in fields(objective)]
     for parameter in parameters:
         if parameter not in accepted:
@@ -175,7 +185,7 @@ def incentives(
 
 
 def _find(name: str) -> type[Objective]:
-    known = {**BY_NAME, **OF_REWARDS}
+    known = {**BY_NAME, **OF_REWARDS, **OF_ROLLOUTS}
     if isinstance(name, str) and name in known:
         return known[name]
     nearest = difflib.get_close_matches(str(name).lower(), known) or list(BY_NAME)

@@ -45,11 +45,14 @@ class Window:
         self._rows.append(torch.cat([grad_norm.to(sums).view(1), sums.flatten()]))
 
     def first_non_finite(self) -> NonFinite | None:
-        """First step with a non-finite sum of PAIR_METRICS or gradient norm, or None."""
+        """First step with a non-finite gradient norm or sum of the first metrics, or None.
+
+        They are as many as PAIR_METRICS, which are the first ones of objectives on data.
+        """
         if not self._rows:
             return None
         for step, row in zip(self._steps, self.state_dict()[1].tolist(), strict=True):
-            sums = zip(PAIR_METRICS, row[1:], strict=False)
+            sums = zip(self._names[: len(PAIR_METRICS)], row[1:], strict=False)
             for metric, value in (*sums, ("grad_norm", row[0])):
                 if not math.isfinite(value):
                     return NonFinite(step, metric, value)

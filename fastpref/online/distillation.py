@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.data.collate import Batch, collate
+from fastpref.data.dataset import TokenGroup
 from fastpref.model.policy import Policy
 from fastpref.online.learner import Tokens, groups_of
 from fastpref.ops.divergence import Kind, linear_divergence
@@ -60,8 +61,7 @@ class DistillationLearner:
         total = 0.0
         for start in range(0, len(groups), self.micro_batch):
             part = groups[start : start + self.micro_batch]
-            batch = collate(part, "pointwise", self.student.layout).to(self.student.device)
-            loss = self.divergences(batch).sum() / tokens
+            loss = self._loss(part).sum() / tokens
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
@@ -73,22 +73,43 @@ class DistillationLearner:
         self.optimizer.step()
         return {"loss": total, "grad_norm": norm.item(), "length": tokens / len(groups)}
 
-    def divergences(self, batch: Batch) -> Tensor:
+    def _loss(self, groups: Sequence[TokenGroup]) -> Tensor:
         """Divergence of each response token's distributions, (T,), nats."""
-        hidden, (weight, bias) = _states(self.student, batch), self.student.head()
-        with torch.no_grad():
-            teacher_hidden, (teacher_weight, teacher_bias) = (
-                _states(self.teacher, batch),
-                self.teacher.head(),
-            )
-        return linear_divergence(
-            hidden, weight, teacher_hidden, teacher_weight, self._kind,
-            beta=self._beta, temperature=self._temperature, bias=bias, teacher_bias=teacher_bias,
-            logit_scale=self.student.logit_scale, softcap=self.student.softcap,
-            teacher_logit_scale=self.teacher.logit_scale, teacher_softcap=self.teacher.softcap,
+        batch, of_teacher = (
+            collate(groups, "pointwise", policy.layout).to(policy.device)
+            for policy in (self.student, self.teacher)
+        )
+        hidden = states(self.student, batch)
+        return divergences(
+            self.student, hidden, self.teacher, of_teacher, self._kind, self._beta,
+            self._temperature,
         )  # fmt: skip
 
 
-def _states(policy: Policy, batch: Batch) -> Tensor:
+def divergences(
+    student: Policy,
+    hidden: Tensor,  # (T, D) of the student
+    teacher: Policy,
+    batch: Batch,
+    kind: Kind,
+    beta: float,
+    temperature: float,
+) -> Tensor:  # (T,)
+    """Divergence of each label's distributions, nats, with gradient to the student alone.
+
+    batch: the labels of the hidden states, in the layout of the teacher.
+    """
+    weight, bias = student.head()
+    with torch.no_grad():
+        teacher_hidden, (teacher_weight, teacher_bias) = states(teacher, batch), teacher.head()
+    return linear_divergence(
+        hidden, weight, teacher_hidden, teacher_weight, kind,
+        beta=beta, temperature=temperature, bias=bias, teacher_bias=teacher_bias,
+        logit_scale=student.logit_scale, softcap=student.softcap,
+        teacher_logit_scale=teacher.logit_scale, teacher_softcap=teacher.softcap,
+    )  # fmt: skip
+
+
+def states(policy: Policy, batch: Batch) -> Tensor:
     """Hidden states (T, D) that predict the labels of a batch."""
     return policy.hidden_states(batch).index_select(0, batch.predictor_positions)

@@ -30,15 +30,12 @@ class LearnerOptions:
         epoch of one minibatch.
     minibatches: optimizer steps in an epoch, each on an equal share of the responses.
     micro_batch: responses in a forward pass.
-    value_lr: learning rate of PPO's value head, which learns from the hidden states of the policy
-        without changing them.
     """
 
     epochs: int = 1
     minibatches: int = 1
     micro_batch: int = 16
     max_grad_norm: float = 1.0
-    value_lr: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +83,9 @@ class OnlineLearner:
             weight, _ = policy.head()
             dtype = torch.promote_types(weight.dtype, torch.float32)
             self.value_head = ValueHead(weight.shape[1]).to(policy.device, dtype)
-            self.value_optimizer = torch.optim.Adam(self.value_head.parameters(), options.value_lr)
+            self.value_optimizer = torch.optim.Adam(
+                self.value_head.parameters(), objective.value_lr
+            )
 
     def update(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ def sample_mixture(
     max_new_tokens: int,
     batch_size: int = 16,
     generator: torch.Generator,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Sequences:
     """Sample a completion of each prompt, token by token, up to the first of `ends`, included.
 
     The distribution of a token is ∝ π^(1 − mixture) · π_ref^mixture at temperature 1. The models
-    are two, each with a cache of its own. generator: on the device of the policy.
+    are two, or one with an adapter, and each has a cache of its own. generator: on the device of
+    the policy. around: context manager in which `reference` is the reference, if it is the policy.
     """
     completions: Sequences = []
     for part in chunks(prompts, batch_size):
@@ -40,7 +43,7 @@ def sample_mixture(
         ids = [[0] * k + list(ids) for k, ids in zip(padding, part, strict=True)]
         mask = [[0] * k + [1] * (width - k) for k in padding]
         inputs, attended = (torch.tensor(x, device=policy.device) for x in (ids, mask))
-        decoders = _Decoder(policy), _Decoder(reference)
+        decoders = _Decoder(policy), _Decoder(reference, around)
         rows = _sample(decoders, inputs, attended, ends, mixture, max_new_tokens, generator)
         completions += [until_end(row, ends).tolist() for row in rows]
     return completions
@@ -73,8 +76,10 @@ def _sample(
 class _Decoder:
     """Next-token logits of a model that remembers the tokens before."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy, self._cache = policy, None
+    def __init__(
+        self, policy: Policy, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._policy, self._around, self._cache = policy, around, None
         self._accepts = inspect.signature(policy.base.forward).parameters
 
     def next_logits(self, inputs: Tensor, mask: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class _Decoder:
         if "logits_to_keep" in self._accepts:
             options["logits_to_keep"] = 1
         base: Any = self._policy.base
-        with self._policy.autocast(), packed_attention.without(base):
+        with self._around(), self._policy.autocast(), packed_attention.without(base):
             output = base(input_ids=inputs, attention_mask=mask, **options)
         self._cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpref.online.advantages import Scale, group_normalized, leave_one_out, whiten
+from fastpref.losses.rollout import GRPOOptions
+from fastpref.online.advantages import group_normalized, leave_one_out, whiten
 from fastpref.online.rollouts import Rollouts
 
 
@@ -24,6 +25,18 @@ def clipped_surrogate(
     ratios = log_ratios.exp()
     bounded = ratios.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return torch.maximum(-advantages * ratios, -advantages * bounded)
+
+
+def is_clipped(
+    log_ratios: Tensor,  # (N,)
+    advantages: Tensor,  # (N,)
+    clip: float,
+    clip_high: float | None = None,
+) -> Tensor:  # (N,) bool
+    """Whether `clipped_surrogate` has no gradient because its ratio has left the bounds."""
+    ratios = log_ratios.exp()
+    above = ratios > 1 + (clip if clip_high is None else clip_high)
+    return (above & (advantages > 0)) | ((ratios < 1 - clip) & (advantages < 0))
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class RLOO:
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(GRPOOptions):
     """Group relative policy optimization: PPO's loss by token with advantages of the group.
 
     loss:   mean_t [max(−A ρ_t, −A clip(ρ_t)) + beta * k3_t]
@@ -71,12 +84,6 @@ class GRPO:
     none by the length of each response.
     max_tokens: divisor of the summed loss of a response's tokens, in place of its length.
     """
-
-    beta: float = 0.04
-    clip: float = 0.2
-    clip_high: float | None = None
-    scale_rewards: Scale = "group"
-    max_tokens: int | None = None
 
     @classmethod
     def dr(cls, max_tokens: int, beta: float = 0.0) -> GRPO:
@@ -97,6 +104,12 @@ class GRPO:
             losses = losses + self.beta * k3(logps, rollouts.ref_logps)
         sums = rollouts.sums(losses)
         return sums / (rollouts.lengths if self.max_tokens is None else self.max_tokens)
+
+    def clipped(self, logps: Tensor, rollouts: Rollouts) -> Tensor:
+        """Whether the clipping leaves a token without gradient of its advantage, (T,)."""
+        assert rollouts.advantages is not None
+        advantages = rollouts.per_token(rollouts.advantages)
+        return is_clipped(logps - rollouts.old_logps, advantages, self.clip, self.clip_high)
 
     def divisor(self, lengths: Tensor) -> float:
         return len(lengths)

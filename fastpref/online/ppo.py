@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fastpref.losses.rollout import PPOOptions
 from fastpref.online.advantages import gae, whiten
-from fastpref.online.policy_gradient import clipped_surrogate
+from fastpref.online.policy_gradient import clipped_surrogate, is_clipped
 from fastpref.online.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(PPOOptions):
     """Clipped policy loss and clipped value loss by token, with the KL penalty in the reward.
 
     loss:   mean_t [max(−A ρ, −A clip(ρ, 1 ± clip)) + value_coef * value loss], A by GAE, whitened
@@ -21,15 +22,9 @@ class PPO:
     source: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593
 
     Defaults are TRL's. value_clip: distance from the old values within which new ones count.
+    value_lr: learning rate of the value head, which learns from the hidden states of the policy
+        without changing them.
     """
-
-    kl_coef: float = 0.05
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantages: bool = True
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         values = _required(rollouts.values)
@@ -41,12 +36,21 @@ class PPO:
         return replace(rollouts, token_advantages=advantages, returns=returns)
 
     def loss(self, logps: Tensor, rollouts: Rollouts, values: Tensor | None = None) -> Tensor:
-        assert rollouts.token_advantages is not None and rollouts.returns is not None
+        assert rollouts.token_advantages is not None
         log_ratios = logps - rollouts.old_logps
         losses = clipped_surrogate(log_ratios, rollouts.token_advantages, self.clip)
+        return rollouts.sums(losses + self.value_coef * self.value_losses(values, rollouts))
+
+    def value_losses(self, values: Tensor | None, rollouts: Rollouts) -> Tensor:
+        """Loss of the value of each token, (T,), of prepared rollouts."""
+        assert rollouts.returns is not None
         old_values = _required(rollouts.values)
-        of_values = value_loss(_required(values), old_values, rollouts.returns, self.value_clip)
-        return rollouts.sums(losses + self.value_coef * of_values)
+        return value_loss(_required(values), old_values, rollouts.returns, self.value_clip)
+
+    def clipped(self, logps: Tensor, rollouts: Rollouts) -> Tensor:
+        """Whether the clipping leaves a token without gradient of its advantage, (T,)."""
+        assert rollouts.token_advantages is not None
+        return is_clipped(logps - rollouts.old_logps, rollouts.token_advantages, self.clip)
 
     def divisor(self, lengths: Tensor) -> Tensor:
         return lengths.sum()

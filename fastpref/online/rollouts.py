@@ -86,7 +86,7 @@ class Rollouts:
             )
         return self.cu_groups
 
-    def select(self, responses: Sequence[int]) -> Rollouts:
+    def select(self, responses: Sequence[int] | Tensor) -> Rollouts:
         """Prepared responses of a minibatch, in this order, without their groups."""
         index = torch.as_tensor(responses, device=self.cu_seqlens.device)
         lengths = self.lengths[index]

@@ -72,6 +72,24 @@ CHARTS = (
         _P.format(name="mean_kl"),
     ),
     ChartSpec(
+        "reward",
+        "Reward of the samples",
+        LineChart("reward", "reward", "reward (mean per response)").draw,
+        "reward (loss: ppo or grpo)",
+    ),
+    ChartSpec(
+        "kl",
+        "KL to the reference",
+        LineChart("KL", "kl", "KL (nats per response)", "nats").draw,
+        "kl (loss: ppo or grpo, with a KL penalty)",
+    ),
+    ChartSpec(
+        "clipping",
+        "Clipped tokens",
+        LineChart("clipped share", "clip_share", "clipped tokens (fraction)").draw,
+        "clip_share (loss: ppo or grpo)",
+    ),
+    ChartSpec(
         "entropy",
         "Entropy",
         LineChart("entropy", "entropy", "entropy (nats per token)", "nats per token").draw,

@@ -11,6 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from fastpref.utils.atomic_files import remove, replacing
 from fastpref.utils.errors import UserError
 
@@ -34,14 +38,13 @@ class RoundFiles:
         path = self.path(kind, key)
         if not path.exists():
             return None
+        # A kill may have come between the complete file and the end of its shards.
+        remove(_shards_of(path))
         try:
             with path.open(encoding="utf-8") as file:
                 return [json.loads(line) for line in file]
         except ValueError:
-            raise UserError(
-                f"{path}: is damaged; remove it, and the run makes it again if the weights of its "
-                "round are still those of the newest checkpoint"
-            ) from None
+            raise _damaged(path) from None
 
     def write(self, kind: str, key: str, rows: Iterable[Row]) -> None:
         """Write a complete file."""
@@ -52,6 +55,23 @@ class RoundFiles:
         ):
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def read_tensors(self, kind: str, key: str) -> dict[str, Tensor] | None:
+        """Tensors of a file on the CPU, None if it is not there."""
+        path = self.path(kind, key, ".safetensors")
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError):
+            raise _damaged(path) from None
+
+    def write_tensors(self, kind: str, key: str, tensors: dict[str, Tensor]) -> None:
+        """Write a complete file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(self.path(kind, key, ".safetensors")) as temporary:
+            save_file(on_host, temporary)
 
     def check_is_there(self, kind: str, key: str, suffix: str = ".jsonl") -> None:
         """Raise UserError for a missing file whose weights have moved on."""
@@ -64,7 +84,7 @@ class RoundFiles:
 
     def shards(self, kind: str, key: str) -> Shards:
         """Rows of a file that is not complete yet."""
-        return Shards(self.path(kind, key).with_suffix(".partial"))
+        return Shards(_shards_of(self.path(kind, key)))
 
 
 class Shards:
@@ -90,6 +110,17 @@ class Shards:
     def remove(self) -> None:
         """Delete the shards, after the complete file is written."""
         remove(self._path)
+
+
+def _shards_of(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path}: is damaged; remove it, and the run makes it again if the weights of its "
+        "round are still those of the newest checkpoint"
+    )
 
 
 def _whole_lines(path: Path) -> list[Row]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastpref.config import Config, ConfigError, Data
 from fastpref.distributed import started_ranks
+from fastpref.losses import Objective
 from fastpref.losses.groupwise import PROS
 from fastpref.losses.normalized import SFT
 from fastpref.losses.on_policy import GSPO, RLOO, NashMD
+from fastpref.losses.rollout import DistillationOptions, GRPOOptions, PPOOptions
 
 # Options of the data that concern prompts.
 _OF_PROMPTS = {
@@ -51,7 +53,10 @@ def check(config: Config) -> None:
             f"loss: {loss.name} is not for rounds, whose data are scored samples of a round; use "
             "another objective"
         )
-    if isinstance(loss, RLOO | NashMD) and rounds.steps == 1 and rounds.reference_mode == "round":
+    if loss.of_rollouts:
+        _check_rollouts(config, loss)
+    pulls = loss.needs_reference and isinstance(loss, RLOO | NashMD | GRPOOptions)
+    if pulls and _has_one_step(config) and rounds.reference_mode == "round":
         raise ConfigError(
             f"rounds.reference: the penalty of {loss.name} has no gradient in the only step of a "
             "round if it pulls to the round's own start; set rounds.reference=start, or raise "
@@ -61,6 +66,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"rounds.reference: the ratios of {loss.name} are to the policy that sampled, got "
             f"{rounds.reference_mode}; set rounds.reference=round"
+        )
+    compares = not loss.of_rollouts or isinstance(loss, GRPOOptions)
+    if rounds.sampling.samples < 2 and compares:
+        raise ConfigError(
+            f"rounds.sampling.samples: {loss.name} compares the completions of a prompt, got 1; "
+            "set 2 or more"
         )
     if config.model.path is None and config.model.tokenizer is None:
         raise ConfigError(
@@ -88,6 +99,67 @@ def _check_data(data: Data) -> None:
             raise ConfigError(
                 f"data.{name}: is for preference data, and rounds read prompts; remove it"
             )
+
+
+def _check_rollouts(config: Config, loss: Objective) -> None:
+    rounds = config.rounds
+    assert rounds is not None
+    for option in ("pairs", "min_gap"):
+        if getattr(rounds, option) != type(rounds).model_fields[option].default:
+            raise ConfigError(
+                f"rounds.{option}: {loss.name} learns from all completions and has no pairs; "
+                "remove it"
+            )
+    if isinstance(loss, DistillationOptions) and not loss.teacher:
+        raise ConfigError(
+            "loss.teacher: is missing; name the folder or Hub name of a model with the same tokens"
+        )
+    if isinstance(loss, DistillationOptions) and config.reference_mode != "none":
+        raise ConfigError(
+            f"reference: {config.reference_mode}, but distillation has a teacher and no reference; "
+            "remove it"
+        )
+    if config.reference_mode == "none":
+        if rounds.reference_mode != "round":
+            raise ConfigError(
+                f"rounds.reference: {loss.name} has no KL penalty here and no other use of a "
+                "reference; remove it"
+            )
+    elif isinstance(loss, PPOOptions) and loss.kl_coef and rounds.reference_mode != "start":
+        raise ConfigError(
+            f"rounds.reference: the KL penalty of {loss.name} is that of the policy which sampled, "
+            f"got {rounds.reference_mode}, to which it is 0 or nearly so; set "
+            "rounds.reference=start, or loss.kl_coef=0"
+        )
+    elif isinstance(loss, NashMD):
+        _check_mixture(config, loss.name)
+
+
+def _check_mixture(config: Config, name: str) -> None:
+    rounds = config.rounds
+    assert rounds is not None
+    if rounds.reference_mode == "round":
+        raise ConfigError(
+            f"rounds.reference: the opponents of {name} are drawn from the policy and the "
+            "reference, which is the policy at the start of a round; set rounds.reference=start, "
+            "or loss.mixture=0"
+        )
+    for option, usual in {"engine": "transformers", "temperature": 1.0, "top_p": 1.0}.items():
+        value = getattr(rounds.sampling, option)
+        if value != usual:
+            raise ConfigError(
+                f"rounds.sampling.{option}: the opponents of {name} are drawn in this process, at "
+                f"temperature 1, got {value}; remove it, or set loss.mixture=0"
+            )
+
+
+def _has_one_step(config: Config) -> bool:
+    """Whether a round has certainly one optimizer step."""
+    rounds = config.rounds
+    assert rounds is not None
+    if rounds.prompts is None:
+        return rounds.steps == 1
+    return rounds.steps_of_round(rounds.prompts, config.training.batch_size) == 1
 
 
 def _check_server(config: Config) -> None:

@@ -85,6 +85,19 @@ class Keys:
     def scores(self, samples: str) -> str:
         return _key("scores", samples, self._scorer, self._training["rounds"]["scorer"])
 
+    def opponents(self, samples: str) -> str:
+        return _key("opponents", samples, self._of_steps)
+
+    def rollouts(self, scores: str) -> str:
+        """Key of all that the steps of a round take from its start."""
+        return _key("rollouts", scores, self._of_steps)
+
+    @property
+    def _of_steps(self) -> list[Any]:
+        """Options that, with the weights, decide the reference and what is asked of it."""
+        training = self._training
+        return [training["loss"], training["reference"], training["rounds"]["reference"]]
+
     def pairs(self, scores: str) -> str:
         rounds = self._training["rounds"]
         return _key("pairs", scores, rounds["pairs"], rounds["min_gap"])

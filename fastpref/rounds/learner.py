@@ -15,7 +15,7 @@ class RoundSamples(NamedTuple):
     completions: list[list[list[int]]]  # P × K lists of token ids, end tokens included
     texts: list[list[str]]  # P × K, without special tokens
     finished: list[list[bool]]  # P × K; False: cut at max_new_tokens
-    rewards: Tensor  # (P, K) fp64
+    rewards: Tensor  # (P, K) fp64; for Nash-MD with a mixture the preferences to opponents
 
 
 class Learner(Protocol):

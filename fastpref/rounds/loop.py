@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastpref.config import Config
+from fastpref.losses import Objective
+from fastpref.losses.rollout import DistillationOptions
 from fastpref.rounds.checks import check
+from fastpref.rounds.distillation_learner import DistillationLearner
 from fastpref.rounds.learner import Learner
 from fastpref.rounds.pair_learner import PairLearner
+from fastpref.rounds.rollout_learner import RolloutLearner
 from fastpref.rounds.scorers import check_scorer
 from fastpref.rounds.scoring import Scorer
 from fastpref.rounds.sequence import Rounds
@@ -30,7 +34,7 @@ def run(
     """Play all rounds of a config and return the folder of the exported model.
 
     received: gets the first signal. scorer: makes the scorer; default: the config's.
-    make_learner: makes what takes the steps; default: `PairLearner`.
+    make_learner: makes what takes the steps; default: the learner of the objective.
 
     Raises UserError in one line, and Interrupted after SIGTERM or Ctrl-C.
     """
@@ -50,7 +54,13 @@ def run(
             session = Session(config, display, folder if checkpoint is not None else None)
             rounds = Rounds(session, checkpoint, signums, scorer)
             try:
-                return rounds.play(make_learner or PairLearner)
+                return rounds.play(make_learner or _learner_of(session.loss))
             except UserError:
                 rounds.close()  # the process may go on with another run
                 raise
+
+
+def _learner_of(loss: Objective) -> Callable[[Rounds], Learner]:
+    if isinstance(loss, DistillationOptions):
+        return DistillationLearner
+    return RolloutLearner if loss.of_rollouts else PairLearner

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-from fastpref.data.batch_plan import Plan
 from fastpref.data.kto_mismatch import MismatchedGroups
 from fastpref.losses.pointwise import KTO
 from fastpref.rounds.learner import RoundSamples
 from fastpref.rounds.pairing import groups_of
 from fastpref.rounds.sequence import Round, Rounds
-from fastpref.training.setup import DataSplit, DataView, TrainingSetup
+from fastpref.rounds.steps import setup_of, view_of
+from fastpref.training.setup import DataSplit
 from fastpref.training.trainer import Trainer
 from fastpref.utils.errors import UserError
 
@@ -58,21 +55,9 @@ class PairLearner:
             rounds.step = until
 
     def _trainer(self, split: DataSplit) -> Trainer:
-        session, rounds = self._session, self._rounds
-        reference = session.reference
-        setup = TrainingSetup(
-            session.tokenizer,
-            session.policy,
-            session.loss,
-            session.memory,
-            split,
-            folder=session.folder,
-            checkpoint=rounds.checkpoint,
-            steps=rounds.total_steps,
-            reference_tensors=reference.tensors,
-        )
-        trainer = Trainer(session.config, session.display, setup)
-        trainer.hooks += reference.hooks()
+        session = self._session
+        trainer = Trainer(session.config, session.display, setup_of(self._rounds, split, {}))
+        trainer.hooks += session.reference.hooks()
         return trainer
 
     def _split(self, data: Round, number: int) -> DataSplit:
@@ -87,28 +72,11 @@ class PairLearner:
             session.loss.needs_margin,
             str(rounds.files(number).path("pairs", data.key)),
         )
-        is_new = not rounds.has_taken(number)
-        if is_new:
+        if not rounds.has_taken(number):
             session.reference.begin()
-        view = self._view(groups, data.key, number, "reference", is_new)
+        view = view_of(rounds, groups, data.key, number)
         mismatched = None
         if isinstance(session.loss, KTO):
             others = MismatchedGroups(groups, session.config.data.max_length)
-            mismatched = self._view(others, data.key, number, "reference-mismatched", is_new)
+            mismatched = view_of(rounds, others, data.key, number, "reference-mismatched")
         return DataSplit(groups, view.plan, view.reference, mismatched)
-
-    def _view(self, groups: Any, key: str, number: int, kind: str, is_new: bool) -> DataView:
-        session, training = self._session, self._session.config.training
-        plan = Plan.of(
-            groups,
-            training.batch_size,
-            session.memory.micro_batch_tokens,
-            training.seed,
-            session.policy.layout,
-        )
-        plan = replace(plan, first_step=self._rounds.first_step(number))
-        files = self._rounds.files(number)
-        if session.reference.keeps_logps() and not is_new:
-            files.check_is_there(kind, key, ".safetensors")
-        reference = session.reference.of(groups, plan, files.path(kind, key, ".safetensors"))
-        return DataView(groups, plan, reference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,15 +105,24 @@ def groups_of(
 ) -> GroupDataset:
     """Groups of the sampled token ids, for an objective of a kind, through a file in the cache.
 
-    with_margin: give each pair the difference of its scores as its margin.
+    Groupwise ones get all completions of the prompts that have a pair. with_margin: give each pair
+    the difference of its scores as its margin.
     """
     if kind == "groupwise":
-        rows = _scored_groups(samples, scores, pairs)
+        rows = _scored_groups(samples, scores, dict.fromkeys(row["group"] for row in pairs))
     elif kind == "pointwise":
         rows = _labeled(samples, pairs)
     else:
         rows = [_pair(samples, row, with_margin) for row in pairs]
     return _dataset(cache, kind, rows, source)
+
+
+def groups_of_all(
+    cache: Path, samples: Sequence[Row], scores: Sequence[Sequence[float]], source: str
+) -> GroupDataset:
+    """Groups of all completions, also of prompts whose scores are equal, through a file as well."""
+    rows = _scored_groups(samples, scores, range(len(samples)))
+    return _dataset(cache, "groupwise", rows, source)
 
 
 def worst_case(
@@ -171,9 +180,9 @@ def _labeled(samples: Sequence[Row], pairs: Sequence[Row]) -> list[Row]:
 
 
 def _scored_groups(
-    samples: Sequence[Row], scores: Sequence[Sequence[float]], pairs: Sequence[Row]
+    samples: Sequence[Row], scores: Sequence[Sequence[float]], indices: Iterable[int]
 ) -> list[Row]:
-    """All completions of the prompts that have a pair."""
+    """All completions of some prompts."""
     return [
         _group(
             index + 1,
@@ -181,7 +190,7 @@ def _scored_groups(
             tuple(samples[index]["tokens"]),
             tuple(scores[index]),
         )
-        for index in dict.fromkeys(row["group"] for row in pairs)
+        for index in indices
     ]
 
 

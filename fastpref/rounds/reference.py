@@ -8,7 +8,8 @@ run a frozen copy in every step: of the adapter, or else of all weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ def needs_copy(config: Config) -> bool:
 class FollowingCopy:
     """Frozen copy of the policy that can be set to it, or moved toward it.
 
-    tensors: by their names in a checkpoint.
+    tensors: by the names of the weights.
     """
 
     def __init__(self, policy: Policy, copy: Policy | None) -> None:
+        self.policy = copy
         if copy is None:
             self._pairs = reference_copies(policy)
             self.reference: Reference = AdapterReference(policy)
@@ -114,7 +116,7 @@ class RoundReference:
         self._starts_from_base = adapter is not None and not (adapter.path or adapter.dora)
         self._policy, self._load_start, self._display = policy, load_start, display
         loss = config.build_loss()
-        self._per_token = isinstance(loss, TokenLevelLoss)
+        self._per_token = isinstance(loss, TokenLevelLoss) or loss.of_rollouts
         self._is_none = config.reference_mode == "none"
         self.copy: FollowingCopy | None = None
         if needs_copy(config):
@@ -128,8 +130,9 @@ class RoundReference:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Weights that a checkpoint needs."""
-        return {} if self.copy is None else self.copy.tensors
+        """Weights that a checkpoint needs, by their names in it."""
+        ours = {} if self.copy is None else self.copy.tensors
+        return {f"reference.{name}": tensor for name, tensor in ours.items()}
 
     def hooks(self) -> list[StepHook]:
         """Hooks by which the copy follows the steps of the run."""
@@ -164,6 +167,21 @@ class RoundReference:
             with self.start() as policy:
                 assert policy is not None
                 yield policy
+
+    @contextmanager
+    def partner(self) -> Iterator[tuple[Policy, Callable[[], AbstractContextManager[None]]]]:
+        """Context manager that yields the reference, and the context in which it computes as one.
+
+        With an adapter it is the policy itself in that context. Without one it is the copy, or the
+        model at the start, which is read again from its files and freed at the end.
+        """
+        if self._has_adapter:
+            yield self._policy, partial(as_reference, self._policy)
+        elif self.copy is not None:
+            assert self.copy.policy is not None
+            yield self.copy.policy, nullcontext
+        else:
+            yield self._load_start().eval().requires_grad_(False), nullcontext
 
     @contextmanager
     def start(self) -> Iterator[Policy | None]:

@@ -13,13 +13,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastpref import metrics
+from fastpref.config import ConfigError
 from fastpref.data.pairs import Recipe
 from fastpref.data.prompts import Prompt
+from fastpref.losses.on_policy import NashMD
 from fastpref.model.generate import Sampling
-from fastpref.rounds import measures
+from fastpref.rounds import measures, opponents
 from fastpref.rounds.artifacts import RoundFiles, Row
 from fastpref.rounds.keys import Keys, check_same, prompts_key
 from fastpref.rounds.learner import Learner, RoundSamples
@@ -40,12 +43,16 @@ _EVAL = "eval-"  # prefix of the files of held-out prompts
 
 
 class Round(NamedTuple):
-    """Samples of a round with their scores, and the pairs of these."""
+    """Samples of a round with their scores, and the pairs of these, none for rollouts.
+
+    preferences: for Nash-MD with a mixture, the probability of each sample to beat an opponent.
+    """
 
     samples: list[Row]
     scores: list[list[float]]
     pairs: Pairs
-    key: str  # of the pairs
+    key: str  # of the pairs, or of the rollouts
+    preferences: list[list[float]] | None = None
 
 
 class Rounds:
@@ -146,16 +153,52 @@ class Rounds:
             files.check_is_there("samples", key)
         else:
             self._write_prompts(files, prompts, number)
+        if isinstance(session.loss, NashMD) and session.loss.of_rollouts:
+            return self._against_mixture(files, key, prompts, session.loss.mixture)
+        if session.rounds.sampling.samples < 2 and isinstance(self._scorer(), Comparer):
+            raise ConfigError(
+                "rounds.sampling.samples: a scorer of pairs compares the completions of a prompt, "
+                "got 1; set 2 or more"
+            )
         samples, scores = self._scored(
             files, "", key, prompts, session.rounds.sampling.samples, number, number - 1
         )
+        scores_key = self._keys.scores(key)
+        if session.loss.of_rollouts:
+            return Round(samples, scores, Pairs([], {}), self._keys.rollouts(scores_key))
         recipe = Recipe(
             build=BUILDS[session.rounds.pairs],
             min_gap=session.rounds.min_gap,
             seed=session.rounds.sampling.seed,
         )
-        pairs_key = self._keys.pairs(self._keys.scores(key))
+        pairs_key = self._keys.pairs(scores_key)
         return Round(samples, scores, pair(files, pairs_key, samples, scores, recipe), pairs_key)
+
+    def _against_mixture(
+        self, files: RoundFiles, key: str, prompts: list[Prompt], mixture: float
+    ) -> Round:
+        """A round whose samples are compared with those of the mixture of policy and reference."""
+        number, options = files.number, self.session.rounds
+        count, is_judged = options.sampling.samples, isinstance(self._scorer(), Comparer)
+        if is_judged and options.scorer.missing_eos_penalty:
+            raise ConfigError(
+                "rounds.scorer.missing_eos_penalty: would be subtracted from the probabilities "
+                "that a scorer of pairs gives nash_md with a mixture; remove it"
+            )
+        of_opponents = self._keys.opponents(key)
+        if self.has_taken(number):
+            files.check_is_there(opponents.KIND, of_opponents)
+        samples = self._sampled(files, "", key, prompts, count, number, number - 1)
+        drawn = opponents.draw_opponents(
+            self.session, mixture, files, of_opponents, prompts, self.check_signals
+        )
+        scores = self._scores_of(files, "", of_opponents, samples, drawn)
+        preferences = scores
+        if not is_judged:
+            theirs = self._scores_of(files, f"{opponents.KIND}-", of_opponents, drawn, None)
+            preferences = opponents.preferences(scores, theirs)
+        rollouts_key = self._keys.rollouts(self._keys.scores(of_opponents))
+        return Round(samples, scores, Pairs([], {}), rollouts_key, preferences)
 
     def _scored(
         self,
@@ -168,6 +211,24 @@ class Rounds:
         weights: int,
     ) -> tuple[list[Row], list[list[float]]]:
         """Completions of prompts by the policy as it is after round `weights`, and scores."""
+        samples = self._sampled(files, prefix, key, prompts, count, seed, weights)
+        others = None
+        if prefix == _EVAL:
+            # A judge compares each round with the start, and the start with itself.
+            others = self._held_out(0)[0] if weights else samples
+        return samples, self._scores_of(files, prefix, key, samples, others)
+
+    def _sampled(
+        self,
+        files: RoundFiles,
+        prefix: str,
+        key: str,
+        prompts: list[Prompt],
+        count: int,
+        seed: int,
+        weights: int,
+    ) -> list[Row]:
+        """Completions of prompts by the policy as it is after round `weights`."""
         session = self.session
         draw = Draw(
             files,
@@ -178,23 +239,28 @@ class Rounds:
             session.rounds.sampling.seed + seed,
         )
         engine = partial(self._engine, weights)
-        samples = sample(draw, engine, session.tokenizer, self.display, self.check_signals)
-        opponents = None
-        if prefix == _EVAL:
-            # A judge compares each round with the start, and the start with itself.
-            opponents = self._held_out(0)[0] if weights else samples
-        scores = score(
+        return sample(draw, engine, session.tokenizer, self.display, self.check_signals)
+
+    def _scores_of(
+        self,
+        files: RoundFiles,
+        prefix: str,
+        key: str,
+        samples: list[Row],
+        others: list[Row] | None,
+    ) -> list[list[float]]:
+        """Scores of completions; a judge compares them with the others, if there are any."""
+        return score(
             files,
             f"{prefix}scores",
             self._keys.scores(key),
             samples,
             self._scorer,
-            session.rounds.scorer.missing_eos_penalty,
+            self.session.rounds.scorer.missing_eos_penalty,
             self.display,
             self.check_signals,
-            opponents,
+            others,
         )
-        return samples, scores
 
     def _write_prompts(self, files: RoundFiles, prompts: list[Prompt], number: int) -> None:
         key = self._prompt_keys[number - 1]
@@ -260,10 +326,15 @@ class Rounds:
 
     def _metrics(self, round_: Round) -> dict[str, Any]:
         pairs = round_.pairs.rows
+        values = measures.score_metrics(round_.samples, round_.scores)
+        values["prompts"] = len(round_.samples)
+        if round_.preferences is not None:
+            values["preference"] = float(np.mean(round_.preferences))
+        if self.session.loss.of_rollouts:
+            return values
         gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
         return {
-            **measures.score_metrics(round_.samples, round_.scores),
-            "prompts": len(round_.samples),
+            **values,
             "pairs": len(pairs),
             "without_pair": sum(round_.pairs.left_out.values()),
             "score_gap": sum(gaps) / len(gaps) if gaps else 0.0,
@@ -287,7 +358,7 @@ def _as_samples(number: int, round_: Round) -> RoundSamples:
         [row["tokens"] for row in samples],
         [row["completions"] for row in samples],
         [row["finished"] for row in samples],
-        torch.tensor(round_.scores, dtype=torch.float64),
+        torch.tensor(round_.preferences or round_.scores, dtype=torch.float64),
     )
 
 

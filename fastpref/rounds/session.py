@@ -15,6 +15,7 @@ from fastpref.data.prompts import Prompt
 from fastpref.data.tokenizers import tokenizer_of
 from fastpref.evaluation.sample import end_tokens
 from fastpref.losses import Objective
+from fastpref.losses.rollout import DistillationOptions
 from fastpref.model.batch_layout import choose_layout, use_layout
 from fastpref.model.coverage import announce_coverage
 from fastpref.model.load import announce_code, load_policy
@@ -23,6 +24,7 @@ from fastpref.rounds.keys import prompts_key
 from fastpref.rounds.pairing import worst_case
 from fastpref.rounds.prompts import load_prompts, prompts_of_round
 from fastpref.rounds.reference import RoundReference, needs_copy
+from fastpref.rounds.teacher import check_vocabulary, load_teacher
 from fastpref.training.memory_budget import MemoryBudget, usable_bytes
 from fastpref.training.optim import check_eight_bit
 from fastpref.training.setup import device_of
@@ -57,8 +59,14 @@ class Session:
         )
         self.device = device_of(config.training.device)
         check_eight_bit(config.optim, self.device)
+        self.teacher: Policy | None = None
+        if isinstance(self.loss, DistillationOptions):
+            # Its memory is not for the steps.
+            self.teacher = load_teacher(config, str(self.loss.teacher), self.tokenizer, display)
         usable = usable_bytes(self.device)
         self.policy = self._load_policy(with_adapter=True)
+        if self.teacher is not None:
+            check_vocabulary(self.teacher, self.policy)
         announce_coverage(self.policy, config.adapter, display.note)
         self.prompts = self._load_prompts()
         self._plan_memory(usable, resumed)
@@ -141,14 +149,15 @@ class Session:
             sampling.max_new_tokens,
             sampling.samples,
         )
-        choose_layout(
-            self.policy,
-            config.training,
-            config.model.attn_implementation,
-            [largest],
-            self.display,
-            notes_savings=False,
-        )
+        for policy in filter(None, (self.policy, self.teacher)):
+            choose_layout(
+                policy,
+                config.training,
+                config.model.attn_implementation,
+                [largest],
+                self.display,
+                notes_savings=False,
+            )
         self.memory = MemoryBudget(
             config, self.policy, len(self.tokenizer), usable, [largest], self.display, resumed
         )

@@ -33,7 +33,11 @@ class NonFiniteTracker(StepHook):
         self._step = step + 1
 
     def after_micro_batch(self, groups: list[int], logps: MicroBatchLogps, output: Output) -> None:
-        not_finite = ~output.loss.detach().isfinite()
+        self.record(groups, output.loss)
+
+    def record(self, groups: list[int], losses: Tensor) -> None:
+        """Record the losses of the groups of a micro-batch, (G,)."""
+        not_finite = ~losses.detach().isfinite()
         self._micro_batches.setdefault(self._step, []).append((groups, not_finite))
 
     def groups(self, step: int, device: torch.device) -> list[int]:

@@ -15,7 +15,7 @@ from fastpref.training import checkpoint_files
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Fingerprints of the files at `model.path` and `adapter.path`, as rank 0 sees them."""
+    """Fingerprints of the files of model, adapter and teacher, as rank 0 sees them."""
     known: dict[str, str] = {}
     for field, path in _paths(config).items() if distributed.is_main_process() else ():
         text = path and fingerprint(path)
@@ -40,4 +40,5 @@ def check(checkpoint: Path, config: Config) -> None:
 
 def _paths(config: Config) -> dict[str, str | None]:
     adapter = None if config.adapter is None else config.adapter.path
-    return {"model.path": config.model.path, "adapter.path": adapter}
+    teacher = getattr(config.build_loss(), "teacher", None)
+    return {"model.path": config.model.path, "adapter.path": adapter, "loss.teacher": teacher}

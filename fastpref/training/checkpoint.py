@@ -46,11 +46,12 @@ class Checkpoints:
         policy: Policy,
         optimizer: Optimizer,
         position: dict[str, Any],
-        reference: dict[str, Tensor] | None = None,
+        further: dict[str, Tensor] | None = None,
     ) -> None:
         """Wait for the previous checkpoint, then start to write `root/step-N`.
 
-        reference: weights of a reference that changes during the run.
+        further: other tensors that change during the run, such as the weights of a reference, by
+            names that begin with those of their owner.
         """
         self.wait()
         temporary = self._root / f".step-{step}"
@@ -67,7 +68,7 @@ class Checkpoints:
             "weights": {n: list(p.shape) for n, p in policy.trainable_parameters().items()},
         }
         future = dcp.async_save(
-            {**_tensors(policy, optimizer, reference), **_random_state()},
+            {**_tensors(policy, optimizer, further), **_random_state()},
             storage_writer=CheckpointWriter(temporary, run_state),
             process_group=self._group,
             async_stager=self._stager,
@@ -123,11 +124,11 @@ def restore(
     folder: Path,
     policy: Policy,
     optimizer: Optimizer,
-    reference: dict[str, Tensor] | None = None,
+    further: dict[str, Tensor] | None = None,
 ) -> None:
     """Load weights, optimizer and random state; the number of ranks may differ from the saved one.
 
-    reference: as in `Checkpoints.save`, loaded in place.
+    further: as in `Checkpoints.save`, loaded in place.
 
     Raises CheckpointError for a checkpoint of another model, adapter or optimizer.
     """
@@ -144,7 +145,7 @@ def restore(
         _allocate_state(optimizer)
     # With more ranks than were saved, the additional ranks keep their own random state.
     random_state = {name: value for name, value in _random_state().items() if name in stored}
-    state = {**_tensors(policy, optimizer, reference), **random_state}
+    state = {**_tensors(policy, optimizer, further), **random_state}
     dcp.load(state, storage_reader=reader, no_dist=distributed.world_size() == 1)
     for name, value in random_state.items():
         (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
@@ -180,15 +181,14 @@ def _weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def _tensors(
-    policy: Policy, optimizer: Optimizer, reference: dict[str, Tensor] | None
+    policy: Policy, optimizer: Optimizer, further: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Tensors of trained weights, optimizer and reference, not copies, by their names."""
+    """Tensors of trained weights and optimizer and the others, not copies, by their names."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     moments = {
         f"optimizer.{i}.{name}": t for i, entry in state.items() for name, t in entry.items()
     }
-    references = {f"reference.{name}": tensor for name, tensor in (reference or {}).items()}
-    return {**_weights(policy), **moments, **references}
+    return {**_weights(policy), **moments, **(further or {})}
 
 
 def _random_state() -> dict[str, Tensor]:

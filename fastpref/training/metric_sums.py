@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +13,28 @@ from fastpref.metrics import preference
 from fastpref.training.forward import MicroBatchLogps
 
 NAMES = metrics.PAIR_METRICS + preference.MONITORS
+# Of objectives on rollouts.
+ROLLOUT_METRICS = ("loss", "reward", "length", "kl", "clip_share", "value_loss")
 
 
-def metric_names(sources: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the sums: NAMES, then PAIR_METRICS of each source."""
-    return NAMES + metrics.names_by_source(sources)
+def metric_names(loss: Objective, sources: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the sums: NAMES, then PAIR_METRICS of each source; of rollouts ROLLOUT_METRICS."""
+    return ROLLOUT_METRICS if loss.of_rollouts else NAMES + metrics.names_by_source(sources)
 
 
 def of_rewards(values: dict[str, Any]) -> dict[str, Any]:
     """The metrics that are about rewards: a reward model has no log-probs."""
     policies = ("logps/", "preference/", "contrast/", "entropy")
     return {name: value for name, value in values.items() if not name.startswith(policies)}
+
+
+class StepSums(Protocol):
+    """Sums of a step over the micro-batches of a rank."""
+
+    sums: Tensor  # (2, M) of the names, and how many values each sums
+
+    def entropy(self) -> float:
+        """Mean entropy of the tokens of all ranks, nats."""
 
 
 class MetricSums:
@@ -46,7 +57,7 @@ class MetricSums:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self._loss, self._margins, self._detailed = loss, margins, detailed
-        self._sources, self._names = sources, metric_names(sources)
+        self._sources, self._names = sources, metric_names(loss, sources)
         self.sums = zeros(2, len(self._names))  # of the names, and how many values each sums
         self._entropy = zeros(2)
         self._contrasts, self._calibration = [zeros(0)], zeros(3, 10)

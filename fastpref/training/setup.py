@@ -140,7 +140,7 @@ class TrainingSetup(Loaded):
     folder: Path = Path()
     checkpoint: Path | None = None  # to continue from
     steps: int | None = None  # of the run, where the config does not say
-    reference_tensors: dict[str, Tensor] = field(default_factory=dict)  # kept in checkpoints, too
+    further_tensors: dict[str, Tensor] = field(default_factory=dict)  # kept in checkpoints, too
 
     def with_micro_batch_tokens(self, tokens: int) -> TrainingSetup:
         """The same run in micro-batches of another size."""

@@ -38,7 +38,7 @@ from fastpref.training.calibration_step import make_calibration
 from fastpref.training.clock import Clock
 from fastpref.training.exports import Exporter
 from fastpref.training.forward import Forward
-from fastpref.training.metric_sums import MetricSums, metric_names, of_rewards
+from fastpref.training.metric_sums import MetricSums, StepSums, metric_names, of_rewards
 from fastpref.training.nonfinite import NonFiniteGuard
 from fastpref.training.optim import learning_rate, make_optimizer, warmup_advice
 from fastpref.training.profiler import Profiler, part, profiling
@@ -99,7 +99,7 @@ class Trainer:
         )
         self.best = BestEvaluation(config.evaluation)
         self.spikes = SpikeDetector()
-        self.metric_names = metric_names(self.run.train.source_names)
+        self.metric_names = metric_names(self.loss, self.run.train.source_names)
         self.window = metrics.Window(self.metric_names)
         self.guard = NonFiniteGuard(
             self.window, self.run.train, self.policy.device, self.run.folder, display
@@ -204,7 +204,7 @@ class Trainer:
                     "continue with resume=auto",
                 )
 
-    def _train_step(self, with_entropy: bool) -> MetricSums | None:
+    def _train_step(self, with_entropy: bool) -> StepSums | None:
         """Take one optimizer step and return its sums, or None if the step is skipped."""
         rate = learning_rate(self.config.optim, self.step, self.steps)
         for parameter_group in self.optimizer.param_groups:
@@ -235,7 +235,7 @@ class Trainer:
         self.run = self.run.with_micro_batch_tokens(self.memory.micro_batch_tokens)
         self.plan = self.run.train.plan
 
-    def _accumulate_gradient(self, with_entropy: bool) -> MetricSums:
+    def _accumulate_gradient(self, with_entropy: bool) -> StepSums:
         """Run all micro-batches of a step forward and backward."""
         data, groups_in_step = self.run.train, self.plan.groups(self.step)
         for hook in self.hooks:
@@ -287,7 +287,7 @@ class Trainer:
         self.best.add(self.step, record)
         self.samples.write(self.step)
 
-    def _log(self, metric_sums: MetricSums | None, done: float) -> None:
+    def _log(self, metric_sums: StepSums | None, done: float) -> None:
         gc.collect(1)
         seconds, (tokens, then) = self.clock.seconds(), self._logged_at
         self._logged_at = (self.tokens, seconds)
@@ -345,7 +345,7 @@ class Trainer:
             **{name: hook.state_dict() for name, hook in self.stateful.items()},
         }
         self.checkpoints.save(
-            self.step, self.policy, self.optimizer, position, self.run.reference_tensors
+            self.step, self.policy, self.optimizer, position, self.run.further_tensors
         )
         # A full collection: buffers of the previous checkpoint have reached the oldest generation.
         gc.collect()
@@ -354,7 +354,7 @@ class Trainer:
         position = checkpoint_files.position(folder)
         run_folder.check_order(folder, self.config, self._plan_key, position["plan"])
         run_folder.check_steps(folder, position["step"], self.steps)
-        checkpoint.restore(folder, self.policy, self.optimizer, self.run.reference_tensors)
+        checkpoint.restore(folder, self.policy, self.optimizer, self.run.further_tensors)
         steps, rows = position["window"]
         self.window.load_state_dict(steps, torch.tensor(rows, dtype=torch.float64))
         for name, hook in self.stateful.items():

@@ -168,13 +168,17 @@ def _left(seconds: float | None, evaluations: float) -> str | None:
 
 
 def status(record: dict[str, Any]) -> str:
-    """One line of text with loss, margin, accuracy, speed and memory of a metrics record."""
+    """One line of text with loss, rewards, accuracy, KL, speed and memory of a metrics record."""
     parts = [f"loss {record['loss']:.4f}" if "loss" in record else "all steps skipped"]
     # Margins are missing if all responses have the same label.
     if "rewards/margins" in record:
         parts.append(f"margin {record['rewards/margins']:+.3f}")
     if "rewards/accuracies" in record:
         parts.append(f"accuracy {record['rewards/accuracies']:.2f}")
+    if "reward" in record:
+        parts.append(f"reward {record['reward']:.3f}")
+    if "kl" in record:
+        parts.append(f"KL {record['kl']:.3f}")
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if "peak_memory_gib" in record:

@@ -327,7 +327,7 @@ def test_defaults():
         "nca": {"beta": 0.01, "tau": 0.0001},
         "pro_s": {"beta": 0.003, "alpha": 2.5},
         "rloo": {"beta": 0.05},
-        "nash_md": {"beta": 0.1},
+        "nash_md": {"beta": 0.1, "mixture": 0.0},
         "gspo": {"epsilon": 0.0003, "epsilon_high": 0.0004, "scale_rewards": "group"},
     }
 
@@ -414,6 +414,7 @@ def test_importing_the_losses_loads_nothing_else():
         "fastpref.losses.pointwise",
         "fastpref.losses.registry",
         "fastpref.losses.reward",
+        "fastpref.losses.rollout",
         "fastpref.losses.token_level",
         "fastpref.losses.wrappers",
         "fastpref.losses.wrapping",

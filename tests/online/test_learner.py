@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastpref import distributed
 from fastpref.config import Config
+from fastpref.model.lora import as_reference
 from fastpref.model.policy import Policy
 from fastpref.model.reference_policy import FrozenReference, no_reference
 from fastpref.online.learner import LearnerOptions, OnlineLearner, groups_of
@@ -85,7 +87,7 @@ def test_micro_batches_do_not_change_a_step(policy: Policy, objective: OnlineObj
 def test_the_value_head_learns_the_returns_and_leaves_the_trunk_alone(policy: Policy) -> None:
     """Without an advantage the policy has no gradient, whatever the values are."""
     before = weights_of(policy)
-    learner = learner_of(policy, PPO(kl_coef=0.0, whiten_advantages=False), value_lr=0.02)
+    learner = learner_of(policy, PPO(kl_coef=0.0, whiten_advantages=False, value_lr=0.02))
     assert learner.value_head is not None
     learner.update([[9]], [[14]], torch.tensor([0.0]))
     after = weights_of(policy)
@@ -133,6 +135,26 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(policy: Policy) -> Non
         for row, prompt in enumerate(prompts):
             full = base(input_ids=torch.tensor([prompt + added[row]])).logits[0, -1]
             torch.testing.assert_close(logits[row], full, rtol=1e-4, atol=1e-4)
+
+
+def test_one_model_with_an_adapter_is_two_in_the_mixture(
+    make_config: Callable[..., Config], tokenizer: Any
+) -> None:
+    base = policy_of(make_config(), tokenizer)
+    adapted = policy_of(make_config(adapter={"r": 4}), tokenizer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.trainable_parameters().values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def drawn(reference: Policy, **options: Any) -> Any:
+        return sample_mixture(
+            adapted, reference, PROMPTS, set(), mixture=0.7, max_new_tokens=8,
+            generator=torch.Generator().manual_seed(3), **options,
+        )  # fmt: skip
+
+    ours = drawn(adapted, around=partial(as_reference, adapted))
+    assert ours == drawn(base) != drawn(adapted)
 
 
 def test_tokens_are_drawn_from_the_mixture_up_to_an_end(policy: Policy) -> None:

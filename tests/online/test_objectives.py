@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref.online.nash_md import NashMD, mixture_logits, preference_of_rewards
-from fastpref.online.policy_gradient import GRPO, RLOO, clipped_surrogate, k3
+from fastpref.online.policy_gradient import GRPO, RLOO, clipped_surrogate, is_clipped, k3
 from fastpref.online.ppo import PPO, ValueHead, token_rewards, value_loss
 from fastpref.online.rollouts import OnlineObjective, Rollouts, mean_loss
 
@@ -194,3 +194,13 @@ def test_the_value_head_begins_at_0_and_ppo_requires_values() -> None:
     rollouts, _, _ = _rollouts()
     with pytest.raises(ValueError, match="values: PPO needs a value of each token"):
         PPO().prepare(replace(rollouts, values=None))
+
+
+def test_a_token_is_clipped_where_the_surrogate_has_no_gradient() -> None:
+    log_ratios = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, 0.27], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0])
+    clipped_surrogate(log_ratios, advantages, 0.2, 0.3).sum().backward()
+    assert log_ratios.grad is not None
+    clipped = is_clipped(log_ratios, advantages, 0.2, 0.3)
+    assert clipped.tolist() == [True, False, False, True, False, True]
+    assert (log_ratios.grad == 0).tolist() == clipped.tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastpref import cli
+from fastpref import cli, losses
 from fastpref import config as configs
 from fastpref.config import ConfigError
 from fastpref.rounds.artifacts import RoundFiles
@@ -85,6 +85,55 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"loss": "gspo", "rounds": {"reference": "start"}},
     ),
     (
+        "rounds.reference: the penalty of grpo has no gradient in the only step of a round if it "
+        "pulls to the round's own start; set rounds.reference=start, or raise rounds.steps",
+        {"loss": "grpo", "rounds": {"prompts": 8}, "training": {"batch_size": 8}},
+    ),
+    (
+        "rounds.reference: the KL penalty of ppo is that of the policy which sampled, got ema, to "
+        "which it is 0 or nearly so; set rounds.reference=start, or loss.kl_coef=0",
+        {"loss": "ppo", "rounds": {"reference": {"ema": 0.9}}},
+    ),
+    (
+        "rounds.reference: grpo has no KL penalty here and no other use of a reference; remove it",
+        {"loss": {"name": "grpo", "beta": 0}, "rounds": {"reference": "start"}},
+    ),
+    (
+        "rounds.reference: the opponents of nash_md are drawn from the policy and the reference, "
+        "which is the policy at the start of a round; set rounds.reference=start, or "
+        "loss.mixture=0",
+        {"loss": {"name": "nash_md", "mixture": 0.5}},
+    ),
+    (
+        "rounds.sampling.temperature: the opponents of nash_md are drawn in this process, at "
+        "temperature 1, got 0.7; remove it, or set loss.mixture=0",
+        {
+            "loss": {"name": "nash_md", "mixture": 0.5},
+            "rounds": {"reference": "start", "sampling": {"temperature": 0.7}},
+        },
+    ),
+    (
+        "rounds.sampling.samples: grpo compares the completions of a prompt, got 1; set 2 or more",
+        {"loss": "grpo", "rounds": {"sampling": {"samples": 1}, "reference": "start"}},
+    ),
+    (
+        "reference: frozen, but distillation has a teacher and no reference; remove it",
+        {"loss": {"name": "distillation", "teacher": "t"}, "reference": "frozen"},
+    ),
+    (
+        "loss.teacher: is missing; name the folder or Hub name of a model with the same tokens",
+        {"loss": "distillation"},
+    ),
+    (
+        "rounds.min_gap: ppo learns from all completions and has no pairs; remove it",
+        {"loss": {"name": "ppo", "kl_coef": 0}, "rounds": {"min_gap": 0.5}},
+    ),
+    (
+        "loss: ppo learns from samples that the policy draws; add a section rounds and use "
+        "fastpref rounds, or choose another objective",
+        {"loss": "ppo", "rounds": None},
+    ),
+    (
         "training.epochs: rounds have steps and evaluations of their own, rounds.steps and "
         "rounds.eval_prompts; remove it",
         {"training": {"epochs": 2}},
@@ -137,8 +186,28 @@ def test_a_config_that_is_written_and_read_again() -> None:
 
 
 @pytest.mark.parametrize("rounds", [{"steps": 1, "reference": "start"}, {"steps": 2}])
-def test_a_penalty_that_pulls_somewhere_is_accepted(rounds: dict[str, Any]) -> None:
-    check(parsed({"loss": "nash_md", "rounds": rounds}))
+@pytest.mark.parametrize("loss", ["nash_md", "grpo"])
+def test_a_penalty_that_pulls_somewhere_is_accepted(loss: str, rounds: dict[str, Any]) -> None:
+    check(parsed({"loss": loss, "rounds": rounds}))
+
+
+@pytest.mark.parametrize(
+    ("loss", "rounds"),
+    [
+        ({"name": "ppo"}, {"reference": "start", "steps": 1, "sampling": {"samples": 1}}),
+        ({"name": "ppo", "kl_coef": 0}, {}),
+        ({"name": "grpo", "beta": 0}, {"steps": 1}),
+        ({"name": "grpo"}, {"reference": {"every": 4}}),
+        ({"name": "nash_md", "mixture": 1}, {"reference": "start"}),
+    ],
+    ids=str,
+)
+def test_objectives_on_rollouts_are_accepted(loss: dict[str, Any], rounds: dict[str, Any]) -> None:
+    config = parsed({"loss": loss, "rounds": rounds})
+    check(config)
+    again = configs.parse(configs.yaml_io.parse_yaml(config.to_yaml()))
+    assert again.build_loss() == config.build_loss()
+    check(again)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -146,11 +215,14 @@ def test_ratios_to_the_policy_that_sampled_are_accepted(steps: int) -> None:
     check(parsed({"loss": "gspo", "rounds": {"steps": steps}}))
 
 
-def test_the_example_is_valid() -> None:
-    path = Path(__file__).parents[2] / "examples" / "rounds" / "llama-3-8b-lora.yaml"
+@pytest.mark.parametrize(
+    ("name", "reference"), [("llama-3-8b-lora", "round"), ("llama-3-8b-grpo-lora", "start")]
+)
+def test_the_examples_are_valid(name: str, reference: str) -> None:
+    path = Path(__file__).parents[2] / "examples" / "rounds" / f"{name}.yaml"
     config = configs.load(path)
     check(config)
-    assert config.rounds is not None and config.rounds.reference == "round"
+    assert config.rounds is not None and config.rounds.reference == reference
 
 
 @pytest.mark.parametrize(
@@ -188,6 +260,21 @@ def test_train_refuses_a_config_of_rounds(
     assert capsys.readouterr().err == (
         "error: rounds: is for fastpref rounds, which samples data; use that command\n"
     )
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_dry_run_prints_the_objective(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(parsed({"loss": name, "rounds": {"reference": "start"}}).to_yaml())
+    monkeypatch.setattr("sys.argv", ["fastpref", "rounds", str(path), "--dry-run", "loss.clip=0.3"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    printed = configs.parse(configs.yaml_io.parse_yaml(capsys.readouterr().out))
+    assert printed.build_loss() == losses.build(name, clip=0.3)
+    assert printed.reference_mode == "cached"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def test_an_exponential_average_of_the_adapter(tiny_llama: str, tmp_path: Path) 
     tensors = session.reference.tensors
     name = next(name for name in tensors if "lora_A" in name)
     start = tensors[name].clone()
-    trained = dict(session.policy.named_parameters())[name.replace(".reference.", ".default.")]
+    trained = dict(session.policy.named_parameters())[
+        name.removeprefix("reference.").replace(".reference.", ".default.")
+    ]
     with torch.no_grad():
         trained.add_(1.0)
     for step in range(2):

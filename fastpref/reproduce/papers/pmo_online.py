@@ -24,7 +24,7 @@ from fastpref.training.trainer import Trainer
 
 PPO_LABEL, NASH_LABEL = LABELS = ("ppo", "nash-md")
 OBJECTIVES: dict[str, PPO | NashMD] = {
-    PPO_LABEL: PPO(kl_coef=0.1),
+    PPO_LABEL: PPO(kl_coef=0.1, value_lr=1e-2),
     NASH_LABEL: NashMD(beta=0.1),
 }
 # Optimizer steps on one round of samples: PPO's ratios allow more than one.
@@ -91,7 +91,7 @@ def learn(trainer: Trainer, job: Job) -> list[Record]:
     reward_model = train_reward_model(trainer)
     reference, objective = copy.deepcopy(trainer.policy), OBJECTIVES[job.label]
     epochs = EPOCHS[job.label]
-    options = LearnerOptions(epochs, micro_batch=1024, seed=job.seed, value_lr=1e-2)
+    options = LearnerOptions(epochs, micro_batch=1024, seed=job.seed)
     learner = OnlineLearner(
         trainer.policy, FrozenReference(reference), objective, trainer.optimizer, options
     )
