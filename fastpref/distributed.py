@@ -14,17 +14,19 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.utils import slurm
-from fastpref.utils.errors import UserError, first_line
+from fastpref.utils.errors import UserError, first_line, of_file
 
 # Messages of gloo, NCCL and the store about a process that has ended.
 _LOST = (
@@ -35,6 +37,8 @@ _LOST = (
 )
 # Longest wait for another rank, e.g. while the first one tokenizes.
 TIMEOUT = timedelta(minutes=30)
+# The same while the first one works for all of them, e.g. asks a judge or servers.
+_LONG_TIMEOUT = timedelta(days=365)
 # Seconds for the name of the first rank's machine, which may be published a moment later.
 _LOOK_UP = 8.0
 T = TypeVar("T")
@@ -77,6 +81,7 @@ def process_group() -> Iterator[None]:
         raise
     finally:
         if dist.is_initialized():
+            _patient_group.cache_clear()
             dist.destroy_process_group()
 
 
@@ -276,17 +281,46 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat([row[:size] for row, size in zip(rows, sizes.tolist(), strict=True)])
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: T, group: dist.ProcessGroup | None = None) -> T:
     """The value of rank 0, of what JSON knows, on all ranks."""
     if world_size() == 1:
         return value
     text = _encoded(value) if is_main_process() else torch.empty(0, dtype=torch.uint8)
     size = torch.tensor(len(text))
-    dist.broadcast(size, 0)
+    dist.broadcast(size, 0, group)
     if not is_main_process():
         text = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(text, 0)
+    dist.broadcast(text, 0, group)
     return _decoded(text)
+
+
+def on_main_process(compute: Callable[[], T]) -> T:
+    """Compute a value on rank 0 alone, and return it, of what JSON knows, on all ranks.
+
+    The others wait as long as it takes. Where rank 0 raises UserError or OSError, all ranks raise
+    UserError with its message.
+    """
+    if world_size() == 1:
+        return compute()
+    value: T | None = None
+    error: UserError | None = None
+    if is_main_process():
+        try:
+            value = compute()
+        except UserError as raised:
+            error = raised
+        except OSError as raised:
+            error = UserError(of_file(raised))
+    value, message = broadcast((value, error and str(error)), _patient_group())
+    if message is not None:
+        raise error or UserError(message)
+    return value  # type: ignore[return-value]
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks, for collectives in which they may wait longer than `TIMEOUT`."""
+    return dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -300,11 +334,11 @@ def gather_objects(value: T) -> list[T]:
 
 def _encoded(value: object) -> Tensor:
     """JSON of a value as bytes (N,) on the CPU: a pickle could run code."""
-    return torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
 
 
 def _decoded(text: Tensor) -> Any:
-    return json.loads(bytes(text.tolist()))
+    return json.loads(text.numpy().tobytes())
 
 
 def barrier() -> None:

@@ -28,9 +28,19 @@ def test_alone_nothing_changes() -> None:
         assert distributed.all_reduce_sum_(values) is values and values.tolist() == [1.0, 2.0]
         assert distributed.gather(values) is values
         assert distributed.all_reduce_max(-2.0) == -2.0 and distributed.all_equal(3.0)
+        assert distributed.on_main_process(lambda: (1, 2)) == (1, 2)
         assert distributed.all_ranks(True) and not distributed.all_ranks(False)
         distributed.all_reduce_sum_coalesced_([values])
         distributed.barrier()
+
+
+def refuse() -> None:
+    assert distributed.is_main_process()
+    raise UserError("only the first knows")
+
+
+def fill_disk() -> None:
+    raise OSError(28, "No space left on device", "a.jsonl")
 
 
 def of_two(rank: int, port: int, folder: Path) -> None:
@@ -48,6 +58,11 @@ def of_two(rank: int, port: int, folder: Path) -> None:
             log = folder / "order.txt"
             with distributed.main_process_first(), log.open("a") as file:
                 file.write(f"{rank}\n")
+            assert distributed.on_main_process(lambda: [rank, "é"]) == [0, "é"]
+            with pytest.raises(UserError, match="only the first knows"):
+                distributed.on_main_process(refuse)
+            with pytest.raises(UserError, match=r"a\.jsonl: No space left on device; check path"):
+                distributed.on_main_process(fill_disk)
             raise UserError("the same on both")
     except UserError as error:
         printed.append(error.should_print)

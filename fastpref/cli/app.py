@@ -10,7 +10,7 @@ import typer
 
 from fastpref.cli import data, evaluate, export, judge, reward, rounds, show, tools, train
 from fastpref.cli.arguments import Command, ConfigCommand, with_paths
-from fastpref.utils.errors import UserError, first_line, is_out_of_memory
+from fastpref.utils.errors import UserError, first_line, is_out_of_memory, of_file
 from fastpref.utils.version import __version__
 
 # The base class of all errors in arguments is in click or, since typer 0.26, in a private copy of
@@ -75,10 +75,8 @@ def main() -> None:
         sys.exit(code)
     except UserError as error:
         _exit(f"error: {error}" if error.should_print else "", 2)
-    except OSError as error:  # files that cannot be read or written, a full disk
-        _exit(
-            f"error: {error.filename or 'file'}: {error.strerror or error}; check path and disk", 2
-        )
+    except OSError as error:
+        _exit(f"error: {of_file(error)}", 2)
     except Interrupted as stop:
         _exit(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:

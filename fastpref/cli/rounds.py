@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fastpref.cli.arguments import ConfigFile, DryRun
 from fastpref.cli.preflight import check_inputs, check_run
-from fastpref.cli.train import note
+from fastpref.cli.train import join_ranks, note, refused_once, show_config
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
 
 
 def rounds(
@@ -20,21 +24,36 @@ def rounds(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train on the model's own samples, scored and paired anew in every round."""
-    from fastpref.config import load
-    from fastpref.rounds.checks import check
+    """Train on the model's own samples, scored and paired anew in every round.
 
-    loaded = load(config, overrides, note)
-    check(loaded)
+    On several GPUs: torchrun … -m fastpref rounds …
+    """
+    join_ranks()
+    with refused_once():
+        loaded = _load(config, overrides)
+        if not dry_run:
+            check_inputs(loaded)
+            check_run(loaded)
     if dry_run:
-        print(loaded.to_yaml(), end="")
+        show_config(loaded)
         return
-    check_inputs(loaded)
-    check_run(loaded)
 
+    from fastpref import distributed
     from fastpref.rounds.loop import run
     from fastpref.utils.progress import Display, quiet_libraries
 
     quiet_libraries()
-    with Display(Console()) as display:
+    with (
+        distributed.process_group(),
+        Display(Console(quiet=not distributed.is_main_process())) as display,
+    ):
         run(loaded, display)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from fastpref.config import load
+    from fastpref.rounds.checks import check
+
+    loaded = load(path, overrides, note)
+    check(loaded)
+    return loaded

@@ -72,7 +72,7 @@ def run_training(load: Callable[[], Config], dry_run: bool, profile: bool) -> No
             check_inputs(loaded)
             check_run(loaded)
     if dry_run:
-        print(loaded.to_yaml(), end="")
+        show_config(loaded)
         return
 
     from fastpref import distributed
@@ -242,6 +242,12 @@ def refused_once() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_FIRST_RANK_SECONDS)
         raise
+
+
+def show_config(config: Config) -> None:
+    """Print the config of a dry run, which all ranks have read, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(config.to_yaml(), end="")
 
 
 def note(text: str) -> None:

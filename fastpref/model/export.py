@@ -40,6 +40,8 @@ def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, mer
     merge: for a policy with an adapter, write the merged model; otherwise only the adapter, which
         peft loads.
     """
+    # What rank 0 does below reshards its weights alone, and the next forward pass needs all ranks.
+    policy.to_shards()
     model: Any = policy.causal_lm
     if merge or model is policy.base:
         # Without shards every rank has full copies of the weights to write.

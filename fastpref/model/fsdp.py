@@ -129,7 +129,7 @@ def _device_to_send_on(tensor: Tensor) -> torch.device:
 
 def base_weights(policy: Policy) -> dict[str, Tensor]:
     """Weights and persistent buffers of the base by name, without adapters; tied ones once."""
-    policy.reshard()
+    policy.to_shards()
     base = policy.base
     adapters = {id(parameter) for parameter in policy.adapter_parameters()}
     persistent = base.state_dict().keys()
@@ -155,6 +155,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     on_mesh: Any = tensor.to(tensor.device_mesh.device_type)
     full: Tensor = on_mesh.full_tensor()
     return full
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, in the same memory; other tensors unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _empty_like(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

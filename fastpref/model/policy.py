@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastpref import attention, ops
@@ -152,13 +153,17 @@ class Policy(nn.Module):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name; for a sharded model, the shards of this rank."""
-        self.reshard()
+        self.to_shards()
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def reshard(self) -> None:
-        """Reshard parameters left gathered by a forward pass without a backward pass (FSDP)."""
-        if self.sharded:
-            cast(Any, self).reshard()
+    def to_shards(self) -> None:
+        """Reshard parameters left gathered by a forward pass without a backward pass (FSDP).
+
+        They are those of the root, and with `parallel.reshard_after_forward: false` of the blocks.
+        """
+        for module in (self, *self.blocks()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # of the module alone, and not of those within
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if "lora_" in name]

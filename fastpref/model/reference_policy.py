@@ -172,12 +172,14 @@ def saved_reference(
     display: Display,
     per_token: bool,
     awaited: Sequence[int] = (),
+    is_shared: bool = False,
 ) -> CachedReference | FirstStepReference:
     """Read the log-probs in a file, or compute them with the policy as it is and write it.
 
     The caller names the file by everything that determines the log-probs.
 
     awaited: groups to leave to the first step of the run, not with `per_token`.
+    is_shared: whether all nodes see one file, which rank 0 writes; else each has a file of its own.
     """
     lengths = torch.from_numpy(groups.response_lengths)
     starts = (lengths.cumsum(0) - lengths).to(policy.device) if per_token else None
@@ -188,7 +190,8 @@ def saved_reference(
     display.phase("reference", len(groups) - len(set(awaited)))
     partial_path = path.with_suffix(".partial")
     saved = _read(partial_path, display) or {}
-    partial = _PartialLogps.load(partial_path, saved, policy, groups, per_token)
+    writes = distributed.is_main_process() if is_shared else distributed.local_rank() == 0
+    partial = _PartialLogps.load(partial_path, saved, policy, groups, per_token, writes)
     with _without_zero_adapter(policy):
         _compute(policy, groups, plan, starts, partial, display.advance, awaited)
     if not partial.groups.all():
@@ -248,10 +251,11 @@ class _PartialLogps:
 
     logps: log-probs of all responses or of all their tokens, 0 if not yet computed.
     groups: (N,) bool on the CPU, whether the log-probs of a group are computed.
+    writes: whether this rank writes the files.
     """
 
-    def __init__(self, path: Path, logps: Tensor, groups: Tensor) -> None:
-        self._path = path
+    def __init__(self, path: Path, logps: Tensor, groups: Tensor, writes: bool) -> None:
+        self._path, self._writes = path, writes
         self.logps = logps
         self.groups = groups
 
@@ -263,6 +267,7 @@ class _PartialLogps:
         policy: Policy,
         groups: Groups,
         per_token: bool,
+        writes: bool,
     ) -> _PartialLogps:
         """Continue from `saved`, the content of `path`, if all ranks read the same; else start."""
         dtype = torch.promote_types(policy.compute_dtype, torch.float32)
@@ -273,7 +278,7 @@ class _PartialLogps:
                 "logps": torch.zeros(size, dtype=dtype),
                 "groups": torch.zeros(len(groups), dtype=torch.bool),
             }
-        return cls(path, saved["logps"].to(policy.device), saved["groups"])
+        return cls(path, saved["logps"].to(policy.device), saved["groups"], writes)
 
     def merge(self, local_logps: Tensor, save: bool) -> None:
         """Add this rank's new log-probs to those of all ranks, and zero `local_logps`."""
@@ -285,12 +290,11 @@ class _PartialLogps:
     def finish(self, path: Path) -> None:
         """Write the complete log-probs and delete the partial file."""
         self._write(path, {"logps": self.logps})
-        if distributed.local_rank() == 0:
+        if self._writes:
             self._path.unlink(missing_ok=True)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        # One rank per node writes, because nodes may not share a disk.
-        if distributed.local_rank() == 0:
+        if self._writes:
             cpu_tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
             with atomic_files.replacing(path) as temporary:
                 save_file(cpu_tensors, temporary, {"crc32": _crc32(cpu_tensors)})

@@ -1,6 +1,7 @@
 """Files of a round, named by everything that determines them, complete or absent.
 
-A long file of samples grows in shards in `NAME.partial`, from which a restarted run goes on.
+A long file of samples grows in shards in `NAME.partial`, from which a restarted run goes on. Of
+several ranks, the first one reads and writes all files.
 """
 
 from __future__ import annotations
@@ -88,15 +89,19 @@ class RoundFiles:
 
 
 class Shards:
-    """Rows that are appended in shards and survive a kill; a torn last line is dropped."""
+    """Rows that are appended in shards and survive a kill."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rows: list[Row] = []
-        if path.exists():
-            self.rows = _whole_lines(path)
-            with replacing(path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def read(self) -> list[Row]:
+        """Rows so far; a torn last line is removed from the file."""
+        rows: list[Row] = []
+        if self._path.exists():
+            rows = _whole_lines(self._path)
+            with replacing(self._path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return rows
 
     def append(self, rows: list[Row]) -> None:
         """Write a shard to disk."""
@@ -105,7 +110,6 @@ class Shards:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
-        self.rows += rows
 
     def remove(self) -> None:
         """Delete the shards, after the complete file is written."""

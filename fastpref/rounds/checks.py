@@ -29,12 +29,6 @@ def check(config: Config) -> None:
             "rounds: is missing; fastpref rounds needs a section such as rounds: {count: 3, "
             "scorer: {reward_model: NAME}}"
         )
-    ranks = started_ranks()
-    if ranks > 1:
-        raise ConfigError(
-            f"rounds: run in one process, and there are {ranks} ranks; start one without torchrun "
-            "or srun (servers may draw the samples on other GPUs)"
-        )
     _check_data(config.data)
     for option, is_set in {
         "training.steps": config.training.steps is not None,
@@ -52,6 +46,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"loss: {loss.name} is not for rounds, whose data are scored samples of a round; use "
             "another objective"
+        )
+    ranks = started_ranks()
+    if loss.of_rollouts and ranks > 1:
+        raise ConfigError(
+            f"loss: {loss.name} runs on one rank here, and there are {ranks}; start one process "
+            "without torchrun or srun (servers may draw the samples on other GPUs)"
         )
     if loss.of_rollouts:
         _check_rollouts(config, loss)

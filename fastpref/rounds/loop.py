@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fastpref import distributed
 from fastpref.config import Config
 from fastpref.losses import Objective
 from fastpref.losses.rollout import DistillationOptions
@@ -17,7 +18,7 @@ from fastpref.rounds.scorers import check_scorer
 from fastpref.rounds.scoring import Scorer
 from fastpref.rounds.sequence import Rounds
 from fastpref.rounds.session import Session
-from fastpref.training import base_weights, run_lock, signals
+from fastpref.training import base_weights, rank_checks, run_lock, signals
 from fastpref.training.setup import claim
 from fastpref.utils.atomic_files import clear_leftovers
 from fastpref.utils.errors import UserError
@@ -39,17 +40,20 @@ def run(
     Raises UserError in one line, and Interrupted after SIGTERM or Ctrl-C.
     """
     check(config)
+    rank_checks.check_same_config([config])
     folder = Path(config.training.output_dir)
     with run_lock.hold(folder):
         checkpoint = claim(folder, config.resume, display)
         if checkpoint is not None:
             base_weights.check(checkpoint, config)
-        for leftovers in (folder / "rounds", *folder.glob("rounds/*")):
-            clear_leftovers(leftovers)
+        if distributed.is_main_process():
+            for leftovers in (folder / "rounds", *folder.glob("rounds/*")):
+                clear_leftovers(leftovers)
         if scorer is None:
             assert config.rounds is not None
             # The policy may take minutes to load.
-            check_scorer(config.rounds.scorer, display)
+            options = config.rounds.scorer
+            distributed.on_main_process(lambda: check_scorer(options, display))
         with signals.collecting(received) as signums:
             session = Session(config, display, folder if checkpoint is not None else None)
             rounds = Rounds(session, checkpoint, signums, scorer)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastpref import distributed
 from fastpref.data.dataset import GroupDataset, no_counts, write_groups
 from fastpref.data.formats import TextGroup
 from fastpref.data.pairs import Build, Recipe, build_rows
@@ -148,12 +149,13 @@ def _dataset(cache: Path, kind: Kind, rows: list[Row], source: str) -> GroupData
         sequences = [row["prompt"].tolist(), *(ids.tolist() for ids in row["responses"])]
         parts.append(json.dumps([row["row"], sequences, row["labels"], row["margin"]]))
     folder = cache / "tokens" / f"sampled-{sha256(*parts)}"
-    if not folder.exists():
-        counts = no_counts(kind)
-        counts["found"] = counts["kept"] = len(rows)
-        with replacing(folder) as temporary:
-            about = write_groups(temporary, kind, [rows], counts)
-            (temporary / "about.json").write_text(json.dumps(about))
+    with distributed.main_process_first():
+        if not folder.exists():
+            counts = no_counts(kind)
+            counts["found"] = counts["kept"] = len(rows)
+            with replacing(folder) as temporary:
+                about = write_groups(temporary, kind, [rows], counts)
+                (temporary / "about.json").write_text(json.dumps(about))
     return GroupDataset(folder, source)
 
 

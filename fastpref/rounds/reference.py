@@ -20,6 +20,7 @@ from fastpref.config import Config
 from fastpref.data.batch_plan import Plan
 from fastpref.data.dataset import Groups
 from fastpref.losses import TokenLevelLoss
+from fastpref.model import fsdp
 from fastpref.model.lora import as_reference, reference_copies, without_adapter
 from fastpref.model.policy import Policy
 from fastpref.model.reference_policy import (
@@ -45,37 +46,47 @@ def needs_copy(config: Config) -> bool:
 class FollowingCopy:
     """Frozen copy of the policy that can be set to it, or moved toward it.
 
-    tensors: by the names of the weights.
+    policy: the copy, a second model, or None where it is that of the policy's adapter.
     """
 
     def __init__(self, policy: Policy, copy: Policy | None) -> None:
-        self.policy = copy
-        if copy is None:
-            self._pairs = reference_copies(policy)
-            self.reference: Reference = AdapterReference(policy)
-        else:
-            trained = dict(policy.named_parameters())
-            self._pairs = {
-                name: (tensor.detach(), trained[name].detach())
-                for name, tensor in copy.named_parameters()
-            }
+        self._trained, self.policy = policy, copy
+        self.reference: Reference = AdapterReference(policy)
+        if copy is not None:
             self.reference = FrozenReference(copy)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {name: ours for name, (ours, _) in self._pairs.items()}
+        """Weights of the copy by their names in a checkpoint; of sharded ones, this rank's."""
+        return {name: ours for name, (ours, _) in self._pairs().items()}
 
     @torch.no_grad()
     def synchronize(self) -> None:
         """Set the copy to the policy."""
-        for ours, trained in self._pairs.values():
-            ours.copy_(trained)
+        for ours, trained in self._pairs().values():
+            fsdp.local_tensor(ours).copy_(fsdp.local_tensor(trained))
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
         """Move the copy to `decay · copy + (1 - decay) · policy`."""
-        for ours, trained in self._pairs.values():
-            ours.lerp_(trained.to(ours.dtype), 1 - decay)
+        for ours, trained in self._pairs().values():
+            target = fsdp.local_tensor(trained).to(ours.dtype)
+            fsdp.local_tensor(ours).lerp_(target, 1 - decay)
+
+    def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tensors of the copy and of the policy by name, looked up anew for each use.
+
+        A forward pass leaves gathered weights in the place of the shards, until `to_shards`.
+        """
+        if self.policy is None:
+            return reference_copies(self._trained)
+        self.policy.to_shards()
+        self._trained.to_shards()
+        trained = dict(self._trained.named_parameters())
+        return {
+            name: (tensor.detach(), trained[name].detach())
+            for name, tensor in self.policy.named_parameters()
+        }
 
 
 class Following(StepHook):
@@ -152,7 +163,9 @@ class RoundReference:
         if self.copy is not None:
             return self.copy.reference
         with self._computing() as policy:
-            return saved_reference(path, policy, groups, plan, self._display, self._per_token)
+            return saved_reference(
+                path, policy, groups, plan, self._display, self._per_token, is_shared=True
+            )
 
     def keeps_logps(self) -> bool:
         """Whether the log-probs of a round are in a file."""

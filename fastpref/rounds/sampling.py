@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastpref import distributed
 from fastpref.data.pairs import draw_key
 from fastpref.data.prompts import Prompt
 from fastpref.data.tokenize import chunks
-from fastpref.model.generate import Sampling, text_after, until_end
+from fastpref.model.generate import Sampling, Sequences, text_after, until_end
 from fastpref.model.policy import Policy
 from fastpref.rounds.artifacts import RoundFiles, Row
 from fastpref.utils.progress import Display
@@ -47,7 +49,10 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The policy in memory; a shard is one batch of prompts of similar length."""
+    """The policy in memory; a shard is one batch of prompts of similar length.
+
+    Ranks draw whole batches, so that their number changes no completion.
+    """
 
     def __init__(self, policy: Policy, ends: set[int], sampling: Sampling) -> None:
         self._policy, self._ends, self._sampling = policy, ends, sampling
@@ -57,17 +62,47 @@ class TransformersEngine:
     ) -> Iterator[list[Drawn]]:
         # The longest prompts come first: where memory is short, that is known at once.
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.place))
-        for batch in chunks(ordered, self._sampling.batch_size):
-            # The other prompts of its batch decide a completion, by rounding and random numbers.
-            if all(request.place in complete for request in batch):
-                continue
-            sampling = replace(self._sampling, seed=batch[0].seed)
-            prompts = [request.prompt for request in batch]
-            sequences = self._policy.generate(prompts, self._ends, sampling)
-            yield [
-                drawn(request.place, tokens, self._ends)
-                for request, tokens in zip(batch, sequences, strict=True)
-            ]
+        # The other prompts of its batch decide a completion, by rounding and random numbers.
+        missing = [
+            batch
+            for batch in chunks(ordered, self._sampling.batch_size)
+            if not all(request.place in complete for request in batch)
+        ]
+        for wave in chunks(missing, distributed.world_size()):
+            # The last wave may have fewer batches than there are ranks.
+            of_ranks = distributed.gather_objects(self._draw(self._batch_of_rank(wave)))
+            for batch, sequences in zip(wave, of_ranks, strict=False):
+                yield [
+                    drawn(request.place, tokens, self._ends)
+                    for request, tokens in zip(batch, sequences, strict=True)
+                ]
+
+    def _batch_of_rank(self, wave: Sequence[Sequence[Request]]) -> Sequence[Request]:
+        """The batch of this rank; without one, of a sharded model the last, else an empty one."""
+        number = distributed.rank()
+        if number < len(wave):
+            return wave[number]
+        return wave[-1] if self._policy.sharded else []
+
+    def _draw(self, batch: Sequence[Request]) -> Sequences:
+        if not batch:
+            return []
+        sampling = replace(self._sampling, seed=batch[0].seed)
+        return self._policy.generate([one.prompt for one in batch], self._ends, sampling)
+
+
+class MainProcessEngine:
+    """An engine that rank 0 runs alone; all ranks get what it draws."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def draw(
+        self, requests: Sequence[Request], complete: AbstractSet[Place]
+    ) -> Iterator[list[Drawn]]:
+        shards = self._engine.draw(requests, complete)
+        while (shard := distributed.on_main_process(lambda: next(shards, None))) is not None:
+            yield [Drawn((prompt, k), tokens, ends) for (prompt, k), tokens, ends in shard]
 
 
 def drawn(place: Place, tokens: list[int], ends: AbstractSet[int]) -> Drawn:
@@ -115,24 +150,30 @@ def sample(
     A row for each prompt has its `prompt`, the `completions` as text, the `tokens` of each, and
     whether it is `finished`.
     """
-    rows = draw.files.read(draw.kind, draw.key)
+    rows = distributed.on_main_process(lambda: draw.files.read(draw.kind, draw.key))
     if rows is not None:
         return rows
     shards = draw.files.shards(draw.kind, draw.key)
-    complete = {(row["prompt"], row["sample"]): _from_row(row) for row in shards.rows}
+    saved = distributed.on_main_process(shards.read)
+    complete = {(row["prompt"], row["sample"]): _from_row(row) for row in saved}
     requests = draw.requests()
     display.phase("sample", len(requests), len(complete))
     if len(complete) < len(requests):
         for shard in engine().draw(requests, complete.keys()):
             fresh = [one for one in shard if one.place not in complete]
             if fresh:
-                shards.append([_to_row(one) for one in fresh])
+                fresh_rows = [_to_row(one) for one in fresh]
+                distributed.on_main_process(partial(shards.append, fresh_rows))
                 complete |= {one.place: one for one in fresh}
                 display.advance(len(complete))
             check()
     rows = [_prompt_row(draw, index, complete, tokenizer) for index in range(len(draw.prompts))]
-    draw.files.write(draw.kind, draw.key, rows)
-    shards.remove()
+
+    def finish() -> None:
+        draw.files.write(draw.kind, draw.key, rows)
+        shards.remove()
+
+    distributed.on_main_process(finish)
     return rows
 
 

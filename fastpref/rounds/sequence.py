@@ -3,6 +3,9 @@
 Every artifact is a file that is named by what determines it, and each round ends with a checkpoint.
 A run that was killed anywhere finds the files that are complete, goes on from the newest
 checkpoint, and makes the same files again.
+
+All ranks play the same rounds: they share the samples and the steps. Rank 0 alone scores, makes
+pairs, and reads and writes the files; the others get its results.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpref import metrics
+from fastpref import distributed, metrics
 from fastpref.config import ConfigError
 from fastpref.data.pairs import Recipe
 from fastpref.data.prompts import Prompt
@@ -27,13 +30,14 @@ from fastpref.rounds.artifacts import RoundFiles, Row
 from fastpref.rounds.keys import Keys, check_same, prompts_key
 from fastpref.rounds.learner import Learner, RoundSamples
 from fastpref.rounds.pairing import BUILDS, Pairs, pair
-from fastpref.rounds.sampling import Draw, Engine, TransformersEngine, sample
+from fastpref.rounds.rank_signals import RankSignals
+from fastpref.rounds.sampling import Draw, Engine, MainProcessEngine, TransformersEngine, sample
 from fastpref.rounds.scorers import make_scorer
 from fastpref.rounds.scoring import Comparer, Scorer, score
 from fastpref.rounds.served_weights import ServedWeights
 from fastpref.rounds.server import ServerEngine
 from fastpref.rounds.session import Session
-from fastpref.training import base_weights, checkpoint_files, signals
+from fastpref.training import base_weights, checkpoint_files
 from fastpref.training.trainer import Trainer
 from fastpref.utils.atomic_files import replacing
 
@@ -68,6 +72,7 @@ class Rounds:
         self.session, self.config, self.display = session, session.config, session.display
         self.trainer: Trainer | None = None
         self.checkpoint, self.received = checkpoint, received
+        self._signals = RankSignals(received)
         self._current: tuple[int, Round] | None = None
         self.step = 0 if checkpoint is None else checkpoint_files.position(checkpoint)["step"]
         rounds = session.rounds
@@ -81,19 +86,19 @@ class Rounds:
             self.config,
             base_weights.fingerprints(self.config),
             session.tokenizer,
-            self._scorer().fingerprint,
+            distributed.on_main_process(lambda: self._scorer().fingerprint),
             self.total_steps,
         )
         self._prompt_keys = session.prompt_keys()
-        self._check_inputs()
+        distributed.on_main_process(self._check_inputs)
 
     def play(self, make_learner: Callable[[Rounds], Learner]) -> Path:
         """Play the rounds that are left, and export the model."""
         rounds, session = self.session.rounds, self.session
         learner = make_learner(self)
         first = -(-self.step // session.steps_per_round)  # 0 before the first step
-        self._records = metrics.JsonLines(session.folder / FILE, self.step)
-        self._recorded = {record["round"] for record in metrics.iter_records(session.folder / FILE)}
+        self._records: metrics.JsonLines | None = None  # of rank 0
+        self._recorded = distributed.on_main_process(self._open_records)
         if self.step == 0:
             self._record(0, {})
         for number in range(max(1, first), rounds.count + 1):
@@ -103,7 +108,8 @@ class Rounds:
             self.check_signals()
             if number not in self._recorded:
                 self._record(number, {**self._metrics(round_), **learned})
-        self._records.close()
+        if self._records is not None:
+            self._records.close()
         if self._served is not None:
             self._served.close()
         assert self.trainer is not None
@@ -125,14 +131,8 @@ class Rounds:
         return (number - 1) * self.session.steps_per_round
 
     def check_signals(self) -> None:
-        """Raise Interrupted if a signal has arrived."""
-        if self.received:
-            number = self.received[0]
-            raise signals.Interrupted(
-                number,
-                f"stopped by {signals.describe(number)} after step {self.step}; continue with "
-                "resume=auto",
-            )
+        """Raise Interrupted on all ranks if a signal has arrived at any."""
+        self._signals.check(self.step)
 
     def round(self, number: int) -> Round:
         """Samples, scores and pairs of a round, read or made."""
@@ -152,10 +152,10 @@ class Rounds:
         if self.has_taken(number):
             files.check_is_there("samples", key)
         else:
-            self._write_prompts(files, prompts, number)
+            distributed.on_main_process(lambda: self._write_prompts(files, prompts, number))
         if isinstance(session.loss, NashMD) and session.loss.of_rollouts:
             return self._against_mixture(files, key, prompts, session.loss.mixture)
-        if session.rounds.sampling.samples < 2 and isinstance(self._scorer(), Comparer):
+        if session.rounds.sampling.samples < 2 and self._is_judged():
             raise ConfigError(
                 "rounds.sampling.samples: a scorer of pairs compares the completions of a prompt, "
                 "got 1; set 2 or more"
@@ -172,14 +172,17 @@ class Rounds:
             seed=session.rounds.sampling.seed,
         )
         pairs_key = self._keys.pairs(scores_key)
-        return Round(samples, scores, pair(files, pairs_key, samples, scores, recipe), pairs_key)
+        rows, left_out = distributed.on_main_process(
+            lambda: pair(files, pairs_key, samples, scores, recipe)
+        )
+        return Round(samples, scores, Pairs(rows, left_out), pairs_key)
 
     def _against_mixture(
         self, files: RoundFiles, key: str, prompts: list[Prompt], mixture: float
     ) -> Round:
         """A round whose samples are compared with those of the mixture of policy and reference."""
         number, options = files.number, self.session.rounds
-        count, is_judged = options.sampling.samples, isinstance(self._scorer(), Comparer)
+        count, is_judged = options.sampling.samples, self._is_judged()
         if is_judged and options.scorer.missing_eos_penalty:
             raise ConfigError(
                 "rounds.scorer.missing_eos_penalty: would be subtracted from the probabilities "
@@ -250,17 +253,24 @@ class Rounds:
         others: list[Row] | None,
     ) -> list[list[float]]:
         """Scores of completions; a judge compares them with the others, if there are any."""
-        return score(
-            files,
-            f"{prefix}scores",
-            self._keys.scores(key),
-            samples,
-            self._scorer,
-            self.session.rounds.scorer.missing_eos_penalty,
-            self.display,
-            self.check_signals,
-            others,
+        return self._signals.on_main_process(
+            self.step,
+            lambda check: score(
+                files,
+                f"{prefix}scores",
+                self._keys.scores(key),
+                samples,
+                self._scorer,
+                self.session.rounds.scorer.missing_eos_penalty,
+                self.display,
+                check,
+                others,
+            ),
         )
+
+    def _is_judged(self) -> bool:
+        """Whether the scorer compares completions; it is in the memory of rank 0."""
+        return distributed.on_main_process(lambda: isinstance(self._scorer(), Comparer))
 
     def _write_prompts(self, files: RoundFiles, prompts: list[Prompt], number: int) -> None:
         key = self._prompt_keys[number - 1]
@@ -275,9 +285,10 @@ class Rounds:
         if self._served is not None:
             served = self._served
             served.update(self._weights(weights))
-            return ServerEngine(
+            engine = ServerEngine(
                 options, served.protocol, served.weights, served.give, self.display.note
             )
+            return MainProcessEngine(engine)
         sampling = Sampling(
             temperature=options.temperature,
             top_p=options.top_p,
@@ -294,8 +305,15 @@ class Rounds:
         """Measure the policy after a round, 0 for the start, and write its line."""
         step = number * self.session.steps_per_round
         record = {"round": number, "step": step, **values, **self._evaluation(number)}
-        self._records.log(record)
+        if self._records is not None:
+            self._records.log(record)
         self.display.note(_line(record))
+
+    def _open_records(self) -> list[int]:
+        """Open the file of the rounds, and return those that it has."""
+        path = self.session.folder / FILE
+        self._records = metrics.JsonLines(path, self.step)
+        return [record["round"] for record in metrics.iter_records(path)]
 
     def _evaluation(self, number: int) -> dict[str, float]:
         """Metrics on the held-out prompts of the policy as it is after a round."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from fastpref import distributed
 from fastpref.config import RoundSampling
 from fastpref.evaluation.judge.endpoint import Failure, Refusal
 from fastpref.model.export import export
@@ -50,16 +51,31 @@ class ServedWeights:
         previous = self._weights
         if previous is not None and folder == previous.folder:
             return
-        for stale in folder.parent.glob("weights-*"):
-            if stale != folder:
-                remove(stale)
-        if not folder.exists():
-            with replacing(folder) as temporary:
-                export(self._session.policy, self._session.tokenizer, temporary, self._is_merged)
+        if distributed.on_main_process(lambda: self._is_missing(folder)):
+            self._export(folder)
         name = f"{PREFIX}{key[:16]}"
         if self._options.update_command is not None:
             name = self._options.model or str(self._config.model.path)
         self._weights = Weights(name, folder, not self._is_merged)
+        distributed.on_main_process(lambda: self._give_to_all(previous))
+
+    def _is_missing(self, folder: Path) -> bool:
+        """Whether weights are not written yet; those of other rounds are deleted."""
+        for stale in folder.parent.glob("weights-*"):
+            if stale != folder:
+                remove(stale)
+        return not folder.exists()
+
+    def _export(self, folder: Path) -> None:
+        """Write the policy, of whose weights the ranks may have shards."""
+        session = self._session
+        if not distributed.is_main_process():
+            export(session.policy, session.tokenizer, folder, self._is_merged)
+            return
+        with replacing(folder) as temporary:
+            export(session.policy, session.tokenizer, temporary, self._is_merged)
+
+    def _give_to_all(self, previous: Weights | None) -> None:
         for server in self._options.servers:
             try:
                 self.give(server)
@@ -85,7 +101,7 @@ class ServedWeights:
 
     def close(self) -> None:
         """Delete the folder, which is exported again where it is needed."""
-        if self._weights is not None:
+        if self._weights is not None and distributed.is_main_process():
             remove(self._weights.folder)
 
     @property

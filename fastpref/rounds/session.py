@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastpref import distributed
 from fastpref.config import Config
 from fastpref.data.prompts import Prompt
 from fastpref.data.tokenizers import tokenizer_of
@@ -27,6 +28,7 @@ from fastpref.rounds.reference import RoundReference, needs_copy
 from fastpref.rounds.teacher import check_vocabulary, load_teacher
 from fastpref.training.memory_budget import MemoryBudget, usable_bytes
 from fastpref.training.optim import check_eight_bit
+from fastpref.training.rank_checks import check_same_rows
 from fastpref.training.setup import device_of
 from fastpref.utils.atomic_files import sha256
 from fastpref.utils.progress import Display
@@ -68,14 +70,18 @@ class Session:
         if self.teacher is not None:
             check_vocabulary(self.teacher, self.policy)
         announce_coverage(self.policy, config.adapter, display.note)
-        self.prompts = self._load_prompts()
+        with distributed.main_process_first():  # which may download them
+            self.prompts = self._load_prompts()
+        self._prompts_key = prompts_key(self.prompts.train)
+        check_same_rows("data.train", config.data.train, self._prompts_key)
+        check_same_rows("data.eval", config.data.eval, prompts_key(self.prompts.held_out))
         self._plan_memory(usable, resumed)
         self.ends = end_tokens(
             self.policy, self.tokenizer, self.prompts.train, str(config.data.train)
         )
         self.reference = RoundReference(config, self.policy, self._load_start, display)
-        # Dropout of the steps; samples have seeds of their own.
-        torch.manual_seed(config.training.seed)
+        # Dropout of the steps, which differs between ranks; samples have seeds of their own.
+        torch.manual_seed(config.training.seed + distributed.rank())
 
     @property
     def prompts_per_round(self) -> int:
@@ -91,9 +97,8 @@ class Session:
 
     def prompt_keys(self) -> list[str]:
         """Keys of the prompts of all rounds."""
-        every = prompts_key(self.prompts.train)
         return [
-            sha256(every, json.dumps(self._indices(number)))
+            sha256(self._prompts_key, json.dumps(self._indices(number)))
             for number in range(1, self.rounds.count + 1)
         ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastpref import distributed
 from fastpref.data.batch_plan import Plan
 from fastpref.rounds.sequence import Rounds
 from fastpref.training.setup import DataSplit, DataView, TrainingSetup
@@ -28,6 +29,8 @@ def view_of(
         session.memory.micro_batch_tokens,
         training.seed,
         session.policy.layout,
+        distributed.world_size(),
+        distributed.rank(),
     )
     plan = replace(plan, first_step=rounds.first_step(number))
     files = rounds.files(number)

@@ -52,11 +52,20 @@ def check_same_config(configs: Iterable[Config]) -> None:
 
 def check_same_data(field: str, dataset: _Tokens) -> None:
     """Raise ConfigError where a rank reads other rows, tokens or labels than rank 0 does."""
-    prints = distributed.gather_objects(sha256(dataset.fingerprint, str(dataset.labels)))
+    fingerprint = sha256(dataset.fingerprint, str(dataset.labels))
+    check_same_rows(field, dataset.source, fingerprint)
+
+
+def check_same_rows(field: str, source: object, fingerprint: str) -> None:
+    """Raise ConfigError where rows of a source have another fingerprint on a rank than on rank 0.
+
+    A collective call.
+    """
+    prints = distributed.gather_objects(fingerprint)
     number = next((rank for rank, text in enumerate(prints) if text != prints[0]), None)
     if number is not None:
         raise ConfigError(
-            f"{field}: rank {number} reads other rows or tokens from {dataset.source} than rank 0 "
+            f"{field}: rank {number} reads other rows or tokens from {source} than rank 0 "
             f"({prints[0][:8]} → {prints[number][:8]}); give all nodes the same files and versions"
         )
 

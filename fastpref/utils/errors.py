@@ -36,6 +36,11 @@ def first_line(error: BaseException) -> str:
     return " ".join(line.strip() for line in lines)[:300]
 
 
+def of_file(error: OSError) -> str:
+    """Message about a file that cannot be read or written, such as on a full disk."""
+    return f"{error.filename or 'file'}: {error.strerror or error}; check path and disk"
+
+
 # Names in the errors of torch and Python when memory runs out.
 _NO_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
 

@@ -15,7 +15,7 @@ def test_the_shards_of_a_complete_file_are_removed_when_it_is_read(tmp_path: Pat
     files = RoundFiles(tmp_path, 1)
     files.shards("samples", "k").append([{"a": 1}])
     assert files.read("samples", "k") is None
-    assert files.shards("samples", "k").rows == [{"a": 1}]
+    assert files.shards("samples", "k").read() == [{"a": 1}]
     files.write("samples", "k", [{"a": 1}])  # and the process is killed here
     assert files.read("samples", "k") == [{"a": 1}]
     assert [path.name for path in files.folder.iterdir()] == ["samples-k.jsonl"]

@@ -234,12 +234,14 @@ def test_the_examples_are_valid(name: str, reference: str) -> None:
     ],
     ids=["torchrun", "srun"],
 )  # fmt: skip
-def test_rounds_are_not_started_as_several_ranks(
+def test_of_the_objectives_those_on_rollouts_need_one_rank(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, **environ})
-    with pytest.raises(ConfigError, match="rounds: run in one process, and there are 2 ranks; st"):
-        check(parsed({}))
+    check(parsed({}))
+    for loss in ("ppo", "grpo", {"name": "nash_md", "mixture": 0.5}):
+        with pytest.raises(ConfigError, match="runs on one rank here, and there are 2; start one"):
+            check(parsed({"loss": loss}))
 
 
 def test_a_number_of_ranks_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from fastpref import distributed
 from fastpref.data.pairs import Recipe
 from fastpref.data.prompts import Prompt, prompt_of
+from fastpref.model.generate import Sampling
 from fastpref.rounds.artifacts import RoundFiles, Row
 from fastpref.rounds.pairing import groups_of, pair
-from fastpref.rounds.sampling import Draw, Drawn, Place, Request, sample
+from fastpref.rounds.sampling import Draw, Drawn, Place, Request, TransformersEngine, sample
 from fastpref.utils.progress import Display
 
 
@@ -106,3 +109,35 @@ def test_groups_have_the_sampled_tokens(tmp_path: Path) -> None:
     ]
     groups = groups_of("groupwise", tmp_path, SAMPLES, SCORES, rows, False, "s")
     assert len(groups) == 2 and groups[0].labels == (0.5, 2.0, 1.0)
+
+
+class FakePolicy:
+    """Draws a token for each prompt, its own first one, and keeps the seeds of its batches."""
+
+    def __init__(self, sharded: bool) -> None:
+        self.sharded = sharded
+        self.seeds: list[int] = []
+
+    def generate(self, prompts: list[list[int]], ends: Any, sampling: Sampling) -> list[list[int]]:
+        self.seeds.append(sampling.seed)
+        return [[prompt[0]] for prompt in prompts]
+
+
+@pytest.mark.parametrize(("sharded", "last"), [(True, [4, 4, 4]), (False, [4])])
+def test_ranks_draw_whole_batches(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool, last: list[int]
+) -> None:
+    """Of five batches of two, the third is complete, and sharded weights need all in each pass."""
+    requests = [Request((k, 0), [7, 7], seed=k // 2) for k in range(10)]
+    of_rank = []
+    for rank in range(3):
+        policy: Any = FakePolicy(sharded)
+        monkeypatch.setattr(distributed, "world_size", lambda: 3)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "gather_objects", lambda own: [own or [[7], [7]]] * 3)
+        engine = TransformersEngine(policy, set(), Sampling(batch_size=2))
+        shards = engine.draw(requests, {(4, 0), (5, 0)})
+        assert [one.place[0] for shard in shards for one in shard] == [0, 1, 2, 3, 6, 7, 8, 9]
+        of_rank.append(policy.seeds)
+    assert [seeds[0] for seeds in of_rank] == [0, 1, 3]
+    assert [seeds[1] for seeds in of_rank if len(seeds) > 1] == last
