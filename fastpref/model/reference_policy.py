@@ -300,19 +300,27 @@ class _PartialLogps:
                 save_file(cpu_tensors, temporary, {"crc32": _crc32(cpu_tensors)})
 
 
+def is_intact(path: Path) -> bool:
+    """Whether a file of log-probs can be read and its checksum is right."""
+    return _tensors_of(path) is not None
+
+
 def _read(path: Path, display: Display) -> dict[str, Tensor] | None:
-    """Read the tensors of a cache file; None if it is missing or its checksum is wrong."""
+    """Read the tensors of a cache file; None if it is missing or damaged, which is noted."""
+    tensors = _tensors_of(path)
+    if tensors is None and path.exists():
+        display.note(f"{path} is damaged; its log-probs are recomputed")
+    return tensors
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor] | None:
+    """Tensors of a cache file; None if it cannot be read or its checksum is wrong."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get("crc32") == _crc32(tensors):
-                return tensors
-    except FileNotFoundError:
-        return None
+            return tensors if (file.metadata() or {}).get("crc32") == _crc32(tensors) else None
     except (SafetensorError, OSError):
-        pass
-    display.note(f"{path} is damaged; its log-probs are recomputed")
-    return None
+        return None
 
 
 def _crc32(tensors: dict[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastpref.model.reference_policy import is_intact
 from fastpref.utils.atomic_files import remove, replacing
 from fastpref.utils.errors import UserError
 
@@ -78,10 +79,20 @@ class RoundFiles:
         """Raise UserError for a missing file whose weights have moved on."""
         path = self.path(kind, key, suffix)
         if not path.exists():
-            raise UserError(
-                f"{path}: is missing, and the weights that it was made with have been trained "
-                f"since; restore it, or resume from a checkpoint before round {self.number}"
-            )
+            raise self._lost(path, "missing")
+
+    def check_logps(self, kind: str, key: str) -> None:
+        """Raise UserError for missing or damaged log-probs whose weights have moved on."""
+        self.check_is_there(kind, key, ".safetensors")
+        path = self.path(kind, key, ".safetensors")
+        if not is_intact(path):
+            raise self._lost(path, "damaged")
+
+    def _lost(self, path: Path, problem: str) -> UserError:
+        return UserError(
+            f"{path}: is {problem}, and the weights that it was made with have been trained since; "
+            f"restore it, or resume from a checkpoint before round {self.number}"
+        )
 
     def shards(self, kind: str, key: str) -> Shards:
         """Rows of a file that is not complete yet."""

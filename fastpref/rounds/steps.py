@@ -20,7 +20,7 @@ def view_of(
 
     kind, key: of the file of the reference's log-probs, if these are kept.
 
-    Raises UserError if that file is missing, and the weights have moved on.
+    Raises UserError if that file is missing or damaged, and the weights have moved on.
     """
     session, training = rounds.session, rounds.config.training
     plan = Plan.of(
@@ -35,7 +35,7 @@ def view_of(
     plan = replace(plan, first_step=rounds.first_step(number))
     files = rounds.files(number)
     if session.reference.keeps_logps() and rounds.has_taken(number):
-        files.check_is_there(kind, key, ".safetensors")
+        files.check_logps(kind, key)
     reference = session.reference.of(groups, plan, files.path(kind, key, ".safetensors"))
     return DataView(groups, plan, reference)
 

@@ -198,4 +198,10 @@ def test_what_cannot_be_made_again_is_missed(
     with pytest.raises(UserError, match="is missing, and the weights that it was made with have"):
         resumed()
     samples.write_text(content)
+    reference = next((tmp_path / "run/rounds/0001").glob("reference-*"))
+    logps = reference.read_bytes()
+    reference.write_bytes(logps[:-1] + bytes([logps[-1] ^ 1]))
+    with pytest.raises(UserError, match="is damaged, and the weights that it was made with have"):
+        resumed()
+    reference.write_bytes(logps)
     resumed()
