@@ -92,7 +92,7 @@ def test_the_records_and_the_pairs_of_the_rounds(tiny_llama: str, tmp_path: Path
 
 
 def rows_of(home: Path, number: int, kind: str) -> list[dict[str, Any]]:
-    path = next((home / "run/rounds" / f"{number:04d}").glob(f"{kind}-*"))
+    path = next((home / "run/rounds" / f"{number:04d}").glob(f"{kind}-[0-9a-f]*"))
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
