@@ -48,10 +48,14 @@ def gae(
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Values (N,) shifted and scaled to mean 0 and variance 1; a single one gives 0."""
-    centered = values - values.mean()
+    """Values (N,) shifted and scaled to mean 0 and variance 1; equal ones, or a single one, give 0.
+
+    The sums are in fp64: a mean of equal values in fp32 may differ from them.
+    """
+    wide = values.double()
+    centered = wide - wide.mean()
     variance = centered.square().sum() / max(1, len(values) - 1)
-    return centered * torch.rsqrt(variance + VARIANCE_EPS)
+    return (centered * torch.rsqrt(variance + VARIANCE_EPS)).to(values)
 
 
 def leave_one_out(
@@ -70,15 +74,19 @@ def group_normalized(
     rewards: Tensor,  # (S,)
     cu_groups: Tensor,  # (G + 1,)
     scale: Scale = "group",
-) -> Tensor:  # (S,)
+) -> Tensor:  # (S,) fp64
     """Reward of each response less its group's mean, divided by a standard deviation.
 
     scale: the standard deviation of the "group" (GRPO; Shao et al. 2024, section 4.1.2,
         arXiv:2402.03300) or of the whole "batch", both with Bessel's correction; or "none"
         (Dr. GRPO; Liu et al. 2025, section 3.2, arXiv:2503.20783).
 
+    The result is in fp64: a mean of equal rewards in fp32 may differ from them, by more than
+    STD_EPS where they are large.
+
     Raises ValueError for a group of one response, or another `scale`.
     """
+    rewards = rewards.double()
     mean, sizes = _means(rewards, cu_groups)
     centered = rewards - mean
     if scale == "none":

@@ -91,7 +91,7 @@ class GRPO(GRPOOptions):
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         advantages = group_normalized(rollouts.rewards, rollouts.groups(), self.scale_rewards)
-        return replace(rollouts, advantages=advantages)
+        return replace(rollouts, advantages=advantages.to(rollouts.old_logps))
 
     def loss(self, logps: Tensor, rollouts: Rollouts, values: Tensor | None = None) -> Tensor:
         assert rollouts.advantages is not None

@@ -62,6 +62,11 @@ def check(config: Config) -> None:
             "round if it pulls to the round's own start; set rounds.reference=start, or raise "
             "rounds.steps"
         )
+    if pulls and rounds.reference in ({"every": 1}, {"ema": 0.0}):
+        raise ConfigError(
+            f"rounds.reference: the penalty of {loss.name} has no gradient if the reference is set "
+            f"to the policy before every step, got {rounds.reference}; set rounds.reference=start"
+        )
     if isinstance(loss, GSPO) and rounds.reference_mode != "round":
         raise ConfigError(
             f"rounds.reference: the ratios of {loss.name} are to the policy that sampled, got "

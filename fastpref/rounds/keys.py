@@ -69,7 +69,9 @@ class Keys:
         if rounds.sampling.engine == "transformers":
             self._sampling["batch_size"] = rounds.sampling.batch_size
         self._scorer = scorer
-        self._start = [weights, tokenizer_fingerprint(tokenizer)]
+        self._start: list[Any] = [weights, tokenizer_fingerprint(tokenizer)]
+        if config.model.init == "random":  # there are no files
+            self._start.append([config.model.config, config.training.seed])
 
     def weights(self, number: int, prompts: list[str]) -> str:
         """Key of the weights after round `number`, 0 for the start.
@@ -94,9 +96,14 @@ class Keys:
 
     @property
     def _of_steps(self) -> list[Any]:
-        """Options that, with the weights, decide the reference and what is asked of it."""
+        """Options that, with the weights, decide log-probs, the reference and what is asked of it.
+
+        Those of the model and the adapter too: the same files in another dtype, or in 4 bits, have
+        other log-probs.
+        """
         training = self._training
-        return [training["loss"], training["reference"], training["rounds"]["reference"]]
+        names = ("loss", "reference", "model", "adapter")
+        return [*(training[name] for name in names), training["rounds"]["reference"]]
 
     def pairs(self, scores: str) -> str:
         rounds = self._training["rounds"]

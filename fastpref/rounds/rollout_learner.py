@@ -88,7 +88,7 @@ class RolloutLearner:
         lengths = torch.from_numpy(groups.response_lengths).long()
         return Rollouts(
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
-            rewards=round_.rewards.flatten().to(device, columns["old_logps"].dtype),
+            rewards=round_.rewards.flatten().to(device),
             cu_groups=torch.from_numpy(groups.offsets).to(device),
             **{name: column.to(device) for name, column in columns.items()},
         )

@@ -131,8 +131,9 @@ class Session:
         return policy
 
     def _load_prompts(self) -> Prompts:
-        data, context = self.config.data, context_length(self.policy)
-        longest = data.max_length if context is None else min(context, data.max_length)
+        data, models = self.config.data, filter(None, (self.policy, self.teacher))
+        contexts = [length for length in map(context_length, models) if length is not None]
+        longest = min([data.max_length, *contexts])
         room = longest - self.rounds.sampling.max_new_tokens
         note: Callable[[str], object] = self.display.note
         train = load_prompts("data.train", str(data.train), self.tokenizer, room, note)

@@ -6,6 +6,7 @@ loaded from their files, so other files in their place would change the run.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastpref import distributed
@@ -41,4 +42,5 @@ def check(checkpoint: Path, config: Config) -> None:
 def _paths(config: Config) -> dict[str, str | None]:
     adapter = None if config.adapter is None else config.adapter.path
     teacher = getattr(config.build_loss(), "teacher", None)
+    teacher = teacher and os.path.expanduser(teacher)
     return {"model.path": config.model.path, "adapter.path": adapter, "loss.teacher": teacher}

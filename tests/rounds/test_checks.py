@@ -90,6 +90,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"loss": "grpo", "rounds": {"prompts": 8}, "training": {"batch_size": 8}},
     ),
     (
+        "rounds.reference: the penalty of grpo has no gradient if the reference is set to the "
+        "policy before every step, got {'every': 1}; set rounds.reference=start",
+        {"loss": "grpo", "rounds": {"steps": 2, "reference": {"every": 1}}},
+    ),
+    (
         "rounds.reference: the KL penalty of ppo is that of the policy which sampled, got ema, to "
         "which it is 0 or nearly so; set rounds.reference=start, or loss.kl_coef=0",
         {"loss": "ppo", "rounds": {"reference": {"ema": 0.9}}},

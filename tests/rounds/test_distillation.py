@@ -18,6 +18,8 @@ from fastpref.config import ConfigError
 from fastpref.online.distillation import DistillationLearner
 from fastpref.rounds import distillation_trainer
 from fastpref.rounds.session import Session
+from fastpref.training.base_weights import fingerprints
+from fastpref.utils.errors import UserError
 from fastpref.utils.progress import Display
 from tests.helpers.round_runs import play
 from tests.rounds.test_loop import Killed, killed_at, rows_of
@@ -90,3 +92,22 @@ def test_a_teacher_with_other_tokens_is_refused(tiny_llama: str, tmp_path: Path)
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"loss.teacher: token 20 is .* in the model; use two"):
         Session(config, display, None)
+
+
+def test_prompts_leave_room_for_the_positions_of_the_teacher(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    teacher = teacher_of(tiny_llama, tmp_path, max_position_embeddings=15)
+    config = with_rounds(tiny_llama, tmp_path, loss={"name": "distillation", "teacher": teacher})
+    with pytest.raises(UserError, match=r"no prompt of .* has at most 10 tokens"):
+        Session(config, Display(Console(quiet=True)), None)
+
+
+def test_the_weights_of_a_teacher_below_home_are_known(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run compares them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher_of(tiny_llama, tmp_path)
+    loss = {"name": "distillation", "teacher": "~/teacher"}
+    assert "loss.teacher" in fingerprints(with_rounds(tiny_llama, tmp_path, loss=loss))

@@ -99,6 +99,18 @@ def test_a_step_is_that_of_the_online_learner(
         torch.testing.assert_close(step, theirs, rtol=1e-3, atol=1e-6)
 
 
+def test_log_probs_of_another_dtype_are_not_taken_for_the_policys(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {"loss": PPO, "rounds": {"reference": "start", "count": 1}}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, rollout_trainer.RolloutTrainer, "_accumulate_gradient", 1)
+        play(with_rounds(tiny_llama, tmp_path, **sections))
+    play(with_rounds(tiny_llama, tmp_path, model={"dtype": "float64"}, **sections))
+    assert len(list((tmp_path / "run/rounds/0001").glob("rollouts-*"))) == 2
+    assert metrics.read_records(tmp_path / "run/metrics.jsonl")[0]["kl"] == 0.0
+
+
 class Vowels(Letters):
     """Scorer: the share of vowels among the characters."""
 
