@@ -107,7 +107,7 @@ class Keys:
 
     def pairs(self, scores: str) -> str:
         rounds = self._training["rounds"]
-        return _key("pairs", scores, rounds["pairs"], rounds["min_gap"])
+        return _key("pairs", scores, rounds["pairs"], rounds["min_gap"], self._of_steps)
 
     @property
     def inputs(self) -> Row:

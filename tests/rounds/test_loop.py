@@ -178,6 +178,18 @@ def test_a_scorer_without_preferences_ends_the_run(tiny_llama: str, tmp_path: Pa
     )
 
 
+def test_log_probs_of_another_dtype_are_not_the_reference(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed before its first step, and goes on with another option."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, trainer.Trainer, "_train_step", 1)
+        play(config_of(tiny_llama, tmp_path))
+    play(config_of(tiny_llama, tmp_path, model={"path": tiny_llama, "dtype": "float64"}))
+    assert len(list((tmp_path / "run/rounds/0001").glob("reference-*.safetensors"))) == 2
+    assert metrics.read_records(tmp_path / "run/metrics.jsonl")[0]["rewards/margins"] == 0.0
+
+
 def test_what_cannot_be_made_again_is_missed(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
