@@ -315,6 +315,11 @@ def segment_sum(
     return sums.to(values.dtype)
 
 
+def segment_offsets(lengths: Tensor) -> Tensor:
+    """Offsets (S + 1,) of segments with these lengths, (S,), one after the other."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
 def segment_positions(
     cu_seqlens: Tensor,  # (S + 1,)
     tokens: int,

@@ -97,7 +97,7 @@ class CachedReference:
         empty = self.logps.new_empty(0)
         if self._starts is None:
             return PolicyOutput(self.logps[batch.responses], empty)
-        return PolicyOutput(empty, self.logps[_token_indices(batch, self._starts)])
+        return PolicyOutput(empty, self.logps[token_indices(batch, self._starts)])
 
 
 class FirstStepReference:
@@ -128,7 +128,7 @@ class FirstStepReference:
         return self._cached(batch)
 
 
-def _token_indices(batch: Batch, starts: Tensor) -> Tensor:
+def token_indices(batch: Batch, starts: Tensor) -> Tensor:
     """Index (T,) of each label of the batch among the response tokens of the data set."""
     segment_ids, positions = segment_positions(batch.cu_seqlens, len(batch.labels))
     return starts[batch.responses][segment_ids] + positions
@@ -226,7 +226,7 @@ def _compute(
                 if starts is None:
                     local_logps[batch.responses] = output.logps
                 else:
-                    local_logps[_token_indices(batch, starts)] = output.token_logps
+                    local_logps[token_indices(batch, starts)] = output.token_logps
         partial.groups[missing] = True
         progress(int(partial.groups.sum()))
         if number % every == 0:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from fastpref import distributed
 from fastpref.data.collate import Batch, collate
 from fastpref.data.dataset import TokenGroup
+from fastpref.logps import segment_offsets
 from fastpref.model.policy import ForwardOptions, Policy
 from fastpref.model.reference_policy import Reference
 from fastpref.online.ppo import PPO, ValueHead
 from fastpref.online.rollouts import OnlineObjective, Rollouts
+from fastpref.online.value_steps import ValueSteps
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -77,15 +79,14 @@ class OnlineLearner:
         self.optimizer, self.options = optimizer, options
         self.parameters = list(policy.trainable_parameters().values())
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.value_head: ValueHead | None = None
-        self.value_optimizer: torch.optim.Optimizer | None = None
+        self.value: ValueSteps | None = None
         if isinstance(objective, PPO):
-            weight, _ = policy.head()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            self.value_head = ValueHead(weight.shape[1]).to(policy.device, dtype)
-            self.value_optimizer = torch.optim.Adam(
-                self.value_head.parameters(), objective.value_lr
-            )
+            self.value = ValueSteps(policy, objective.value_lr)
+
+    @property
+    def value_head(self) -> ValueHead | None:
+        """PPO's head of the values."""
+        return None if self.value is None else self.value.head
 
     def update(
         self,
@@ -131,7 +132,7 @@ class OnlineLearner:
         lengths = torch.tensor([len(group.responses[0]) for group in groups])
         device = self.policy.device
         return Rollouts(
-            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
+            segment_offsets(lengths).to(device),
             rewards=rewards.to(device, joined["old_logps"].dtype),
             cu_groups=None if cu_groups is None else cu_groups.to(device),
             **joined,
@@ -142,8 +143,8 @@ class OnlineLearner:
     ) -> tuple[float, float]:
         """Take one optimizer step on the chosen responses; return its loss and gradient norm."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.value_optimizer is not None:
-            self.value_optimizer.zero_grad(set_to_none=True)
+        if self.value is not None:
+            self.value.discard_step()  # the gradient of the step before
         divisor = self.objective.divisor(rollouts.lengths[chosen])
         total = 0.0
         for start in range(0, len(chosen), self.options.micro_batch):
@@ -160,8 +161,8 @@ class OnlineLearner:
                 "the rewards, or lower the learning rate"
             )
         self.optimizer.step()
-        if self.value_optimizer is not None:
-            self.value_optimizer.step()
+        if self.value is not None:
+            self.value.after_step()
         return total, norm.item()
 
     def _forward(self, batch: Batch) -> _Scores:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastpref.logps import segment_positions, segment_sum
+from fastpref.logps import segment_offsets, segment_positions, segment_sum
 
 # Columns with a value for each token, and for each response.
 _TOKEN_COLUMNS = ("old_logps", "ref_logps", "values", "token_advantages", "returns")
@@ -90,7 +90,7 @@ class Rollouts:
         """Prepared responses of a minibatch, in this order, without their groups."""
         index = torch.as_tensor(responses, device=self.cu_seqlens.device)
         lengths = self.lengths[index]
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        offsets = segment_offsets(lengths)
         moves = (self.cu_seqlens[index] - offsets[:-1]).repeat_interleave(lengths)
         tokens = torch.arange(len(moves), device=moves.device) + moves
         columns = dict.fromkeys(_TOKEN_COLUMNS, tokens) | dict.fromkeys(_RESPONSE_COLUMNS, index)

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Set as AbstractSet
 from typing import Any
 
-from fastpref.config import RoundSampling
-from fastpref.evaluation.judge.endpoint import Failure, Refusal, post
-from fastpref.rounds.protocol import Lost, Weights
+from fastpref.evaluation.judge.endpoint import Failure, Refusal
+from fastpref.rounds.protocol import Lost, ServerProtocol, Weights
 from fastpref.rounds.sampling import Drawn, Request, drawn
 from fastpref.utils.errors import UserError
 
 _LOADED = "already been loaded"  # what vLLM answers to a name that it has
 
 
-class OpenAIProtocol:
-    """Requests to vLLM, and to servers that know the same fields.
-
-    ends: tokens that end a completion.
-    """
-
-    def __init__(self, options: RoundSampling, ends: AbstractSet[int]) -> None:
-        self._options, self._ends = options, ends
+class OpenAIProtocol(ServerProtocol):
+    """Requests to vLLM, and to servers that know the same fields."""
 
     def complete(self, server: str, weights: Weights, request: Request) -> Drawn:
-        options = self._options
         body = {
             "model": weights.name,
             "prompt": request.prompt,
             "n": 1,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            # A server takes what is not in a request from the model's generation config.
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "max_tokens": options.max_new_tokens,
+            **self._sampling_fields(),
+            "max_tokens": self._options.max_new_tokens,
             "seed": request.seed,
-            "stop_token_ids": sorted(self._ends),
             "return_token_ids": True,
         }
         try:
@@ -90,6 +73,3 @@ class OpenAIProtocol:
 
     def unload(self, server: str, weights: Weights) -> None:
         self._post(f"{server}/unload_lora_adapter", {"lora_name": weights.name})
-
-    def _post(self, address: str, body: dict[str, Any]) -> bytes:
-        return post(address, body, self._options.api_key, self._options.timeout)

@@ -10,11 +10,19 @@ import torch
 
 from fastpref.data.pairs import draw_key
 from fastpref.data.prompts import Prompt
-from fastpref.data.tokenize import chunks
 from fastpref.model.policy import Policy
 from fastpref.online.mixture import sample_mixture
 from fastpref.rounds.artifacts import RoundFiles, Row
-from fastpref.rounds.sampling import Draw, Drawn, Engine, Place, Request, drawn, sample
+from fastpref.rounds.sampling import (
+    Draw,
+    Drawn,
+    Engine,
+    Place,
+    Request,
+    drawn,
+    missing_batches,
+    sample,
+)
 from fastpref.rounds.session import Session
 
 KIND = "opponents"  # name of the file
@@ -41,13 +49,9 @@ class MixtureEngine:
     ) -> Iterator[list[Drawn]]:
         policy, ends = self._session.policy, self._session.ends
         options = self._session.rounds.sampling
-        ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.place))
         was_training = policy.training
         policy.eval()
-        for batch in chunks(ordered, options.batch_size):
-            # A batch is drawn as a whole, since its completions share one generator.
-            if all(request.place in complete for request in batch):
-                continue
+        for batch in missing_batches(requests, complete, options.batch_size):
             sequences = sample_mixture(
                 policy,
                 self._reference,

@@ -7,24 +7,24 @@ from torch import Tensor
 
 from fastpref.data.collate import Batch
 from fastpref.data.streaming import in_memory
-from fastpref.logps import segment_positions
+from fastpref.logps import segment_offsets
 from fastpref.model.policy import ForwardOptions
+from fastpref.model.reference_policy import token_indices
 from fastpref.online.objectives import objective_of
 from fastpref.online.ppo import PPO
 from fastpref.online.rollouts import Rollouts
 from fastpref.online.value_steps import ValueSteps
 from fastpref.rounds.learner import RoundSamples
-from fastpref.rounds.pairing import groups_of_all
-from fastpref.rounds.rollout_sums import RoundSums
 from fastpref.rounds.rollout_trainer import RolloutTrainer
+from fastpref.rounds.sample_learner import SampleLearner
 from fastpref.rounds.sequence import Rounds
-from fastpref.rounds.steps import setup_of, view_of
+from fastpref.rounds.steps import setup_of
 from fastpref.training.setup import DataSplit
 
 _KIND = "rollouts"  # name of the file
 
 
-class RolloutLearner:
+class RolloutLearner(SampleLearner[RolloutTrainer]):
     """Takes the optimizer steps of PPO, GRPO or Nash-MD on the samples of a round.
 
     The log-probs and values at the start of a round are in a file, from which a run that was killed
@@ -32,51 +32,27 @@ class RolloutLearner:
     """
 
     def __init__(self, rounds: Rounds) -> None:
-        session = rounds.session
-        self._rounds, self._session = rounds, session
-        self._objective = objective_of(session.loss)
+        super().__init__(rounds)
+        self._objective = objective_of(rounds.session.loss)
         self._value: ValueSteps | None = None
         if isinstance(self._objective, PPO):
-            self._value = ValueSteps(session.policy, self._objective.value_lr)
-        self._sums = RoundSums(session.steps_per_round, session.device)
-        self._trainer: RolloutTrainer | None = None
+            self._value = ValueSteps(rounds.session.policy, self._objective.value_lr)
 
-    def learn(self, round_: RoundSamples) -> dict[str, float]:
-        """Train on all samples of a round; its metrics are means over its steps and samples."""
-        rounds, number = self._rounds, round_.number
-        data = rounds.round(number)
-        source = str(rounds.files(number).path("scores", data.key))
-        groups = groups_of_all(self._session.cache, data.samples, data.scores, source)
-        if not rounds.has_taken(number):
-            self._session.reference.begin()
-        view = view_of(rounds, groups, data.key, number)
-        split = DataSplit(groups, view.plan, view.reference)
-        trainer = self._trainer_of(split)
-        rollouts = self._rollouts(split, data.key, round_)
-        trainer.take(split, self._objective.prepare(rollouts))
-        trainer.loop(rounds.received, until=rounds.first_step(number + 1))
-        rounds.step = trainer.step
-        return self._metrics(trainer.rollouts)
+    def make_trainer(self, split: DataSplit) -> RolloutTrainer:
+        session, value = self._session, self._value
+        tensors = {**self._sums.tensors, **({} if value is None else value.tensors)}
+        return RolloutTrainer(
+            session.config,
+            session.display,
+            setup_of(self._rounds, split, tensors),
+            self._objective,
+            value,
+            self._sums,
+            follows=session.rounds.reference_mode in ("every", "ema"),
+        )
 
-    def _trainer_of(self, split: DataSplit) -> RolloutTrainer:
-        """The trainer, made with the first round that is learned, where it reads a checkpoint."""
-        session, rounds, value = self._session, self._rounds, self._value
-        if self._trainer is None:
-            tensors = {**self._sums.tensors, **({} if value is None else value.tensors)}
-            self._trainer = rounds.trainer = RolloutTrainer(
-                session.config,
-                session.display,
-                setup_of(rounds, split, tensors),
-                self._objective,
-                value,
-                self._sums,
-                follows=session.rounds.reference_mode in ("every", "ema"),
-            )
-            self._trainer.hooks += session.reference.hooks()
-        return self._trainer
-
-    def _rollouts(self, split: DataSplit, key: str, round_: RoundSamples) -> Rollouts:
-        """Rollouts of a round, with what the policy and the reference were at its start."""
+    def rollouts(self, split: DataSplit, key: str, round_: RoundSamples) -> Rollouts:
+        """Rollouts with what the policy and the reference were at the start of the round."""
         files, device = self._rounds.files(round_.number), self._session.device
         columns = files.read_tensors(_KIND, key)
         if columns is None:
@@ -86,12 +62,13 @@ class RolloutLearner:
             files.write_tensors(_KIND, key, columns)
         groups = in_memory(split.groups)
         lengths = torch.from_numpy(groups.response_lengths).long()
-        return Rollouts(
-            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
+        rollouts = Rollouts(
+            segment_offsets(lengths).to(device),
             rewards=round_.rewards.flatten().to(device),
             cu_groups=torch.from_numpy(groups.offsets).to(device),
             **{name: column.to(device) for name, column in columns.items()},
         )
+        return self._objective.prepare(rollouts)
 
     @torch.no_grad()
     def _collect(self, split: DataSplit) -> dict[str, Tensor]:
@@ -104,8 +81,7 @@ class RolloutLearner:
 
         def put(name: str, batch: Batch, values: Tensor) -> None:
             column = columns.setdefault(name, values.new_zeros(int(lengths.sum())))
-            segment_ids, positions = segment_positions(batch.cu_seqlens, len(values))
-            column[starts[batch.responses][segment_ids] + positions] = values
+            column[token_indices(batch, starts)] = values
 
         session.display.phase(_KIND, len(groups))
         was_training, done = policy.training, 0
@@ -125,8 +101,7 @@ class RolloutLearner:
         policy.train(was_training)
         return columns
 
-    def _metrics(self, rollouts: Rollouts) -> dict[str, float]:
-        """Metrics of a round, the same whether it was interrupted or not."""
+    def metrics(self, rollouts: Rollouts) -> dict[str, float]:
         means = self._sums.means()
         names = ("loss", "clip_share", "value_loss")
         values: dict[str, float] = {name: means[name] for name in names if name in means}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fastpref.config import Config
@@ -70,12 +71,13 @@ class RolloutTrainer(SampleTrainer):
             loss = objective.loss(logps, rollouts, values)
         with part("backward"):
             self.gradient.backward(loss.sum() / step.divisor, batch.view(output.logps), 1.0)
-        of_values = None
-        if isinstance(objective, PPO):
-            of_values = objective.value_losses(values, rollouts)
-        clipped = None
-        if not isinstance(objective, NashMD):  # which has no ratios
-            clipped = objective.clipped(logps, rollouts)
-        share = loss.detach().double().sum(), objective.divisor(rollouts.lengths)
-        step.sums.add(share, logps, clipped, rollouts, of_values, output.entropy)
+        with torch.no_grad():
+            of_values = None
+            if isinstance(objective, PPO):
+                of_values = objective.value_losses(values, rollouts)
+            clipped = None
+            if not isinstance(objective, NashMD):  # which has no ratios
+                clipped = objective.clipped(logps, rollouts)
+            share = loss.double().sum(), objective.divisor(rollouts.lengths)
+            step.sums.add(share, logps, clipped, rollouts, of_values, output.entropy)
         return loss

@@ -60,14 +60,7 @@ class TransformersEngine:
     def draw(
         self, requests: Sequence[Request], complete: AbstractSet[Place]
     ) -> Iterator[list[Drawn]]:
-        # The longest prompts come first: where memory is short, that is known at once.
-        ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.place))
-        # The other prompts of its batch decide a completion, by rounding and random numbers.
-        missing = [
-            batch
-            for batch in chunks(ordered, self._sampling.batch_size)
-            if not all(request.place in complete for request in batch)
-        ]
+        missing = missing_batches(requests, complete, self._sampling.batch_size)
         for wave in chunks(missing, distributed.world_size()):
             # The last wave may have fewer batches than there are ranks.
             of_ranks = distributed.gather_objects(self._draw(self._batch_of_rank(wave)))
@@ -89,6 +82,22 @@ class TransformersEngine:
             return []
         sampling = replace(self._sampling, seed=batch[0].seed)
         return self._policy.generate([one.prompt for one in batch], self._ends, sampling)
+
+
+def missing_batches(
+    requests: Sequence[Request], complete: AbstractSet[Place], size: int
+) -> list[Sequence[Request]]:
+    """Batches of prompts of similar length in which a completion is missing.
+
+    The other prompts of its batch decide a completion, by rounding and random numbers.
+    """
+    # The longest prompts come first: where memory is short, that is known at once.
+    ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.place))
+    return [
+        batch
+        for batch in chunks(ordered, size)
+        if not all(request.place in complete for request in batch)
+    ]
 
 
 class MainProcessEngine:

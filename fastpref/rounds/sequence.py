@@ -160,9 +160,10 @@ class Rounds:
                 "rounds.sampling.samples: a scorer of pairs compares the completions of a prompt, "
                 "got 1; set 2 or more"
             )
-        samples, scores = self._scored(
+        samples = self._sampled(
             files, "", key, prompts, session.rounds.sampling.samples, number, number - 1
         )
+        scores = self._scores_of(files, "", key, samples, None)
         scores_key = self._keys.scores(key)
         if session.loss.of_rollouts:
             return Round(samples, scores, Pairs([], {}), self._keys.rollouts(scores_key))
@@ -202,24 +203,6 @@ class Rounds:
             preferences = opponents.preferences(scores, theirs)
         rollouts_key = self._keys.rollouts(self._keys.scores(of_opponents))
         return Round(samples, scores, Pairs([], {}), rollouts_key, preferences)
-
-    def _scored(
-        self,
-        files: RoundFiles,
-        prefix: str,
-        key: str,
-        prompts: list[Prompt],
-        count: int,
-        seed: int,
-        weights: int,
-    ) -> tuple[list[Row], list[list[float]]]:
-        """Completions of prompts by the policy as it is after round `weights`, and scores."""
-        samples = self._sampled(files, prefix, key, prompts, count, seed, weights)
-        others = None
-        if prefix == _EVAL:
-            # A judge compares each round with the start, and the start with itself.
-            others = self._held_out(0)[0] if weights else samples
-        return samples, self._scores_of(files, prefix, key, samples, others)
 
     def _sampled(
         self,
@@ -340,7 +323,10 @@ class Rounds:
         key = self._keys.samples(self._weights(number), prompts_key(prompts), 1, seed)
         if self.has_taken(number + 1):
             files.check_is_there(f"{_EVAL}samples", key)
-        return self._scored(files, _EVAL, key, prompts, 1, 0, number)
+        samples = self._sampled(files, _EVAL, key, prompts, 1, 0, number)
+        # A judge compares each round with the start, and the start with itself.
+        others = self._held_out(0)[0] if number else samples
+        return samples, self._scores_of(files, _EVAL, key, samples, others)
 
     def _metrics(self, round_: Round) -> dict[str, Any]:
         pairs = round_.pairs.rows

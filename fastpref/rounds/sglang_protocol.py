@@ -7,13 +7,11 @@ is taken only if its token ids are what its `meta_info` says of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from fastpref.config import RoundSampling
-from fastpref.evaluation.judge.endpoint import Failure, Refusal, post
-from fastpref.rounds.protocol import PREFIX, Lost, Weights
+from fastpref.evaluation.judge.endpoint import Failure, Refusal
+from fastpref.rounds.protocol import PREFIX, Lost, ServerProtocol, Weights
 from fastpref.rounds.sampling import Drawn, Request, drawn
 from fastpref.utils.errors import UserError
 
@@ -27,30 +25,15 @@ _NOT_SERVED = (
 )
 
 
-class SGLangProtocol:
-    """Requests to SGLang.
-
-    ends: tokens that end a completion.
-    """
-
-    def __init__(self, options: RoundSampling, ends: AbstractSet[int]) -> None:
-        self._options, self._ends = options, ends
+class SGLangProtocol(ServerProtocol):
+    """Requests to SGLang."""
 
     def complete(self, server: str, weights: Weights, request: Request) -> Drawn:
-        options = self._options
         body: dict[str, Any] = {
             "input_ids": request.prompt,
             "sampling_params": {
-                "max_new_tokens": options.max_new_tokens,
-                "temperature": options.temperature,
-                "top_p": options.top_p,
-                # A server may have other defaults.
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "stop_token_ids": sorted(self._ends),
+                **self._sampling_fields(),
+                "max_new_tokens": self._options.max_new_tokens,
                 "sampling_seed": request.seed,
             },
         }
@@ -150,9 +133,6 @@ class SGLangProtocol:
     def unload(self, server: str, weights: Weights) -> None:
         if weights.is_adapter:
             self._post(f"{server}/unload_lora_adapter", {"lora_name": weights.name})
-
-    def _post(self, address: str, body: dict[str, Any]) -> bytes:
-        return post(address, body, self._options.api_key, self._options.timeout)
 
 
 def _check_adapter(folder: Path) -> None:

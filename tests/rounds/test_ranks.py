@@ -18,6 +18,7 @@ from fastpref.config import Config
 from fastpref.training import trainer
 from tests.helpers import rank_processes
 from tests.helpers.round_runs import config_of, play
+from tests.rounds.test_loop import Killed, killed_at
 
 # AdamW would make a whole step of a rounding error where a gradient is nearly 0.
 OPTIM = {"name": "sgd", "lr": 0.1}
@@ -28,10 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lora": {"adapter": {"r": 2, "dropout": 0.0}},
 }
-
-
-class Killed(BaseException):
-    """The process ends here."""
 
 
 def make(llama: str, home: Path, case: str, name: str, **options: Any) -> Config:
@@ -45,17 +42,8 @@ def make(llama: str, home: Path, case: str, name: str, **options: Any) -> Config
 @contextmanager
 def ending_at(owner: Any, name: str, count: int) -> Iterator[None]:
     """Context manager that ends at the n-th call of a function, on every rank that calls it."""
-    function, calls = getattr(owner, name), 0
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            raise Killed
-        return function(*arguments, **options)
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, failing)
+        killed_at(patch, owner, name, count)
         yield
 
 

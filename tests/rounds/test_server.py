@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.config import RoundSampling
-from fastpref.rounds import openai_protocol, server
+from fastpref.rounds import openai_protocol, protocol, server
 from fastpref.rounds.openai_protocol import OpenAIProtocol
 from fastpref.rounds.protocol import Weights
 from fastpref.rounds.sampling import Drawn, Request
@@ -136,7 +136,7 @@ def test_a_request_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> bytes:
         raise refusal
 
-    monkeypatch.setattr(openai_protocol, "post", refuse)
+    monkeypatch.setattr(protocol, "post", refuse)
     with pytest.raises(UserError) as caught:
         drawn_from("http://a/v1")
     assert str(caught.value) == (
