@@ -21,7 +21,6 @@ from benchmarks import (
     architectures,
     distillation,
     reward_model,
-    rounds,
     startup,
     trl_first_step,
     trunk,
@@ -31,6 +30,8 @@ from benchmarks.loops import report as loops
 from benchmarks.peer_suites import suite, trl
 from benchmarks.plans import examples
 from benchmarks.real_model.tables import objectives_table, trl_table
+from benchmarks.rounds import demo as rounds_demo
+from benchmarks.rounds import real_model as rounds_model
 from fastpref import reproduce
 from fastpref.docgen import markdown
 from fastpref.plan.devices import Device
@@ -264,9 +265,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "peer-suites-trl": trl.table,
     "trl-first-step": trl_first_step.table,
     "reward-model": reward_model.table,
-    "rounds-demo": rounds.demo_table,
-    "rounds-tuning": rounds.tuning_table,
-    "rounds-model": rounds.model_table,
+    "rounds-demo": rounds_demo.demo_table,
+    "rounds-tuning": rounds_demo.tuning_table,
+    "rounds-model": rounds_model.model_table,
     "real-model-objectives": objectives_table,
     "real-model-trl": trl_table,
     "calibration-band": lambda result: calibration.tables(result["training"])[0],

@@ -1,4 +1,4 @@
-"""The rates, scores and tables of `benchmarks/rounds.py`."""
+"""The rates, scores and tables of `benchmarks/rounds/`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 
 import pytest
 
-from benchmarks import rounds
-from benchmarks.rounds import ANSWERS, WORST, TrueUtility, difference, helpful_form, outcome
+from benchmarks.rounds import demo, real_model
+from benchmarks.rounds.demo import ANSWERS, WORST, TrueUtility, difference, outcome
+from benchmarks.rounds.real_model import helpful_form
 from fastpref.data.synthetic import pure_semantic
 
 
 def test_a_rate_is_the_mean_probability_by_the_utilities() -> None:
-    assert rounds.preferred([0.0, math.log(3)], [0.0, 0.0]) == pytest.approx([0.5, 0.75])
+    assert demo.preferred([0.0, math.log(3)], [0.0, 0.0]) == pytest.approx([0.5, 0.75])
     assert outcome([0.0, math.log(3), WORST, WORST], [0.0, 0.0, WORST, WORST]) == pytest.approx(
         {
             "true_preference_rate": (0.5 + 0.75 + 0.5 + 0.5) / 4,
@@ -27,8 +28,8 @@ def test_the_error_of_a_difference_is_over_prompts_not_over_answers() -> None:
     in_rounds = [0.5] * ANSWERS + [0.6] * ANSWERS + [0.7] * ANSWERS
     one = difference(offline, in_rounds)
     assert one == pytest.approx({"value": 0.1, "standard_error": 0.1 / math.sqrt(3)})
-    assert not rounds._wins({"difference": one})
-    assert rounds._wins({"difference": {"value": 0.1, "standard_error": 0.049}})
+    assert not demo._wins({"difference": one})
+    assert demo._wins({"difference": {"value": 0.1, "standard_error": 0.049}})
 
 
 @pytest.mark.parametrize(
@@ -72,17 +73,17 @@ def test_tables_show_the_better_offline_setting_and_a_minus() -> None:
         ],
         "difference": {"value": -0.02, "standard_error": 0.004},
     }
-    assert rounds.demo_table({"demo": {"seeds": [seed]}}).splitlines()[-1] == (
+    assert demo.demo_table({"demo": {"seeds": [seed]}}).splitlines()[-1] == (
         "| 20 | 0.700 (0.84) | 0.680 (1.00) | −0.020 ± 0.004 |"
     )
     tried = {"method": "rounds", "lr": 2e-3, "sft_weight": 1.0, "samples": 8, "pairs": "all"}
     tuning = {"settings": [{**tried, "mean": 0.75, "rates": [0.7, 0.8]}]}
-    assert rounds.tuning_table({"tuning": tuning}).splitlines()[-1] == (
+    assert demo.tuning_table({"tuning": tuning}).splitlines()[-1] == (
         "| three rounds | 0.002 | 1 | 8, all | 0.750 | 0.700 to 0.800 |"
     )
     measured = {"eval_reward": 2.186, "eval_length": 59.6, "eval_finished": 0.1, "kl_to_start": 0.0}
     lines = [{"round": 0, **measured}, {"round": 1, **measured}]
-    assert rounds.model_table({"real_model": {"rounds": lines}}).splitlines()[-2:] == [
+    assert real_model.model_table({"real_model": {"rounds": lines}}).splitlines()[-2:] == [
         "| start | 2.19 | 60 | 0.10 | 0.0 |",
         "| 1 | 2.19 | 60 | 0.10 | 0.0 |",
     ]

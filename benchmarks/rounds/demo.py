@@ -1,15 +1,11 @@
-"""Rounds against offline DPO on the demo's task, and rounds on a real model.
+"""Rounds against offline DPO on the demo's task.
 
-    python -m benchmarks.rounds --tune --out benchmarks/results/rounds.json
-    python -m benchmarks.rounds --out benchmarks/results/rounds.json
-    python -m benchmarks.rounds --real-model MODEL --data PROMPTS.jsonl --out …
-
-Demo's task: answers name a word, and each word has a latent utility that decides all preferences.
-From one supervised model, offline DPO takes 60 steps on the pairs of the data; three rounds take 20
-steps each on their own samples, scored by the same utility. Objective, batch size, optimizer and
-schedule are the same. The objective is DPO and, per token, SFT on the preferred answer: DPO alone
-lowers the log-probs of both answers until the model leaves the templates. The supervised model is
-trained for longer than the demo's, so that nearly all its samples are answers.
+Answers name a word, and each word has a latent utility that decides all preferences. From one
+supervised model, offline DPO takes 60 steps on the pairs of the data; three rounds take 20 steps
+each on their own samples, scored by the same utility. Objective, batch size, optimizer and schedule
+are the same. The objective is DPO and, per token, SFT on the preferred answer: DPO alone lowers the
+log-probs of both answers until the model leaves the templates. The supervised model is trained for
+longer than the demo's, so that nearly all its samples are answers.
 
 `--tune` tries the settings of `GRID` on four seeds that are not among those of the result. The
 result has the best of them for the rounds, and the best two for offline DPO, which counts with the
@@ -20,41 +16,29 @@ preferred to the supervised model's: the mean of S(u - u_start) over answers to 
 are those of the training. An answer in another form than the templates' is worse than every word.
 The rounds win where their rate is above that of offline DPO by more than two standard errors, over
 prompts, of the difference.
-
-Real model: the score of an answer is the rule of `helpful_form`. It rises where an answer to each
-held-out prompt has a higher mean score after three rounds than before, by more than two standard
-errors, over prompts, of the difference.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import re
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-
 from fastpref import config as configs
-from fastpref import demo, metrics
-from fastpref.data.messages import text_of
+from fastpref import demo
 from fastpref.data.prompts import read_prompts
 from fastpref.data.synthetic import pure_semantic
 from fastpref.docgen import markdown
 from fastpref.evaluation.sample import Sampler
 from fastpref.model.generate import Sampling
-from fastpref.rounds import loop, sequence
+from fastpref.rounds import loop
 from fastpref.training.trainer import train
-from fastpref.utils import environment, result_json
 from fastpref.utils.progress import Display
 
 METHODS = ("offline_dpo", "rounds")
@@ -113,51 +97,6 @@ class TrueUtility:
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         return [WORST if word is None else self._utility[word] for word in words]
-
-
-class HelpfulForm:
-    """Scorer: a point each for an end, 20 to 60 words, three listed items, and no apology."""
-
-    fingerprint = "helpful form 2"
-
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        return [helpful_form(text) for text in completions]
-
-
-def helpful_form(text: str) -> float:
-    """Points for the form of an answer: its end, its length, a list, and no apology."""
-    words = len(text.split())
-    items = len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s", text, re.MULTILINE))
-    ends = text.rstrip().endswith((".", "!", "?", ")"))
-    apologizes = re.search(r"\b(sorry|as an ai|i cannot|i can't)\b", text, re.IGNORECASE)
-    length = 1 - min(1.0, max(0, 20 - words) / 20 + max(0, words - 60) / 60)
-    return ends + length + min(items, 3) / 3 + (apologizes is None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tune", action="store_true", help="try all settings on other seeds")
-    parser.add_argument("--real-model", type=Path, default=None)
-    parser.add_argument("--data", type=Path, default=None, help="with --real-model: prompts")
-    parser.add_argument("--out", type=Path, default=None)
-    options = parser.parse_args()
-    torch.set_num_threads(1 if options.real_model is None else torch.get_num_threads())
-    folder = Path(tempfile.mkdtemp(prefix="rounds-"))
-    display, began = Display(Console(width=150)), time.monotonic()
-    if options.tune:
-        name, part = "tuning", tune(folder, display)
-    elif options.real_model is None:
-        name, part = "demo", on_the_demo(folder, display)
-    else:
-        name = "real_model"
-        part = on_a_model(folder, options.real_model, options.data, display)
-    part["seconds"] = round(time.monotonic() - began)
-    print(json.dumps(part, indent=1))
-    if options.out is not None:
-        known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        known |= {"benchmark": "rounds", name: {**environment.describe("cpu"), **part}}
-        options.out.write_text(result_json.dumps(known))
-    shutil.rmtree(folder)
 
 
 def on_the_demo(out: Path, display: Display) -> dict[str, Any]:
@@ -294,53 +233,6 @@ def answers_utilities(
     return scorer([one.prompt.text.prompt for one in drawn], [one.text for one in drawn])
 
 
-def on_a_model(out: Path, model: Path, data: Path, display: Display) -> dict[str, Any]:
-    """Three rounds of LoRA on a real model, whose answers are scored by their form."""
-    lines = data.read_text(encoding="utf-8").splitlines()
-    short = [row for row in map(json.loads, lines) if len(_question(row)) < 200][:80]
-    paths = {"train": out / "prompts.jsonl", "eval": out / "held-out.jsonl"}
-    for path, rows in zip(paths.values(), (short[:32], short[32:]), strict=True):
-        messages = [[{"role": "user", "content": _question(row)}] for row in rows]
-        text = "".join(json.dumps({"prompt": each}) + "\n" for each in messages)
-        path.write_text(text, encoding="utf-8")
-    values = {
-        "model": {"path": str(model), "dtype": "float32"},
-        "adapter": {"r": 16, "alpha": 32},
-        "data": {
-            **{name: str(path) for name, path in paths.items()},
-            "max_length": 256,
-            "cache": str(out / "cache"),
-        },
-        "loss": {"name": "dpo", "beta": 0.1},
-        "optim": {"lr": 5e-4},
-        "training": {"batch_size": 8, "log_every": 2, "output_dir": str(out / "run")},
-        "rounds": {
-            "count": ROUNDS,
-            "prompts": 16,
-            "steps": 8,
-            "sampling": {"samples": 4, "max_new_tokens": 64, "batch_size": 48},
-            "scorer": {"function": "helpful:form"},
-            "pairs": "all",
-            "min_gap": 0.2,
-            "eval_prompts": 48,
-        },
-    }
-    loop.run(configs.parse(values), display, scorer=HelpfulForm)
-    before, after = (_held_out_scores(out / "run", number) for number in (0, ROUNDS))
-    gains = [new - old for new, old in zip(after, before, strict=True)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    return {
-        "rounds": metrics.read_records(out / "run" / sequence.FILE),
-        "gain": {"value": statistics.fmean(gains), "standard_error": error, "prompts": len(gains)},
-    }
-
-
-def _held_out_scores(run: Path, number: int) -> list[float]:
-    """Score of the completion of each held-out prompt after a round."""
-    (path,) = (run / "rounds" / f"{number:04}").glob("eval-scores-*.jsonl")
-    return [json.loads(line)["scores"][0] for line in path.read_text().splitlines()]
-
-
 def tuning_table(result: Any) -> str:
     """Mean rate of every setting over the seeds of tuning, the best first."""
     rows = [
@@ -377,27 +269,3 @@ def demo_table(result: Any) -> str:
         shown.append(f"{gap['value']:.3f} ± {gap['standard_error']:.3f}".replace("-", "−"))
         rows.append([str(seed["seed"]), *shown])
     return markdown.table(("seed", "offline DPO", "three rounds", "difference"), rows)
-
-
-def model_table(result: Any) -> str:
-    """Measures of the held-out answers of the real model, by round."""
-    rows = [
-        [
-            "start" if row["round"] == 0 else str(row["round"]),
-            f"{row['eval_reward']:.2f}",
-            f"{row['eval_length']:.0f}",
-            f"{row['eval_finished']:.2f}",
-            f"{row['kl_to_start']:.1f}",
-        ]
-        for row in result["real_model"]["rounds"]
-    ]
-    return markdown.table(("round", "score", "tokens", "ended by itself", "KL to the start"), rows)
-
-
-def _question(row: dict[str, Any]) -> str:
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else text_of(prompt[-1]["content"])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Benchmark of rounds, by `python -m benchmarks.rounds`."""
